@@ -1,0 +1,1 @@
+"""DPO fine-tuning of GLM-4-9B on MindSpore and MindFormers."""
