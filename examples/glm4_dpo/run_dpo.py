@@ -1,0 +1,87 @@
+"""DPO training, and prediction: what it does is the YAML's run_mode, finetune or predict."""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from mindrlhf import cli, config  # noqa: E402
+
+EXAMPLE = """  bash ../../scripts/msrun_launcher.sh "run_dpo.py --config finetune_glm4_9b.yaml --train_dataset dpo.mindrecord \\
+    --vocab_file tokenizer.model --load_checkpoint glm4_9b.ckpt --auto_trans_ckpt True" 8
+  python run_dpo.py --config predict_glm4_9b.yaml --load_checkpoint merged.ckpt --auto_trans_ckpt False \\
+    --vocab_file tokenizer.model --predict_data "How do I apologize?\""""
+
+
+def parser():
+    parse = cli.Parser(__doc__, EXAMPLE)
+    parse.add_argument("--config", required=True, help="YAML with run_mode finetune or predict")
+    parse.add_argument("--train_dataset", help="finetune: .mindrecord that the preprocessing wrote")
+    parse.add_argument("--eval_dataset", help="finetune: .mindrecord of held-out pairs, measured before and after")
+    parse.add_argument("--vocab_file", help="tokenizer.model of the model")
+    parse.add_argument("--load_checkpoint", help="finetune: the weights that preprocessed the data; predict: any")
+    parse.add_argument("--auto_trans_ckpt", type=cli.boolean, metavar="True|False",
+                       help="share one whole checkpoint out over the cards of a parallel plan")
+    parse.add_argument("--predict_data", metavar="TEXT", help="predict: what the user says")
+    parse.add_argument("--output_dir", help="where checkpoints, strategies and metrics go (default: ./output)")
+    return parse
+
+
+def load_settings(arguments):
+    return config.load(arguments.config, run_mode=("finetune", "predict"), overrides={
+        "load_checkpoint": arguments.load_checkpoint, "auto_trans_ckpt": arguments.auto_trans_ckpt,
+        "train_dataset.data_loader.dataset_dir": arguments.train_dataset,
+        "eval_dataset.data_loader.dataset_dir": arguments.eval_dataset,
+        "processor.tokenizer.vocab_file": arguments.vocab_file, "output_dir": arguments.output_dir})
+
+
+def finetune(settings):
+    """Train: MindFormers' Trainer on Glm4DPO, from weights that are loaded strictly and data that fit them."""
+    from mindrlhf import backend
+    from mindrlhf.training import run
+
+    config.check_workers(settings, cli.workers())
+    data = run.open_data(settings)  # says what is wrong before the workers meet
+    run_config = config.to_mindformers(settings)
+    backend.start(run_config, parallel=cli.workers() > 1)
+    model = backend.build_network(run_config)
+    run.load_weights(model, settings, data)
+    run.train(model, run_config, settings, data)
+
+
+def predict(settings, text):
+    """Print the answer to one message."""
+    from mindrlhf import backend
+    from mindrlhf.checkpoint import load_strictly
+    from mindrlhf.models.glm4 import template
+    from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
+
+    if text is None:
+        raise cli.UserError("run_mode predict needs --predict_data TEXT")
+    backend.quiet()
+    tokenizer = Glm4Tokenizer(settings["processor"]["tokenizer"]["vocab_file"])
+    numbers = settings["model"]["model_config"]
+    tokenizer.check_vocabulary(numbers["padded_vocab_size"])
+    prompt = template.prompt_ids(tokenizer, [("user", text)])
+    room = numbers["seq_length"] - len(prompt)
+    if room < 1:
+        raise cli.UserError(f"--predict_data is {len(prompt)} tokens, seq_length {numbers['seq_length']}; shorten it")
+    run_config = config.to_mindformers(settings)
+    backend.start(run_config, parallel=False)
+    model = backend.build_network(run_config)
+    load_strictly(model, settings.get("load_checkpoint"))
+    output = model.generate([prompt], max_new_tokens=min(numbers.get("max_decode_length", 512), room),
+                            eos_token_id=tokenizer.stop_ids, pad_token_id=tokenizer.pad_id)[0]
+    print(tokenizer.decode(output[len(prompt):]).strip(), flush=True)
+
+
+def main(argv=None):
+    arguments = parser().parse_args(argv)
+    settings = load_settings(arguments)
+    if settings["run_mode"] == "finetune":
+        finetune(settings)
+    else:
+        predict(settings, arguments.predict_data)
+
+
+if __name__ == "__main__":
+    cli.run(main)

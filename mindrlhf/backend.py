@@ -1,0 +1,118 @@
+"""What differs between Ascend NPUs and the CPU, and between MindSpore 2.4 and 2.7: all of it, in one place.
+
+MindFormers 1.3's GLM-4 does not run on a CPU as it stands. Each cure here is applied only where it is needed.
+"""
+import os
+
+os.environ.setdefault("GLOG_v", "3")  # errors only; read when MindSpore is imported
+
+import mindspore as ms
+from mindspore import nn, ops
+
+from mindrlhf import cli
+
+
+def is_cpu():
+    """Whether the context's device is the CPU."""
+    return ms.get_context("device_target") == "CPU"
+
+
+def quiet():
+    """Silence MindFormers' info lines and its print of the whole configuration. Call before anything of it logs."""
+    from mindformers.trainer import base_trainer
+    from mindformers.tools.logger import get_logger
+    get_logger(stdout_level="WARNING", file_level=[], file_name=[]).setLevel("ERROR")
+    base_trainer.pprint = lambda _: None
+
+
+def versions():
+    """Versions of what computes, for sidecars."""
+    import mindformers
+    return {"mindspore": ms.__version__, "mindformers": mindformers.__version__}
+
+
+def start(config, *, parallel):
+    """Set the device and, for a parallel run, join the other workers.
+
+    Args:
+        config: MindFormerConfig, changed in place as MindFormers expects it.
+        parallel: False where each worker computes alone, or there is only one.
+    """
+    from mindformers import build_context
+    quiet()
+    config.use_parallel = parallel
+    config.context.device_id = int(os.environ.get("DEVICE_ID", 0))
+    build_context(config)
+
+
+def seed_dataset(seed):
+    """Seed the order of data sets that are opened from now on."""
+    import mindspore.dataset as ds
+    ds.config.set_seed(seed)
+
+
+def leave_cluster():
+    """Make this process independent of the launcher's cluster; the scheduler process, which has no work then, ends."""
+    if os.environ.pop("MS_ROLE", None) == "MS_SCHED":
+        raise SystemExit(0)
+
+
+def attention_mask_dtype(config):
+    """dtype of the attention mask that the network takes: flash attention wants uint8, the plain path a float."""
+    return ms.uint8 if config.use_flash_attention else ms.float32
+
+
+def data_parallel_sum():
+    """How to sum over data-parallel workers: (Cell or function, number of workers).
+
+    In semi-auto parallel mode a sum over the batch is global already.
+    """
+    if ms.get_auto_parallel_context("parallel_mode") != "data_parallel" or cli.workers() == 1:
+        return nn.Identity(), 1
+    return ops.AllReduce(), cli.workers()
+
+
+class _FloatMaskMul(nn.Cell):
+    """mask * -10000 with a float mask. On the CPU MindFormers' uint8 mask times -10000 wraps to +240, and attention
+    then prefers what it must not see."""
+
+    def construct(self, mask, factor):
+        return mask.astype(ms.float32) * factor
+
+
+def before_build():
+    """Cures that must be there when the network is built."""
+    if is_cpu():  # no RmsNorm kernel: take the formula
+        import mindformers.models.glm2.glm2_modules as modules
+        modules.check_rmsnorm_big_kernel_valid = lambda: False
+
+
+def cure(network):
+    """Cures of a built ChatGLM2 network, in place."""
+    encoder = network.transformer.encoder
+    if not hasattr(encoder, "cast"):  # nn.Cell had a cast up to MindSpore 2.6
+        encoder.cast = ops.Cast()
+    if is_cpu():
+        network.argmax = ops.argmax  # mint.argmax has no CPU kernel
+        for layer in encoder.layers:
+            if hasattr(layer.self_attention, "core_attention"):
+                layer.self_attention.core_attention.mul_mask = _FloatMaskMul()
+    return network
+
+
+def build_network(config):
+    """Build the network that the YAML names, with the cures.
+
+    Args:
+        config: MindFormerConfig after start().
+
+    Returns:
+        the Cell. Its weights are random: load_strictly comes next.
+    """
+    from mindformers.core.parallel_config import build_parallel_config
+    from mindformers.models.build_model import build_network as build
+
+    import mindrlhf.models.glm4.dpo  # noqa: F401  registers Glm4DPO
+    build_parallel_config(config)
+    before_build()
+    return cure(build(config.model, default_args={"parallel_config": config.parallel_config, "dpo": config.dpo}))

@@ -1,0 +1,1 @@
+"""What the training loop of MindFormers lacks: DPO metrics, checks and evaluation."""
