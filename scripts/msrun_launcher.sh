@@ -1,0 +1,125 @@
+#!/usr/bin/env bash
+# Run a Python command on several workers, one per NPU (or as CPU processes), and wait for them.
+#
+#   msrun_launcher.sh "script.py --option value ..." [WORKERS [PORT LOG_DIR JOIN TIMEOUT]]
+#   msrun_launcher.sh "script.py ..." WORKERS LOCAL_WORKERS MASTER_ADDR PORT NODE_RANK LOG_DIR JOIN TIMEOUT
+#
+# It sets what msrun sets (MindSpore's dynamic cluster), but does not keep a core busy while it waits, and hands on the
+# exit status of a worker that fails. With one worker there is no cluster: the command runs by itself.
+set -u
+
+usage() {
+  cat >&2 <<EOF
+usage: msrun_launcher.sh "COMMAND" [WORKERS [PORT LOG_DIR JOIN TIMEOUT]]
+       msrun_launcher.sh "COMMAND" WORKERS LOCAL_WORKERS MASTER_ADDR PORT NODE_RANK LOG_DIR JOIN TIMEOUT
+  COMMAND        a Python script and its options, in one pair of quotes
+  WORKERS        processes in all, one per NPU (default: 8)
+  LOCAL_WORKERS  processes on this machine
+  MASTER_ADDR    IP address of the machine with NODE_RANK 0
+  PORT           of the scheduler; 0: a free one (default)
+  NODE_RANK      number of this machine, from 0
+  LOG_DIR        folder for worker_N.log (default: output/msrun_log/, a new folder for each launch)
+  JOIN           True: wait for the workers (default); False: leave them running in the background
+  TIMEOUT        seconds to wait until all workers have met (default: 600)
+example: bash ../../scripts/msrun_launcher.sh "run_dpo.py --config finetune_glm4_9b.yaml ..." 8
+EOF
+  exit 2
+}
+
+fail() { echo "error: $1" >&2; exit 2; }
+
+workers=8 local_workers= address=127.0.0.1 port= node=0 log_dir= join=True timeout=600
+case $# in
+  1) ;;
+  2) workers=$2 ;;
+  6) workers=$2 port=$3 log_dir=$4 join=$5 timeout=$6 ;;
+  9) workers=$2 local_workers=$3 address=$4 port=$5 node=$6 log_dir=$7 join=$8 timeout=$9 ;;
+  *) usage ;;
+esac
+command=$1
+local_workers=${local_workers:-$workers}
+for entry in "WORKERS=$workers" "LOCAL_WORKERS=$local_workers" "NODE_RANK=$node" "TIMEOUT=$timeout" "PORT=${port:-1}"; do
+  [[ ${entry#*=} =~ ^[0-9]+$ ]] || fail "${entry%%=*} is '${entry#*=}'; a whole number expected"
+done
+[[ $workers -ge 1 && $local_workers -ge 1 && $local_workers -le $workers ]] ||
+  fail "WORKERS is $workers, LOCAL_WORKERS $local_workers; from 1 to WORKERS expected"
+[[ $join == True || $join == False ]] || fail "JOIN is '$join'; True or False expected"
+python=${PYTHON:-python}
+command -v "$python" > /dev/null || fail "no $python on the PATH; activate the virtual environment first"
+eval "arguments=($command)" || fail "the quotes in the command do not match"
+[[ ${#arguments[@]} -gt 0 ]] || usage
+[[ ${arguments[0]} != python && ${arguments[0]} != python3 ]] || arguments=("${arguments[@]:1}")
+[[ -f ${arguments[0]:-} ]] || fail "${arguments[0]:-}: no such script here"
+[[ $port == 0 ]] && port=
+port=${port:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
+log_dir=${log_dir:-output/msrun_log/$(date +%Y%m%d-%H%M%S)-$$}
+mkdir -p "$log_dir" || fail "$log_dir: cannot be made; give another LOG_DIR"
+
+pids=() scheduler=
+stop_all() {
+  local pid
+  for pid in "${pids[@]}" $scheduler; do kill -TERM "$pid" 2> /dev/null; done
+  for _ in {1..50}; do
+    alive=
+    for pid in "${pids[@]}" $scheduler; do kill -0 "$pid" 2> /dev/null && alive=1; done
+    [[ -n $alive ]] || return
+    sleep 0.1
+  done
+  for pid in "${pids[@]}" $scheduler; do kill -KILL "$pid" 2> /dev/null; done
+}
+trap 'stop_all; exit 130' INT
+trap 'stop_all; exit 143' TERM HUP
+
+export MS_WORKER_NUM=$workers RANK_SIZE=$workers GLOG_v=${GLOG_v:-3}
+[[ -t 2 ]] && export MINDRLHF_TERMINAL=1 # a person watches: draw progress bars
+if [[ $workers -gt 1 ]]; then
+  export MS_SCHED_HOST=$address MS_SCHED_PORT=$port MS_TOPO_TIMEOUT=$timeout MS_NODE_RANK=$node
+  if [[ $node == 0 ]]; then
+    MS_ROLE=MS_SCHED RANK_ID=0 "$python" "${arguments[@]}" > "$log_dir/scheduler.log" 2>&1 < /dev/null &
+    scheduler=$!
+  fi
+  export MS_ROLE=MS_WORKER
+fi
+first=$((node * local_workers))
+for ((i = 0; i < local_workers; i++)); do
+  rank=$((first + i))
+  MS_NODE_ID=$rank RANK_ID=$rank DEVICE_ID=$i "$python" "${arguments[@]}" > "$log_dir/worker_$rank.log" 2>&1 < /dev/null &
+  pids+=($!)
+done
+if [[ $join == False ]]; then
+  echo "$local_workers worker(s) run in the background; logs: $log_dir/worker_*.log"
+  exit 0
+fi
+tail -n +1 -s 0.2 --pid="${pids[0]}" -f "$log_dir/worker_$first.log" &
+viewer=$!
+
+left=("${!pids[@]}")
+while [[ ${#left[@]} -gt 0 ]]; do
+  sleep 0.2
+  still=()
+  for i in "${left[@]}"; do
+    if kill -0 "${pids[i]}" 2> /dev/null; then
+      still+=("$i")
+      continue
+    fi
+    wait "${pids[i]}"
+    status=$?
+    [[ $status == 0 ]] && continue
+    stop_all
+    wait "$viewer" 2> /dev/null
+    log=$log_dir/worker_$((first + i)).log
+    echo "worker $((first + i)) ended with status $status; the others were stopped. Its log: $log" >&2
+    if [[ $i -gt 0 ]]; then # the first worker's log was shown already
+      echo "the end of it:" >&2
+      tail -n 20 "$log" >&2
+    fi
+    exit "$status"
+  done
+  left=("${still[@]}")
+done
+wait "$viewer" 2> /dev/null
+if [[ -n $scheduler ]]; then
+  [[ $local_workers == "$workers" ]] && kill -TERM "$scheduler" 2> /dev/null # nobody is left to serve
+  wait "$scheduler" 2> /dev/null
+fi
+exit 0
