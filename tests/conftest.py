@@ -1,0 +1,87 @@
+"""Shared by the tests: the golden case, its checkpoint and data, and one compiled model."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLE = ROOT / "examples" / "glm4_dpo"
+GOLDEN = ROOT / "tests" / "golden" / "case_1"
+SEQ_LEN = 320
+sys.path[:0] = [str(ROOT), str(EXAMPLE)]
+os.environ.setdefault("GLOG_v", "3")
+
+# what an overlay changes to make the golden case's model of the tiny one
+OVERLAY = """
+base_config: {base}
+model:
+  model_config:
+    num_layers: 3
+    padded_vocab_size: 330
+    hidden_size: 96
+    ffn_hidden_size: 160
+    num_attention_heads: 6
+    seq_length: {seq_len}
+{more}
+"""
+
+
+def write_overlay(path, command, more="", seq_len=SEQ_LEN):
+    """Write a YAML for the golden model over process_, finetune_ or predict_glm4_tiny.yaml."""
+    base = os.path.relpath(EXAMPLE / f"{command}_glm4_tiny.yaml", path.parent)
+    path.write_text(OVERLAY.format(base=base, seq_len=seq_len, more=more))
+    return path
+
+
+def run_script(script, *arguments, cwd=None):
+    """Run a command as a user would: CompletedProcess with text output."""
+    return subprocess.run([sys.executable, str(script), *map(str, arguments)], capture_output=True, text=True,
+                          cwd=cwd, timeout=300)
+
+
+def assert_one_error(result, *parts):
+    """The process ended with status 2 and one line on stderr that says each of the parts."""
+    assert result.returncode == 2, result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    for part in parts:
+        assert str(part) in lines[0]
+
+
+@pytest.fixture(scope="session")
+def expected():
+    """PyTorch's answers on the golden case."""
+    return json.loads((GOLDEN / "expected.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def golden(tmp_path_factory):
+    """The golden case, converted and preprocessed once: paths of its files and YAMLs."""
+    import convert_weight
+    import dpo_preprocess_glm4_parallel as preprocess
+    folder = tmp_path_factory.mktemp("golden")
+    files = SimpleNamespace(
+        folder=folder, checkpoint=folder / "golden.ckpt", tokenizer=GOLDEN / "tokenizer.model",
+        pairs=GOLDEN / "pairs.jsonl", data=folder / "golden.mindrecord",
+        **{command: write_overlay(folder / f"{command}.yaml", command) for command in ("process", "finetune", "predict")})
+    convert_weight.main(["--model", "glm-n", "--input_path", f"{GOLDEN / 'hf_glm'}/", "--output_path",
+                         str(files.checkpoint), "--dtype", "fp32"])
+    preprocess.main(["--src", str(files.pairs), "--dst", str(files.data), "--config", str(files.process), "--tokenizer",
+                     str(files.tokenizer), "--load_checkpoint", str(files.checkpoint)])
+    return files
+
+
+def load_model(golden, command, more=None):
+    """A network of the golden case with its weights, built as the commands build it."""
+    from mindrlhf import backend, checkpoint, config
+    settings = config.load(getattr(golden, command), run_mode=config.RUN_MODES, overrides=more)
+    run = config.to_mindformers(settings)
+    backend.start(run, parallel=False)
+    network = backend.build_network(run)
+    checkpoint.load_strictly(network, golden.checkpoint)
+    return network

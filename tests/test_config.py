@@ -1,0 +1,144 @@
+import shutil
+
+import pytest
+from conftest import EXAMPLE
+
+from mindrlhf import config
+from mindrlhf.cli import UserError
+
+YAMLS = sorted(EXAMPLE.glob("*_glm4_*.yaml"))
+
+
+def load(path, **options):
+    return config.load(path, run_mode=config.RUN_MODES, **options)
+
+
+def overlay(tmp_path, text, base="finetune_glm4_tiny.yaml"):
+    path = tmp_path / "overlay.yaml"
+    path.write_text(f"base_config: {EXAMPLE / base}\n{text}")
+    return path
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.name)
+def test_every_yaml_is_valid(path):
+    assert load(path)["run_mode"] in config.RUN_MODES
+
+
+def test_both_sets_of_yaml_are_there():
+    assert {path.name for path in YAMLS} == {
+        f"{command}_glm4_{size}.yaml" for command in ("process", "finetune", "predict") for size in ("9b", "tiny")}
+
+
+def test_9b_numbers_are_those_of_the_published_model():
+    """config.json of glm-4-9b-chat: 40 layers, hidden 4096, ffn 13696, 32 heads, 2 groups, 151552 ids, eps 1.5625e-07."""
+    model = load(EXAMPLE / "finetune_glm4_9b.yaml")["model"]["model_config"]
+    found = [model[key] for key in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels",
+                                    "multi_query_group_num", "padded_vocab_size", "layernorm_epsilon", "rope_ratio")]
+    assert found == [40, 4096, 13696, 32, 128, 2, 151552, 1.5625e-07, 500]
+
+
+def test_overlay_in_another_folder_changes_single_keys(tmp_path):
+    (tmp_path / "conf").mkdir()
+    for path in EXAMPLE.glob("*.yaml"):
+        shutil.copy(path, tmp_path / "conf")
+    path = tmp_path / "mine.yaml"
+    path.write_text("base_config: conf/finetune_glm4_9b.yaml\nlr_schedule: {learning_rate: 3e-7}\n")
+    settings, base = load(path), load(EXAMPLE / "finetune_glm4_9b.yaml")
+    assert settings["lr_schedule"]["learning_rate"] == 3e-7  # PyYAML alone would read a string
+    base["lr_schedule"]["learning_rate"] = 3e-7
+    assert settings == base
+
+
+def test_overrides_win_and_none_leaves_the_yaml(tmp_path):
+    path = overlay(tmp_path, "output_dir: here")
+    assert load(path, overrides={"output_dir": None})["output_dir"] == "here"
+    assert load(path, overrides={"model.model_config.seq_length": 64})["model"]["model_config"]["seq_length"] == 64
+
+
+@pytest.mark.parametrize(("text", "parts"), [
+    ("optimiser: {}", ["optimiser: unknown key; did you mean optimizer?"]),
+    ("optimizer: {learning_rte: 1}", ["optimizer.learning_rte: unknown key"]),
+    ("model: {model_config: {num_layer: 2}}", ["model.model_config.num_layer: unknown key; did you mean num_layers?"]),
+    ("use_parallel: True", ["use_parallel: unknown key; it follows from the number of workers"]),
+    ("callbacks: [{type: DPOMonitor, every: 2}]", ["callbacks", "DPOMonitor.every: unknown key"]),
+    ("callbacks: [{type: Elsewhere}]", ["callbacks", "not Elsewhere"]),
+    ("dpo: {beta: 0}", ["dpo.beta: a number above 0 expected, got 0"]),
+    ("dpo: {beta: '0.1'}", ["dpo.beta: a number above 0 expected, got '0.1'"]),
+    ("dpo: {check_reference: 'False'}", ["dpo.check_reference: True or False expected, got 'False'"]),
+    ("runner_config: {batch_size: '4'}", ["runner_config.batch_size: a whole number from 1 expected, got '4'"]),
+    ("runner_config: {batch_size: True}", ["runner_config.batch_size"]),
+    ("dpo: 3", ["dpo: a section expected, got 3"]),
+    ("optimizer: {betas: [0.9]}", ["optimizer.betas: a list of 2"]),
+    ("run_mode: train", ["run_mode: one of preprocess, finetune, predict expected, got 'train'"]),
+    ("dpo: {label_smoothing: 0.5}", ["dpo.label_smoothing: a number from 0, below 0.5"]),
+])
+def test_wrong_keys_and_values_are_named(tmp_path, text, parts):
+    path = overlay(tmp_path, text)
+    with pytest.raises(UserError) as error:
+        load(path)
+    for part in [str(path), *parts]:
+        assert part in str(error.value)
+
+
+def test_all_problems_come_at_once(tmp_path):
+    with pytest.raises(UserError) as error:
+        load(overlay(tmp_path, "sed: 1\ndpo: {beta: -1}\nlr_schedule: {lr: 2}"))
+    assert all(part in str(error.value) for part in ("sed:", "dpo.beta:", "lr_schedule.lr:"))
+
+
+@pytest.mark.parametrize(("text", "part"), [
+    ("model: {model_config: {use_flash_attention: True}}", "use_flash_attention needs an NPU"),
+    ("model: {model_config: {compute_dtype: bfloat16}}", "bfloat16 needs an NPU"),
+    ("model: {model_config: {multi_query_group_num: 3}}", "no multiple of multi_query_group_num"),
+    ("runner_config: {sink_mode: True}", "sink_mode counts steps wrongly on the CPU"),
+    ("dpo: {loss_type: ipo, label_smoothing: 0.1}", "does nothing for loss_type ipo"),
+    ("run_mode: predict", "needs model.arch.type ChatGLM2ForConditionalGeneration"),
+    ("parallel_config: {model_parallel: 2}", "model_parallel needs parallel.parallel_mode 1"),
+])
+def test_contradictions_are_named(tmp_path, text, part):
+    with pytest.raises(UserError, match=part):
+        load(overlay(tmp_path, text))
+
+
+def test_contradictions_come_at_once(tmp_path):
+    text = "model: {model_config: {use_flash_attention: True, compute_dtype: bfloat16}}\nrunner_config: {sink_mode: True}"
+    with pytest.raises(UserError) as error:
+        load(overlay(tmp_path, text))
+    assert all(part in str(error.value) for part in ("use_flash_attention", "bfloat16", "sink_mode"))
+
+
+@pytest.mark.parametrize(("content", "part"), [
+    ("a: [1", "not YAML"), ("- 1", "keys and values expected"), ("a: 1\na: 2", ":2: not YAML ('a' stands twice)"),
+    ("x: !!python/object/apply:os.getcwd []", "not YAML"), ("", "is empty"),
+    ("base_config: overlay.yaml", "leads back to it"), ("base_config: none.yaml", "none.yaml: no such file"),
+    ("base_config: 3", "base_config is 3"), ("seed: 1", "run_mode is missing"),
+])
+def test_broken_files_are_named(tmp_path, content, part):
+    path = tmp_path / "overlay.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError) as error:
+        load(path)
+    assert part in str(error.value)
+
+
+def test_yaml_of_another_command_is_refused():
+    with pytest.raises(UserError, match="run_mode is predict; this command needs preprocess"):
+        config.load(EXAMPLE / "predict_glm4_tiny.yaml", run_mode="preprocess")
+
+
+def test_plan_must_fit_the_number_of_workers():
+    settings = load(EXAMPLE / "finetune_glm4_9b.yaml")  # data_parallel 2 x model_parallel 4
+    config.check_workers(settings, 8)
+    with pytest.raises(UserError, match="= 8, but 4 worker"):
+        config.check_workers(settings, 4)
+    config.check_workers(load(EXAMPLE / "finetune_glm4_tiny.yaml"), 3)  # data parallel: any number
+
+
+def test_schema_offers_nothing_that_mindformers_does_not_take():
+    """Each model key is an argument of ChatGLM2Config, or of text generation."""
+    import inspect
+
+    from mindformers import ChatGLM2Config
+    from mindformers.generation import GenerationConfig
+    known = {*inspect.signature(ChatGLM2Config.__init__).parameters, *vars(GenerationConfig()), "type"}
+    assert set(config.SCHEMA["model"]["model_config"]) - known == {"max_decode_length"}  # PretrainedConfig's

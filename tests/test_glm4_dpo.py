@@ -1,0 +1,223 @@
+"""Glm4DPO and MindFormers' predict network on the golden case, and the cures without which they are wrong."""
+import json
+
+import mindspore as ms
+import numpy as np
+import pytest
+from conftest import GOLDEN, SEQ_LEN, load_model
+from mindformers.models.glm2 import glm2_modules
+from mindspore import nn, ops
+
+from mindrlhf import backend
+from mindrlhf.data.features import TokenPair, row_columns
+
+
+@pytest.fixture(scope="module")
+def training_model(golden):
+    return load_model(golden, "finetune").set_train(False)
+
+
+@pytest.fixture(scope="module")
+def predict_model(golden):
+    return load_model(golden, "predict", {"model.model_config.seq_length": 64}).set_train(False)
+
+
+class Logits(nn.Cell):
+    """Logits at every position, as the training model computes them."""
+
+    def __init__(self, model):
+        super().__init__(auto_prefix=False)
+        self.model = model
+
+    def construct(self, input_ids, segment_ids):
+        mask = self.model.attention_mask(segment_ids)
+        hidden = self.model.transformer(input_ids=input_ids, full_attention_mask=mask)
+        return self.model.transformer.output_layer(hidden)
+
+
+def move_last(logits_of, length, vocabulary=330):
+    """How far any logit before the last position moves when the last token changes, and how far the last ones do."""
+    ids = np.random.default_rng(0).integers(0, vocabulary, (1, length)).astype(np.int32)
+    before = logits_of(ids)
+    ids[0, -1] = (ids[0, -1] + 1) % vocabulary
+    change = np.abs(logits_of(ids) - before)[0]
+    return change[:-1].max(), change[-1].max()
+
+
+def test_training_model_is_causal(training_model):
+    network = Logits(training_model)
+    one_segment = ms.Tensor(np.ones((1, SEQ_LEN), np.int32))
+    earlier, last = move_last(lambda ids: network(ms.Tensor(ids), one_segment).asnumpy(), SEQ_LEN)
+    assert earlier == 0
+    assert last > 0.1
+
+
+def test_training_model_sees_no_other_segment(training_model):
+    network = Logits(training_model)
+    ids = np.random.default_rng(1).integers(0, 330, (1, SEQ_LEN)).astype(np.int32)
+    segments = np.repeat([[1, 2]], SEQ_LEN // 2, axis=1).reshape(1, -1).astype(np.int32)
+    before = network(ms.Tensor(ids), ms.Tensor(segments)).asnumpy()
+    ids[0, :SEQ_LEN // 2] = 5
+    after = network(ms.Tensor(ids), ms.Tensor(segments)).asnumpy()
+    assert np.abs(after - before)[0, SEQ_LEN // 2:].max() == 0
+
+
+def test_predict_model_is_causal(predict_model):
+    earlier, last = move_last(lambda ids: _logits(predict_model, ids), 64)
+    assert earlier == 0
+    assert last > 0.1
+
+
+def _logits(model, ids):
+    output = model(ms.Tensor(ids))
+    return (output[0] if isinstance(output, tuple) else output).asnumpy().reshape(*ids.shape, -1)
+
+
+def test_greedy_decoding_is_pytorchs(predict_model, expected):
+    for pair in expected["pairs"]:
+        prompt = pair["prompt_ids"]
+        output = predict_model.generate([prompt], max_new_tokens=16, do_sample=False, pad_token_id=316,
+                                        eos_token_id=[316, 323, 325])[0]
+        assert output[len(prompt):len(prompt) + 16].tolist() == pair["greedy_16"]
+
+
+@pytest.mark.parametrize("stop", [316, 323, 325])
+def test_generation_ends_at_each_stop_token(predict_model, stop):
+    """With the stop token's logit above all others by its bias-free row, the first new token ends the answer."""
+    weight = predict_model.transformer.output_layer.weight
+    kept = weight.asnumpy()
+    prompt = [318, 320, 323, 10, 65, 324]
+    # a row that points along the hidden state at the last prompt position wins there
+    hidden = predict_model.transformer(input_ids=ms.Tensor(np.array([prompt + [316] * 58], np.int32))).asnumpy()[0, 5]
+    changed = kept.copy()
+    changed[stop] = 100 * hidden / np.linalg.norm(hidden)
+    try:
+        weight.set_data(ms.Tensor(changed))
+        output = predict_model.generate([prompt], max_new_tokens=20, do_sample=False, pad_token_id=316,
+                                        eos_token_id=[316, 323, 325])[0]
+    finally:
+        weight.set_data(ms.Tensor(kept))
+    assert output[len(prompt)] == stop
+    assert set(output[len(prompt) + 1:].tolist()) <= {316}  # nothing but padding
+
+
+def columns(rows, ref=None, width=None):
+    """Columns of a batch of rows (lists of TokenPair), with reference log-probs of zero unless given."""
+    width = width or max(map(len, rows))
+    result = []
+    for side in ("chosen", "rejected"):
+        made = [row_columns(row, side, SEQ_LEN, 316) for row in rows]
+        result += [ms.Tensor(np.stack([row[name] for row in made]))
+                   for name in ("input_ids", "labels", "loss_mask", "segment_ids")]
+        result.append(ms.Tensor(np.zeros((len(rows), width), np.float32) if ref is None else ref[side]))
+    pair_ids = [[*range(len(row)), *[-1] * (width - len(row))] for row in rows]
+    return [*result, ms.Tensor(np.array(pair_ids, np.int32))]
+
+
+def token_pairs(expected):
+    return [TokenPair(pair["prompt_ids"], pair["chosen_ids"], pair["rejected_ids"]) for pair in expected["pairs"]]
+
+
+def test_loss_and_metrics_by_hand(training_model, expected):
+    """sums of a batch, from PyTorch's log-probs: against references of those + 1 and - 2, log-ratios are -1 and +2,
+    rewards -0.1 and 0.2, the margin -0.3, each loss softplus(0.3) = 0.854355."""
+    from mindrlhf.training import metrics
+    pairs = token_pairs(expected)
+    rows = [pairs[0:2], pairs[2:3], pairs[3:5], []]  # a row without pairs changes nothing
+    places = [[0, 1], [2], [3, 4], []]
+    width = 2
+    ref = {}
+    for side, shift in (("chosen", 1.0), ("rejected", -2.0)):
+        ref[side] = np.zeros((4, width), np.float32)
+        for row, place in enumerate(places):
+            ref[side][row, :len(place)] = [expected["pairs"][k][f"ref_{side}_logps"] + shift for k in place]
+    loss, sums = training_model(*columns(rows, ref, width))
+    found = metrics.means(sums.asnumpy(), sft_weight=1.0)
+    five = expected["pairs"][:5]
+    tokens = sum(len(pair["chosen_ids"]) for pair in five)
+    nll = -sum(pair["ref_chosen_logps"] for pair in five) / tokens
+    assert found["pairs"] == 5
+    assert found["tokens"] == tokens + sum(len(pair["rejected_ids"]) for pair in five)
+    assert found["accuracy"] == 0
+    for name, value, tolerance in (
+            ("dpo_loss", 0.854355, 1e-4), ("sft_loss", nll, 1e-5), ("margin", -0.3, 1e-4), ("chosen_reward", -0.1, 1e-4),
+            ("rejected_reward", 0.2, 1e-4), ("logratio_size", 1.5, 1e-3),
+            ("chosen_logps", np.mean([pair["ref_chosen_logps"] for pair in five]), 1e-3)):
+        assert found[name] == pytest.approx(value, abs=tolerance), name
+    assert float(loss) == pytest.approx(found["loss"], abs=1e-5)  # the YAML's sft_weight is 1
+    assert found["loss"] == pytest.approx(0.854355 + nll, abs=2e-4)
+
+
+# each cure, and what happens without it
+
+@pytest.fixture
+def small():
+    """A one-layer network of MindFormers, as it comes, ready to be built again and again."""
+    from mindformers import ChatGLM2Config, ChatGLM2ForConditionalGeneration
+    config = json.loads((GOLDEN / "hf_chatglm/config.json").read_text())
+
+    def build(*, before=backend.before_build, cure=backend.cure):
+        ms.set_seed(1)
+        before()
+        network = ChatGLM2ForConditionalGeneration(ChatGLM2Config(
+            num_layers=1, padded_vocab_size=330, hidden_size=96, ffn_hidden_size=160, kv_channels=16,
+            num_attention_heads=6, multi_query_group_num=2, seq_length=16, layernorm_epsilon=config["layernorm_epsilon"],
+            compute_dtype="float32", param_init_type="float32", rotary_dtype="float32", use_past=False,
+            use_flash_attention=False, eos_token_id=[316], pad_token_id=316))
+        for parameter in network.get_parameters():  # large enough that attention has preferences
+            parameter.set_data(ops.normal(parameter.shape, 0.0, 0.3, seed=2) if len(parameter.shape) > 1 else parameter)
+        return cure(network).set_train(False)
+
+    original = glm2_modules.check_rmsnorm_big_kernel_valid
+    yield build
+    glm2_modules.check_rmsnorm_big_kernel_valid = original
+
+
+def test_with_all_cures_a_network_runs(small):
+    earlier, last = move_last(lambda ids: _logits(small(), ids), 16)
+    assert earlier == 0
+    assert last > 0
+
+
+def test_without_the_rmsnorm_cure_there_is_no_kernel(small, monkeypatch):
+    monkeypatch.setattr(glm2_modules, "check_rmsnorm_big_kernel_valid", lambda: True)
+    with pytest.raises(Exception, match="RmsNorm"):
+        _logits(small(before=lambda: None), np.ones((1, 16), np.int32))
+
+
+def test_without_the_cast_cure_the_encoder_lacks_one(small):
+    network = small()
+    del network.transformer.encoder.cast
+    with pytest.raises(Exception, match="cast"):
+        _logits(network, np.ones((1, 16), np.int32))
+
+
+def test_without_the_mask_cure_the_future_leaks(small):
+    network = small()
+    network.transformer.encoder.layers[0].self_attention.core_attention.mul_mask = ops.Mul()  # as MindFormers has it
+    earlier, _ = move_last(lambda ids: _logits(network, ids), 16)
+    assert earlier > 0.1
+
+
+def test_without_the_argmax_cure_greedy_decoding_fails(small):
+    network = small()
+    assert len(network.generate([[318, 320, 5]], max_new_tokens=2, do_sample=False)[0]) >= 4
+    network.argmax = ms.mint.argmax
+    with pytest.raises(Exception, match="ArgMax"):
+        network.generate([[318, 320, 5]], max_new_tokens=2, do_sample=False)
+
+
+def test_cures_are_for_the_cpu_only(small, monkeypatch):
+    """On another device nothing is replaced but the cast that every MindSpore since 2.6 lacks."""
+    monkeypatch.setattr(backend, "is_cpu", lambda: False)
+    kept = glm2_modules.check_rmsnorm_big_kernel_valid
+    network = small()
+    assert glm2_modules.check_rmsnorm_big_kernel_valid is kept
+    assert not isinstance(network.transformer.encoder.layers[0].self_attention.core_attention.mul_mask, nn.Cell)
+    assert network.argmax is ms.mint.argmax
+
+
+def test_mask_dtype_follows_the_attention_kernel():
+    from types import SimpleNamespace
+    assert backend.attention_mask_dtype(SimpleNamespace(use_flash_attention=True)) == ms.uint8
+    assert backend.attention_mask_dtype(SimpleNamespace(use_flash_attention=False)) == ms.float32

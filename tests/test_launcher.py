@@ -1,0 +1,132 @@
+"""The launcher, with scripts that need no MindSpore: they print what they were given, fail, or wait."""
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+LAUNCHER = ROOT / "scripts" / "msrun_launcher.sh"
+SCRIPT = """
+import os, sys, time
+role, rank = os.environ.get("MS_ROLE", "none"), os.environ["RANK_ID"]
+if role == "MS_SCHED":
+    time.sleep(1000)
+print("rank", rank, "of", os.environ["MS_WORKER_NUM"], "device", os.environ["DEVICE_ID"], role, sys.argv[1:], flush=True)
+if "--fail" in sys.argv and rank == sys.argv[sys.argv.index("--fail") + 1]:
+    print("reason of rank", rank, file=sys.stderr)
+    sys.exit(7)
+if "--wait" in sys.argv or "--fail" in sys.argv:
+    time.sleep(1000)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    return tmp_path
+
+
+def start(folder, *arguments):
+    environment = {**os.environ, "PYTHON": sys.executable}
+    return subprocess.Popen(["bash", str(LAUNCHER), *arguments], cwd=folder, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env=environment, start_new_session=True)
+
+
+def launch(folder, *arguments):
+    process = start(folder, *arguments)
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def left_over(folder):
+    """Processes that still run the folder's script."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if os.readlink(f"/proc/{pid}/cwd") == str(folder) and "script.py" in open(f"/proc/{pid}/cmdline").read():
+                found.append(pid)
+        except OSError:
+            continue
+    return found
+
+
+def test_one_worker_runs_without_a_cluster(folder):
+    status, out, _ = launch(folder, "script.py --x 'two words' 中文", "1")
+    assert status == 0
+    assert out.strip() == "rank 0 of 1 device 0 none ['--x', 'two words', '中文']"
+
+
+def test_workers_get_ranks_and_the_first_is_shown(folder):
+    status, out, _ = launch(folder, "python script.py", "3", "0", "logs", "True", "60")
+    assert status == 0
+    assert out.strip() == "rank 0 of 3 device 0 MS_WORKER []"
+    assert sorted(os.listdir(folder / "logs")) == ["scheduler.log", "worker_0.log", "worker_1.log", "worker_2.log"]
+    assert (folder / "logs/worker_2.log").read_text().startswith("rank 2 of 3 device 2")
+    assert not left_over(folder)
+
+
+def test_nine_arguments_number_the_workers_of_a_second_machine(folder):
+    status, out, _ = launch(folder, "script.py", "4", "2", "127.0.0.1", "12345", "1", "logs", "True", "60")
+    assert status == 0
+    assert out.strip() == "rank 2 of 4 device 0 MS_WORKER []"
+    assert sorted(os.listdir(folder / "logs")) == ["worker_2.log", "worker_3.log"]  # the scheduler is on machine 0
+
+
+def test_eight_workers_are_the_default(folder):
+    status, out, _ = launch(folder, "script.py")
+    assert status == 0
+    assert "rank 0 of 8" in out
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_failing_worker_ends_all_and_its_log_is_shown(folder, rank):
+    status, out, err = launch(folder, f"script.py --fail {rank}", "2")
+    assert status == 7
+    assert f"reason of rank {rank}" in out + err
+    assert f"worker {rank} ended with status 7" in err
+    assert not left_over(folder)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_leaves_no_process(folder, number, status):
+    process = start(folder, "script.py --wait", "2")
+    deadline = time.time() + 20
+    while len(left_over(folder)) < 4 and time.time() < deadline:  # launcher, scheduler, two workers
+        time.sleep(0.1)
+    os.kill(process.pid, number)
+    process.communicate(timeout=20)
+    assert process.returncode == status
+    assert not left_over(folder)
+
+
+def test_two_launches_beside_each_other(folder):
+    both = [start(folder, "script.py", "2") for _ in range(2)]
+    for process in both:
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == 0
+        assert "rank 0 of 2" in out
+    assert len(os.listdir(folder / "output/msrun_log")) == 2
+
+
+def test_join_false_leaves_the_workers_running(folder):
+    status, out, _ = launch(folder, "script.py", "2", "0", "logs", "False", "60")
+    assert status == 0
+    assert "run in the background" in out
+    for pid in left_over(folder):
+        os.kill(int(pid), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("arguments", "part"), [
+    ((), "usage:"), (("a", "1", "2"), "usage:"), (("script.py", "two"), "WORKERS is 'two'"),
+    (("script.py", "0"), "from 1 to WORKERS"), (("none.py", "1"), "none.py: no such script"), (("", "1"), "usage:"),
+    (("script.py", "1", "0", "logs", "maybe", "60"), "JOIN is 'maybe'"),
+    (("script.py", "1", "2", "h", "1", "0", "logs", "True", "60"), "LOCAL_WORKERS 2"),
+    (("script.py 'x", "1"), "quotes"),
+])
+def test_wrong_arguments_are_named(folder, arguments, part):
+    status, _, err = launch(folder, *arguments)
+    assert status == 2
+    assert part in err

@@ -1,0 +1,269 @@
+"""Training on the golden case, through the commands."""
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import EXAMPLE, GOLDEN, ROOT, assert_one_error, run_script, write_overlay
+
+from mindrlhf import checkpoint
+from mindrlhf.cli import UserError
+
+RUN_DPO = EXAMPLE / "run_dpo.py"
+MORE = """
+dpo: {{sft_weight: {sft_weight}, check_reference: {check}}}
+runner_config: {{epochs: 2, batch_size: {batch_size}}}
+lr_schedule: {{learning_rate: 1e-3, warmup_ratio: 0.0}}
+resume_training: {resume}
+train_dataset: {{data_loader: {{shuffle: {shuffle}}}}}
+callbacks:
+  - {{type: DPOMonitor, per_print_times: 1}}
+  - {{type: CheckpointMonitor, prefix: glm4_dpo, save_checkpoint_steps: 1, keep_checkpoint_max: 9}}
+"""
+
+
+def training_yaml(folder, name, *, sft_weight=0.0, check=True, batch_size=1, resume=False, shuffle=True):
+    return write_overlay(folder / f"{name}.yaml", "finetune", MORE.format(
+        sft_weight=sft_weight, check=check, batch_size=batch_size, resume=resume, shuffle=shuffle))
+
+
+def arguments(golden, config, output, *, data=None, weights=None, more=()):
+    return ["--config", config, "--train_dataset", data or golden.data, "--vocab_file", golden.tokenizer,
+            "--load_checkpoint", weights or golden.checkpoint, "--auto_trans_ckpt", "False", "--output_dir", output, *more]
+
+
+def records(output, split="train"):
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["split"] == split]
+
+
+@pytest.fixture(scope="module")
+def run(golden):
+    """One training run in one process, 3 rows in batches of 1, two epochs, with an evaluation."""
+    output = golden.folder / "run"
+    config = training_yaml(golden.folder, "plain")
+    result = run_script(RUN_DPO, *arguments(golden, config, output, more=["--eval_dataset", golden.data]))
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.strip() == ""  # quiet
+    return output, result.stdout
+
+
+def test_step_0_is_ln_2_with_rewards_of_0(run):
+    first = records(run[0])[0]
+    assert first["step"] == 0
+    assert first["dpo_loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert first["loss"] == first["dpo_loss"]  # sft_weight 0
+    assert abs(first["chosen_reward"]) < 1e-4
+    assert abs(first["rejected_reward"]) < 1e-4
+
+
+def test_every_pair_is_trained_once_an_epoch(run):
+    assert sum(step["pairs"] for step in records(run[0])) == 2 * 8
+
+
+def test_training_raises_the_margin_on_the_evaluated_pairs(run):
+    before, after = records(run[0], "eval")
+    assert (before["when"], after["when"]) == ("before training", "after training")
+    assert before["pairs"] == after["pairs"] == 8
+    assert abs(before["margin"]) < 1e-4
+    assert after["accuracy"] == 1
+    assert after["margin"] > 1
+
+
+def test_the_console_tells_it_in_one_line_a_step(run):
+    lines = [line for line in run[1].splitlines() if line.startswith("step ")]
+    assert len(lines) == 6
+    assert "loss 0.6931 (dpo 0.6931)" in lines[0]
+
+
+@pytest.fixture(scope="module")
+def two_workers(golden):
+    """The same rows with two workers (a global batch of 2, the last one filled up), against one worker with batches of 2."""
+    outputs = {}
+    config = training_yaml(golden.folder, "two", shuffle=False, sft_weight=1.0)
+    outputs["two"] = golden.folder / "run_two"
+    command = " ".join(map(str, [RUN_DPO, *arguments(golden, config, outputs["two"])]))
+    result = subprocess.run(["bash", str(ROOT / "scripts/msrun_launcher.sh"), command, "2", "0",
+                             str(golden.folder / "log_two"), "True", "120"], capture_output=True, text=True, timeout=300,
+                            env={**os.environ, "PYTHON": sys.executable})
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "[INFO]" not in result.stdout + result.stderr
+    outputs["one"] = golden.folder / "run_one"
+    config = training_yaml(golden.folder, "one", shuffle=False, sft_weight=1.0, batch_size=2)
+    result = run_script(RUN_DPO, *arguments(golden, config, outputs["one"]))
+    assert result.returncode == 0, result.stderr
+    return outputs
+
+
+def test_two_workers_train_as_one_does(two_workers):
+    one, two = records(two_workers["one"]), records(two_workers["two"])
+    assert [step["pairs"] for step in one] == [step["pairs"] for step in two] == [6, 2, 6, 2]
+    for left, right in zip(one, two):
+        for name in ("loss", "dpo_loss", "sft_loss", "margin", "chosen_logps", "grad_norm"):
+            assert left[name] == pytest.approx(right[name], rel=2e-4, abs=1e-4), (left["step"], name)
+
+
+def test_replicas_merge_to_one_verified_checkpoint(two_workers, golden, tmp_path, capsys):
+    import transform_checkpoint
+    source = two_workers["two"]
+    transform_checkpoint.main(["--src_checkpoint", str(source / "checkpoint_network"), "--src_strategy",
+                               str(source / "strategy"), "--dst_checkpoint", str(tmp_path / "new" / "merged")])
+    assert "24 parameters" in capsys.readouterr().out
+    merged = checkpoint.read(tmp_path / "new/merged/merged.ckpt")
+    before = checkpoint.read(golden.checkpoint)
+    assert {name: tensor.shape for name, tensor in merged.items()} == {name: t.shape for name, t in before.items()}
+    assert any(not np.array_equal(merged[name].array(), before[name].array()) for name in before)  # trained
+
+
+@pytest.mark.parametrize("damage", ["missing", "other", "empty", "cut"])
+def test_ranks_that_do_not_belong_together_are_not_merged(two_workers, golden, tmp_path, damage):
+    import transform_checkpoint
+    shutil.copytree(two_workers["two"] / "checkpoint_network", tmp_path / "source")
+    (second,) = (tmp_path / "source/rank_1").glob("*.ckpt")
+    if damage == "missing":
+        (tmp_path / "source/rank_1").rename(tmp_path / "source/rank_2")
+    elif damage == "other":
+        shutil.copy(golden.checkpoint, second)
+    elif damage == "empty":
+        second.unlink()
+    else:
+        second.write_bytes(second.read_bytes()[:-100])
+    with pytest.raises(UserError, match="rank_1"):
+        transform_checkpoint.main(["--src_checkpoint", str(tmp_path / "source"), "--dst_checkpoint", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_resumed_run_goes_on_as_the_unbroken_one_and_needs_no_check(run, golden, tmp_path):
+    output, _ = run
+    state = sorted((output / "checkpoint/rank_0").glob("*-1_3.ckpt"))[0]  # epoch 1, step 3 of 3
+    config = training_yaml(golden.folder, "resumed", resume=True)
+    result = run_script(RUN_DPO, *arguments(golden, config, tmp_path / "resumed", weights=state))
+    assert result.returncode == 0, result.stderr
+    resumed, unbroken = records(tmp_path / "resumed"), records(output)[3:]
+    assert [step["step"] for step in resumed] == [step["step"] for step in unbroken] == [3, 4, 5]
+    for left, right in zip(resumed, unbroken):
+        assert {name: left[name] for name in ("loss", "margin", "learning_rate", "grad_norm", "pairs")} == {
+            name: right[name] for name in ("loss", "margin", "learning_rate", "grad_norm", "pairs")}
+
+
+def other_weights(golden, path):
+    """The golden weights with one matrix scaled by 1.5: another checkpoint of the same shapes."""
+    tensors = checkpoint.read(golden.checkpoint)
+    scaled = "transformer.encoder.layers.0.mlp.dense_4h_to_h.weight"
+    checkpoint.write(path, [(name, t.dtype, t.shape, lambda t=t, name=name: t.array() * (1.5 if name == scaled else 1))
+                            for name, t in tensors.items()])
+    return path
+
+
+def test_weights_other_than_the_preprocessings_stop_before_the_first_step(golden, tmp_path):
+    weights = other_weights(golden, tmp_path / "other.ckpt")
+    result = run_script(RUN_DPO, *arguments(golden, training_yaml(golden.folder, "plain"), tmp_path / "out", weights=weights))
+    assert_one_error(result, "was not made for this run", "checkpoint was", golden.checkpoint)
+    assert not (tmp_path / "out/metrics.jsonl").exists()
+
+
+def test_policy_that_is_not_the_reference_stops_at_the_first_step(golden, tmp_path):
+    """The sidecar is made to agree, so that only the step itself can tell."""
+    weights = other_weights(golden, tmp_path / "other.ckpt")
+    data = copy_data(golden, tmp_path, checkpoint={"file": "other.ckpt",
+                                                   "fingerprint": checkpoint.fingerprint(checkpoint.read(weights))})
+    config = training_yaml(golden.folder, "plain")
+    result = run_script(RUN_DPO, *arguments(golden, config, tmp_path / "out", weights=weights, data=data))
+    assert_one_error(result, "policy and reference differ by", "dpo.check_reference False")
+    assert not list((tmp_path / "out").glob("checkpoint*/rank_0/*.ckpt"))
+    config = training_yaml(golden.folder, "unchecked", check=False)
+    result = run_script(RUN_DPO, *arguments(golden, config, tmp_path / "out", weights=weights, data=data))
+    assert result.returncode == 0, result.stderr
+
+
+def copy_data(golden, folder, **changes):
+    """The golden data, with other entries in the sidecar. MindSpore wants the file to keep its name."""
+    for suffix in ("", ".db", ".json"):
+        shutil.copy(f"{golden.data}{suffix}", folder / f"{golden.data.name}{suffix}")
+    sidecar = folder / f"{golden.data.name}.json"
+    sidecar.write_text(json.dumps({**json.loads(sidecar.read_text()), **changes}))
+    return folder / golden.data.name
+
+
+@pytest.mark.parametrize(("changes", "part"), [
+    ({"seq_len": 64}, "seq_len was 64 (in the data), now 320"),
+    ({"template": "llama"}, "template was llama"),
+    ({"tokenizer": {"file": "other.model", "sha256": "0" * 64}}, "tokenizer was 000000000000... (other.model)"),
+    ({"format": 0}, "format 0"),
+])
+def test_data_made_otherwise_are_refused(golden, tmp_path, changes, part):
+    import run_dpo
+    data = copy_data(golden, tmp_path, **changes)
+    with pytest.raises(UserError) as error:
+        run_dpo.main([*map(str, arguments(golden, training_yaml(golden.folder, "plain"), tmp_path / "out", data=data))])
+    assert part in str(error.value)
+
+
+@pytest.mark.parametrize("lacking", ["", ".db", ".json"])
+def test_data_that_are_not_whole_are_refused(golden, tmp_path, lacking):
+    import run_dpo
+    data = copy_data(golden, tmp_path)
+    (tmp_path / f"{data.name}{lacking}").unlink()
+    with pytest.raises(UserError, match="no such file"):
+        run_dpo.main([*map(str, arguments(golden, training_yaml(golden.folder, "plain"), tmp_path / "out", data=data))])
+
+
+# weights: strict, both ways, for training and prediction alike
+
+@pytest.fixture
+def damaged(golden, tmp_path, request):
+    tensors = list(checkpoint.read(golden.checkpoint).values())
+    items = [(t.name, t.dtype, t.shape, t.array) for t in tensors]
+    name = "transformer.encoder.layers.1.mlp.dense_h_to_4h.weight"
+    if request.param == "missing":
+        items = [item for item in items if item[0] != name]
+    elif request.param == "not in the model":
+        items.append((name := "transformer.extra.weight", "F32", (2,), lambda: np.zeros(2, "f4")))
+    else:
+        items = [(n, d, (3,), lambda: np.zeros(3, "f4")) if n == name else (n, d, s, m) for n, d, s, m in items]
+    checkpoint.write(tmp_path / "damaged.ckpt", items)
+    return tmp_path / "damaged.ckpt", request.param, name
+
+
+@pytest.mark.parametrize("damaged", ["missing", "not in the model", "of another shape"], indirect=True)
+@pytest.mark.parametrize("command", ["preprocess", "finetune", "predict"])
+def test_weights_that_do_not_fit_stop_every_command(golden, tmp_path, damaged, command, monkeypatch):
+    import dpo_preprocess_glm4_parallel
+    import run_dpo
+    weights, problem, name = damaged
+    common = ["--load_checkpoint", weights]
+    calls = {"preprocess": (dpo_preprocess_glm4_parallel, ["--src", golden.pairs, "--dst", tmp_path / "x.mindrecord",
+                                                          "--config", golden.process, "--tokenizer", golden.tokenizer]),
+             "finetune": (run_dpo, ["--config", golden.finetune, "--train_dataset", golden.data, "--vocab_file",
+                                    golden.tokenizer]),
+             "predict": (run_dpo, ["--config", golden.predict, "--vocab_file", golden.tokenizer, "--predict_data", "x"])}
+    module, options = calls[command]
+    with pytest.raises(UserError) as error:
+        module.main([*map(str, options + common)])
+    assert f"{problem}: {name}" in str(error.value)
+    assert not (tmp_path / "x.mindrecord").exists()
+
+
+@pytest.mark.parametrize("command", ["finetune", "predict"])
+def test_no_command_runs_without_weights(golden, command):
+    import run_dpo
+    options = {"finetune": ["--train_dataset", golden.data], "predict": ["--predict_data", "x"]}[command]
+    with pytest.raises(UserError, match="no weights given"):
+        run_dpo.main([*map(str, ["--config", getattr(golden, command), "--vocab_file", golden.tokenizer, *options])])
+
+
+def test_predict_prints_the_answer_once_and_nothing_else(golden, expected):
+    """The greedy continuation of the first pair, decoded: its first 16 tokens are PyTorch's."""
+    from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
+    text = json.loads((GOLDEN / "pairs.jsonl").read_text().splitlines()[0])["prompt"]
+    result = run_script(RUN_DPO, "--config", golden.predict, "--load_checkpoint", golden.checkpoint, "--auto_trans_ckpt",
+                        "False", "--vocab_file", golden.tokenizer, "--predict_data", text)
+    assert result.returncode == 0
+    assert result.stderr == ""
+    wanted = Glm4Tokenizer(golden.tokenizer).decode(expected["pairs"][0]["greedy_16"][:12]).strip()
+    assert result.stdout.count(wanted) == 1
+    assert result.stdout.startswith(wanted)
