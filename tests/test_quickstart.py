@@ -1,0 +1,54 @@
+"""quickstart.sh from end to end, and the tiny model that it starts from."""
+import json
+import subprocess
+
+import make_tiny_glm4
+import pytest
+from conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def screen():
+    result = subprocess.run(["bash", "quickstart.sh"], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+def test_it_ends_on_one_screen_with_the_preferred_answer(screen):
+    summary = screen[screen.index("== summary =="):].splitlines()
+    text = "\n".join(summary)
+    assert len(summary) <= 24
+    assert "step 0: dpo loss 0.6931" in text
+    assert "as preferred, word for word" in text
+    assert "8 NPUs" in text
+
+
+def test_training_raises_accuracy_and_margin_on_pairs_it_never_saw(screen):
+    lines = (ROOT / "output/quickstart/run/metrics.jsonl").read_text().splitlines()
+    before, after = [record for record in map(json.loads, lines) if record["split"] == "eval"]
+    assert abs(before["margin"]) < 1e-4
+    assert after["accuracy"] > 0.9
+    assert after["margin"] > 1
+    assert before["pairs"] == after["pairs"] == 16
+
+
+def test_the_console_is_quiet(screen):
+    for word in ("WARNING", "[INFO]", "Traceback", "deprecated"):
+        assert word not in screen
+
+
+def test_pairs_are_enough_and_disjoint():
+    train, held_out = make_tiny_glm4.make_pairs()
+    assert len(train) >= 64
+    assert len(held_out) >= 16
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
+    assert any(row["prompt"].isascii() for row in train)
+    assert all(row["pos_resp"] != row["neg_resp"] for row in train + held_out)
+
+
+def test_tokenizer_joins_the_most_frequent_pair_first():
+    """By hand: in "ab ab abc" the pair (a, b) stands 3 times, then (space, ab) twice; GLM-4's split gives "ab",
+    " ab", " abc"."""
+    tokens = make_tiny_glm4.train_tokenizer("ab ab abc", 258)
+    assert tokens[:256] == [bytes([byte]) for byte in range(256)]
+    assert tokens[256:] == [b"ab", b" ab"]
