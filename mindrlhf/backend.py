@@ -19,8 +19,8 @@ def is_cpu():
 
 def quiet():
     """Silence MindFormers' info lines and its print of the whole configuration. Call before anything of it logs."""
-    from mindformers.trainer import base_trainer
     from mindformers.tools.logger import get_logger
+    from mindformers.trainer import base_trainer
     get_logger(stdout_level="WARNING", file_level=[], file_name=[]).setLevel("ERROR")
     base_trainer.pprint = lambda _: None
 
@@ -62,14 +62,40 @@ def attention_mask_dtype(config):
     return ms.uint8 if config.use_flash_attention else ms.float32
 
 
-def data_parallel_sum():
-    """How to sum over data-parallel workers: (Cell or function, number of workers).
+class SumOverWorkers(nn.Cell):
+    """Sum of a tensor over the data-parallel workers.
 
-    In semi-auto parallel mode a sum over the batch is global already.
+    In semi-auto parallel mode a sum over the batch is global already, and with one worker there is nothing to add.
+
+    Attributes:
+        replicas: number of workers whose gradients MindSpore averages.
     """
-    if ms.get_auto_parallel_context("parallel_mode") != "data_parallel" or cli.workers() == 1:
-        return nn.Identity(), 1
-    return ops.AllReduce(), cli.workers()
+
+    def __init__(self):
+        super().__init__()
+        alone = ms.get_auto_parallel_context("parallel_mode") != "data_parallel" or cli.workers() == 1
+        self.replicas = 1 if alone else cli.workers()
+        self.all_reduce = nn.Identity() if alone else ops.AllReduce()
+
+    def construct(self, tensor):
+        """Any shape -> the same shape."""
+        return self.all_reduce(tensor)
+
+
+def evaluation_network(network):
+    """A network as it must be called outside of training: in semi-auto parallel mode the batch is split first."""
+    if ms.get_auto_parallel_context("parallel_mode") not in ("semi_auto_parallel", "auto_parallel"):
+        return network
+    from mindspore.nn.wrap.cell_wrapper import _VirtualDatasetCell
+    return _VirtualDatasetCell(network)
+
+
+def peak_memory():
+    """Most memory that this process held, bytes: of the device on an NPU, resident on the CPU."""
+    if is_cpu():
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return ms.hal.max_memory_allocated()
 
 
 class _FloatMaskMul(nn.Cell):

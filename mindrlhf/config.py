@@ -66,9 +66,9 @@ def _list_of(check, length=None):
 
 _DATASET = {"data_loader": {"type": _one_of("MindDataset"), "dataset_dir": _text, "shuffle": _boolean}}
 _CALLBACKS = {
-    "DPOMonitor": {"per_print_times": _whole(1)},
-    "CheckpointMonitor": {"prefix": _text, "save_checkpoint_steps": _whole(1), "keep_checkpoint_max": _whole(1),
-                          "integrated_save": _boolean, "async_save": _boolean}}
+    "DPOMonitor": {"per_print_times": _whole(1), "max_bad_steps": _whole(1)},
+    "EvalMonitor": {"eval_step_interval": _whole(0), "best_metric": _one_of("loss", "dpo_loss", "accuracy", "margin")},
+    "DPOCheckpointMonitor": {"prefix": _text, "save_checkpoint_steps": _whole(1), "keep_checkpoint_max": _whole(1)}}
 
 
 def _callbacks(value):
@@ -88,7 +88,7 @@ def _callbacks(value):
 # Every key that somebody reads. MindFormers reads all but `dpo`; what it would read but GLM-4 fixes is not offered.
 SCHEMA = {
     "seed": _whole(0, 2**32 - 1), "run_mode": _one_of(*RUN_MODES), "output_dir": _text, "load_checkpoint": _text,
-    "auto_trans_ckpt": _boolean, "resume_training": _boolean,
+    "auto_trans_ckpt": _boolean, "resume_training": lambda value: None if value is False else _text(value),
     "context": {"mode": _one_of(0), "device_target": _one_of("Ascend", "CPU"), "max_device_memory": _text,
                 "max_call_depth": _whole(1), "memory_optimize_level": _one_of("O0", "O1"),
                 "jit_config": {"jit_level": _one_of("O0", "O1", "O2")}, "save_graphs": _boolean, "save_graphs_path": _text},
@@ -112,7 +112,8 @@ SCHEMA = {
             "label_smoothing": _number(0, 0.5), "sft_weight": _number(0), "average_log_prob": _boolean,
             "logps_chunk_size": _whole(0), "check_reference": _boolean, "reference_tolerance": _number(0, above=True)},
     "train_dataset": _DATASET, "eval_dataset": _DATASET,
-    "runner_config": {"epochs": _whole(1), "batch_size": _whole(1), "sink_mode": _boolean, "sink_size": _whole(1)},
+    "runner_config": {"epochs": _whole(1), "batch_size": _whole(1), "sink_mode": _boolean, "sink_size": _whole(1),
+                      "max_steps": _whole(0), "gradient_accumulation_steps": _whole(1)},
     "runner_wrapper": {"type": _one_of("DPOTrainOneStepCell"), "max_grad_norm": _number(0, above=True)},
     "optimizer": {"type": _one_of("AdamW", "FP32StateAdamWeightDecay"), "betas": _list_of(_number(0, 1), 2),
                   "beta1": _number(0, 1), "beta2": _number(0, 1), "eps": _number(0, above=True),
@@ -204,8 +205,8 @@ def read(path, chain=()):
 
 
 def merge(base, own):
-    """Dict with the keys of both; own wins, dicts are merged, lists are replaced."""
-    merged = dict(base)
+    """Dict with the keys of both; own wins, dicts are merged, lists are replaced. Neither is changed."""
+    merged = {key: merge(value, {}) if isinstance(value, dict) else value for key, value in base.items()}
     for key, value in own.items():
         both = isinstance(value, dict) and isinstance(base.get(key), dict)
         merged[key] = merge(base[key], value) if both else value
@@ -280,5 +281,11 @@ def to_mindformers(settings):
     from mindformers.tools.register import MindFormerConfig
     insisted = {"micro_batch_interleave_num": 1, "moe_config": {}, "train_dataset_task": {}, "train_dataset": {},
                 "model": {"model_config": {"checkpoint_name_or_path": ""}}}
-    ours = ("eval_dataset", "load_checkpoint")  # run_dpo.py does these; MindFormers must not do them again
-    return MindFormerConfig(**{key: value for key, value in merge(settings, insisted).items() if key not in ours})
+    merged = merge(settings, insisted)
+    for key in ("eval_dataset", "load_checkpoint", "resume_training"):  # run_dpo.py does these itself
+        merged.pop(key, None)
+    merged["callbacks"] = []
+    if "runner_wrapper" in merged:  # MindFormers accumulates in semi-auto parallel mode only, our step everywhere
+        steps = merged["runner_config"].pop("gradient_accumulation_steps", 1)
+        merged["runner_wrapper"]["accumulation"] = steps
+    return MindFormerConfig(**merged)

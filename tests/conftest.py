@@ -62,8 +62,9 @@ def expected():
 @pytest.fixture(scope="session")
 def golden(tmp_path_factory):
     """The golden case, converted and preprocessed once: paths of its files and YAMLs."""
-    import convert_weight
     import dpo_preprocess_glm4_parallel as preprocess
+
+    import convert_weight
     folder = tmp_path_factory.mktemp("golden")
     files = SimpleNamespace(
         folder=folder, checkpoint=folder / "golden.ckpt", tokenizer=GOLDEN / "tokenizer.model",

@@ -131,18 +131,21 @@ def test_loss_and_metrics_by_hand(training_model, expected):
         ref[side] = np.zeros((4, width), np.float32)
         for row, place in enumerate(places):
             ref[side][row, :len(place)] = [expected["pairs"][k][f"ref_{side}_logps"] + shift for k in place]
-    loss, sums = training_model(*columns(rows, ref, width))
+    tokens = sum(len(pair["chosen_ids"]) for pair in expected["pairs"][:5])
+    weights = ms.Tensor(np.tile([[1 / 5, 1 / tokens]], (4, 1)), ms.float32)
+    loss, sums, finite = training_model(*columns(rows, ref, width), weights)
+    assert finite.asnumpy().all()
     found = metrics.means(sums.asnumpy(), sft_weight=1.0)
     five = expected["pairs"][:5]
-    tokens = sum(len(pair["chosen_ids"]) for pair in five)
     nll = -sum(pair["ref_chosen_logps"] for pair in five) / tokens
     assert found["pairs"] == 5
-    assert found["tokens"] == tokens + sum(len(pair["rejected_ids"]) for pair in five)
+    assert found["tokens"] == sum(2 * len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in five)
     assert found["accuracy"] == 0
     for name, value, tolerance in (
             ("dpo_loss", 0.854355, 1e-4), ("sft_loss", nll, 1e-5), ("margin", -0.3, 1e-4), ("chosen_reward", -0.1, 1e-4),
             ("rejected_reward", 0.2, 1e-4), ("logratio_size", 1.5, 1e-3),
-            ("chosen_logps", np.mean([pair["ref_chosen_logps"] for pair in five]), 1e-3)):
+            ("chosen_logps", np.mean([pair["ref_chosen_logps"] for pair in five]), 1e-3),
+            ("chosen_logps_per_token", -nll, 1e-5)):
         assert found[name] == pytest.approx(value, abs=tolerance), name
     assert float(loss) == pytest.approx(found["loss"], abs=1e-5)  # the YAML's sft_weight is 1
     assert found["loss"] == pytest.approx(0.854355 + nll, abs=2e-4)

@@ -18,17 +18,17 @@ MORE = """
 dpo: {{sft_weight: {sft_weight}, check_reference: {check}}}
 runner_config: {{epochs: 2, batch_size: {batch_size}}}
 lr_schedule: {{learning_rate: 1e-3, warmup_ratio: 0.0}}
-resume_training: {resume}
 train_dataset: {{data_loader: {{shuffle: {shuffle}}}}}
 callbacks:
   - {{type: DPOMonitor, per_print_times: 1}}
-  - {{type: CheckpointMonitor, prefix: glm4_dpo, save_checkpoint_steps: 1, keep_checkpoint_max: 9}}
+  - {{type: EvalMonitor, eval_step_interval: 0}}
+  - {{type: DPOCheckpointMonitor, prefix: glm4_dpo, save_checkpoint_steps: 1, keep_checkpoint_max: 9}}
 """
 
 
-def training_yaml(folder, name, *, sft_weight=0.0, check=True, batch_size=1, resume=False, shuffle=True):
+def training_yaml(folder, name, *, sft_weight=0.0, check=True, batch_size=1, shuffle=True):
     return write_overlay(folder / f"{name}.yaml", "finetune", MORE.format(
-        sft_weight=sft_weight, check=check, batch_size=batch_size, resume=resume, shuffle=shuffle))
+        sft_weight=sft_weight, check=check, batch_size=batch_size, shuffle=shuffle))
 
 
 def arguments(golden, config, output, *, data=None, weights=None, more=()):
@@ -54,7 +54,7 @@ def run(golden):
 
 def test_step_0_is_ln_2_with_rewards_of_0(run):
     first = records(run[0])[0]
-    assert first["step"] == 0
+    assert first["step"] == 1
     assert first["dpo_loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert first["loss"] == first["dpo_loss"]  # sft_weight 0
     assert abs(first["chosen_reward"]) < 1e-4
@@ -67,7 +67,7 @@ def test_every_pair_is_trained_once_an_epoch(run):
 
 def test_training_raises_the_margin_on_the_evaluated_pairs(run):
     before, after = records(run[0], "eval")
-    assert (before["when"], after["when"]) == ("before training", "after training")
+    assert (before["step"], after["step"]) == (0, 6)
     assert before["pairs"] == after["pairs"] == 8
     assert abs(before["margin"]) < 1e-4
     assert after["accuracy"] == 1
@@ -139,12 +139,12 @@ def test_ranks_that_do_not_belong_together_are_not_merged(two_workers, golden, t
 
 def test_resumed_run_goes_on_as_the_unbroken_one_and_needs_no_check(run, golden, tmp_path):
     output, _ = run
-    state = sorted((output / "checkpoint/rank_0").glob("*-1_3.ckpt"))[0]  # epoch 1, step 3 of 3
-    config = training_yaml(golden.folder, "resumed", resume=True)
-    result = run_script(RUN_DPO, *arguments(golden, config, tmp_path / "resumed", weights=state))
+    state = output / "checkpoint/rank_0/glm4_dpo-step_00000003.ckpt"
+    config = training_yaml(golden.folder, "plain")
+    result = run_script(RUN_DPO, *arguments(golden, config, tmp_path / "resumed", more=["--resume", state]))
     assert result.returncode == 0, result.stderr
     resumed, unbroken = records(tmp_path / "resumed"), records(output)[3:]
-    assert [step["step"] for step in resumed] == [step["step"] for step in unbroken] == [3, 4, 5]
+    assert [step["step"] for step in resumed] == [step["step"] for step in unbroken] == [4, 5, 6]
     for left, right in zip(resumed, unbroken):
         assert {name: left[name] for name in ("loss", "margin", "learning_rate", "grad_norm", "pairs")} == {
             name: right[name] for name in ("loss", "margin", "learning_rate", "grad_norm", "pairs")}

@@ -11,9 +11,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mindrlhf import checkpoint, cli, config  # noqa: E402
-from mindrlhf.data import mindrecord, packing, preference, reference  # noqa: E402
-from mindrlhf.models.glm4 import template  # noqa: E402
+from mindrlhf import checkpoint, cli, config
+from mindrlhf.data import mindrecord, packing, preference, reference
+from mindrlhf.models.glm4 import template
 
 EXAMPLE = """  bash ../../scripts/msrun_launcher.sh "dpo_preprocess_glm4_parallel.py --src pairs.jsonl --dst dpo.mindrecord \\
     --config process_glm4_9b.yaml --tokenizer tokenizer.model --load_checkpoint glm4_9b.ckpt \\

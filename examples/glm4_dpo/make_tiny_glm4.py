@@ -14,8 +14,8 @@ import regex
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mindrlhf import checkpoint, cli, config  # noqa: E402
-from mindrlhf.models.glm4 import weights  # noqa: E402
+from mindrlhf import checkpoint, cli, config
+from mindrlhf.models.glm4 import weights
 
 EXAMPLE = "  python make_tiny_glm4.py --output_path tiny/"
 SPECIAL_TOKENS = 14  # that ChatGLM4Tokenizer adds behind the vocabulary of the file

@@ -4,7 +4,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mindrlhf import cli, config  # noqa: E402
+from mindrlhf import cli, config
 
 EXAMPLE = """  bash ../../scripts/msrun_launcher.sh "run_dpo.py --config finetune_glm4_9b.yaml --train_dataset dpo.mindrecord \\
     --vocab_file tokenizer.model --load_checkpoint glm4_9b.ckpt --auto_trans_ckpt True" 8
@@ -22,6 +22,8 @@ def parser():
     parse.add_argument("--auto_trans_ckpt", type=cli.boolean, metavar="True|False",
                        help="share one whole checkpoint out over the cards of a parallel plan")
     parse.add_argument("--predict_data", metavar="TEXT", help="predict: what the user says")
+    parse.add_argument("--resume", metavar="auto|FILE", help="finetune: go on from the last whole state in output_dir, or "
+                       "from a file of output/checkpoint/rank_0")
     parse.add_argument("--output_dir", help="where checkpoints, strategies and metrics go (default: ./output)")
     return parse
 
@@ -31,7 +33,8 @@ def load_settings(arguments):
         "load_checkpoint": arguments.load_checkpoint, "auto_trans_ckpt": arguments.auto_trans_ckpt,
         "train_dataset.data_loader.dataset_dir": arguments.train_dataset,
         "eval_dataset.data_loader.dataset_dir": arguments.eval_dataset,
-        "processor.tokenizer.vocab_file": arguments.vocab_file, "output_dir": arguments.output_dir})
+        "processor.tokenizer.vocab_file": arguments.vocab_file, "output_dir": arguments.output_dir,
+        "resume_training": arguments.resume})
 
 
 def finetune(settings):
@@ -41,11 +44,12 @@ def finetune(settings):
 
     config.check_workers(settings, cli.workers())
     data = run.open_data(settings)  # says what is wrong before the workers meet
+    resumed = run.find_state(settings)
     run_config = config.to_mindformers(settings)
     backend.start(run_config, parallel=cli.workers() > 1)
     model = backend.build_network(run_config)
-    run.load_weights(model, settings, data)
-    run.train(model, run_config, settings, data)
+    run.load_weights(model, settings, data, resumed)
+    run.train(model, run_config, settings, data, resumed)
 
 
 def predict(settings, text):

@@ -1,7 +1,7 @@
 """Names of what a training step measures, and sums to means."""
 
 # the sums over the pairs of a batch that Glm4DPO returns, in this order
-SUMS = ("pairs", "chosen_tokens", "rejected_tokens", "dpo_loss", "sft_nll", "chosen_logps", "rejected_logps",
+SUMS = ("pairs", "tokens", "chosen_tokens", "rejected_tokens", "dpo_loss", "sft_nll", "chosen_logps", "rejected_logps",
         "chosen_reward", "rejected_reward", "correct", "logratio_size")
 
 
@@ -14,16 +14,19 @@ def means(sums, *, sft_weight):
 
     Returns:
         dict: loss = dpo_loss + sft_weight * sft_loss; dpo_loss, rewards and accuracy are means over pairs (a tie is no
-        success), sft_loss is per chosen token, chosen_logps and rejected_logps are per answer in nats.
-        logratio_size is the mean over answers of |log pi - log pi_ref|: 0 where policy and reference are the same.
+        success); sft_loss is per chosen token. chosen_logps and rejected_logps are nats an answer, with _per_token nats
+        a scored token. logratio_size is the mean over answers of |log pi - log pi_ref|: 0 where policy and reference
+        are the same. pairs and tokens (both sides, prompts included) are counts.
     """
     total = dict(zip(SUMS, map(float, sums), strict=True))
     pairs = max(total["pairs"], 1.0)
     result = {"dpo_loss": total["dpo_loss"] / pairs, "sft_loss": total["sft_nll"] / max(total["chosen_tokens"], 1.0),
               "accuracy": total["correct"] / pairs,
               "margin": (total["chosen_reward"] - total["rejected_reward"]) / pairs}
-    for name in ("chosen_reward", "rejected_reward", "chosen_logps", "rejected_logps"):
-        result[name] = total[name] / pairs
+    for side in ("chosen", "rejected"):
+        logps = total[f"{side}_logps"]
+        result |= {f"{side}_reward": total[f"{side}_reward"] / pairs, f"{side}_logps": logps / pairs,
+                   f"{side}_logps_per_token": logps / max(total[f"{side}_tokens"], 1.0)}
     return {"loss": result["dpo_loss"] + sft_weight * result["sft_loss"], **result,
             "logratio_size": total["logratio_size"] / (2 * pairs), "pairs": int(total["pairs"]),
-            "tokens": int(total["chosen_tokens"] + total["rejected_tokens"])}
+            "tokens": int(total["tokens"])}

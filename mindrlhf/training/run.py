@@ -1,13 +1,25 @@
 """A training run: its data, its weights, and MindFormers' Trainer around them."""
+import math
 from dataclasses import dataclass
 from pathlib import Path
+
+from mindspore.train.callback import Callback
 
 from mindrlhf import backend, checkpoint, cli, config
 from mindrlhf.data import mindrecord
 from mindrlhf.data.dataset import open_dataset
 from mindrlhf.models.glm4 import template
-from mindrlhf.training import callbacks, wrapper  # noqa: F401  wrapper registers the training step
-from mindrlhf.training.evaluate import evaluate
+from mindrlhf.training import state, wrapper  # noqa: F401  wrapper registers the training step
+from mindrlhf.training.callbacks import (
+    BEST,
+    DPOCheckpointMonitor,
+    DPOMonitor,
+    EvalMonitor,
+    Progress,
+    check_optimizer_state,
+)
+from mindrlhf.training.evaluate import Evaluator
+from mindrlhf.training.journal import Journal, read
 
 
 @dataclass(frozen=True)
@@ -40,15 +52,38 @@ def open_data(settings):
     return Data(path, sidecars[path], eval_path, sidecars.get(eval_path))
 
 
-def load_weights(model, settings, data):
-    """Load the weights strictly, and make sure that they are those of the preprocessing.
+def find_state(settings):
+    """The training state to go on from (resume_training: a path, or auto), or None.
 
     Raises:
-        UserError: they are others, unless dpo.check_reference is False or the run goes on from a checkpoint.
+        UserError: the one that is named cannot be used.
     """
-    resumed = settings.get("resume_training", False)
-    loaded = checkpoint.load_strictly(model, settings.get("load_checkpoint"), training_state=resumed)
-    if resumed or not settings["dpo"]["check_reference"]:
+    wish = settings.get("resume_training") or None
+    if not wish:
+        return None
+    path = state.find(settings["output_dir"], wish)
+    cli.say(f"resuming from {path}, step {checkpoint.steps_done(path)}" if path else
+            f"nothing to resume in {state.folder(settings['output_dir'])}: starting from the beginning")
+    return path
+
+
+def load_weights(model, settings, data, resumed):
+    """Load the weights strictly, and make sure that they are those of the preprocessing.
+
+    Args:
+        model: Glm4DPO.
+        settings: of the run.
+        data: Data.
+        resumed: path of a state, or None. Its weights were checked when their run began.
+
+    Raises:
+        UserError: they are others, unless dpo.check_reference is False.
+    """
+    if resumed:
+        checkpoint.load_strictly(model, resumed, training_state=True)
+        return
+    loaded = checkpoint.load_strictly(model, settings.get("load_checkpoint"))
+    if not settings["dpo"]["check_reference"]:
         return
     identity = checkpoint.fingerprint(loaded)
     for path, sidecar in ((data.train_path, data.train), (data.eval_path, data.eval)):
@@ -57,46 +92,94 @@ def load_weights(model, settings, data):
                                       tokenizer=None, checkpoint=identity)
 
 
-def train(model, run_config, settings, data):
-    """Train, with an evaluation before and after where there are held-out data.
+def feeding(settings):
+    """How the workers are fed: batch_size (rows that one reads for a step), shards and shard of the data."""
+    runner = settings["runner_config"]
+    rows = runner["batch_size"] * runner.get("gradient_accumulation_steps", 1)
+    if settings["parallel"]["parallel_mode"] == 1:  # every card is fed the whole batch and takes its part of it
+        return {"batch_size": rows * settings["parallel_config"]["data_parallel"], "shards": 1, "shard": 0}
+    return {"batch_size": rows, "shards": cli.workers(), "shard": cli.rank()}
+
+
+def train(model, run_config, settings, data, resumed):
+    """Train, with evaluations where there are held-out data.
 
     Args:
         model: Glm4DPO with its weights.
         run_config: MindFormerConfig after backend.start().
         settings: the same as dicts, as config.load gave them.
         data: Data.
+        resumed: path of the state to go on from, or None.
     """
     from mindformers import Trainer
-    semi = settings["parallel"]["parallel_mode"] == 1
-    rows = settings["runner_config"]["batch_size"]
-    if semi:  # every card is fed the whole batch and takes its part of it
-        feed = {"batch_size": rows * settings["parallel_config"]["data_parallel"], "shards": 1, "shard": 0}
-    else:
-        feed = {"batch_size": rows, "shards": cli.workers(), "shard": cli.rank()}
+    feed = feeding(settings)
     backend.seed_dataset(settings["seed"])
     shuffle = config.get(settings, "train_dataset.data_loader.shuffle", True)
     dataset = open_dataset(data.train_path, data.train, shuffle=shuffle, **feed)
-    steps = dataset.get_dataset_size()
-    total = steps * settings["runner_config"]["epochs"]
-    global_rows = feed["batch_size"] * feed["shards"]
+    epoch, epochs = dataset.get_dataset_size(), settings["runner_config"]["epochs"]
+    total = min(epoch * epochs, settings["runner_config"].get("max_steps", 0) or math.inf)
+    progress = Progress(first=checkpoint.steps_done(resumed) if resumed else 0, total=total)
+    if progress.first >= total:
+        raise cli.UserError(f"{resumed}: has {progress.first} steps, the run {total}; it is done, or raise epochs")
     cli.say(f"{data.train_path}: {data.train['pairs']['written']} pairs in {data.train['rows']} rows of "
-            f"{data.train['seq_len']}; {global_rows} rows a step, {steps} steps an epoch, {total} in all; "
-            f"rows shuffled: {shuffle}, seed {settings['seed']}")
+            f"{data.train['seq_len']}; {feed['batch_size'] * feed['shards']} rows a step, {epoch} steps an epoch, {total} in "
+            f"all; rows shuffled: {shuffle}, seed {settings['seed']}")
+    run_config.lr_schedule.total_steps = total
+    journal = Journal(settings["output_dir"], progress.first) if cli.rank() == 0 else None
+    callbacks = make_callbacks(model, settings, data, progress, journal, resumed)
+    trainer = Trainer(args=run_config, task="text_generation", model=model, train_dataset=dataset, callbacks=callbacks)
+    trainer.finetune(finetune_checkpoint=str(resumed) if resumed else False, resume_training=bool(resumed),
+                     auto_trans_ckpt=False)
+    if journal:
+        journal.close()
+    cli.say(f"weights: {Path(settings['output_dir']) / 'checkpoint_network'}; states, metrics.jsonl, curves.png and "
+            f"tensorboard: {settings['output_dir']}")
 
-    resumed = settings.get("resume_training", False)
-    first = checkpoint.steps_done(settings["load_checkpoint"]) if resumed else 0
-    metrics_path = Path(settings["output_dir"]) / "metrics.jsonl"
-    check = settings["dpo"]["check_reference"] and not resumed
-    for callback in run_config.callbacks:
-        if callback["type"] == "DPOMonitor":
-            callback.update(path=str(metrics_path), sft_weight=settings["dpo"]["sft_weight"], total_steps=total,
-                            tolerance=settings["dpo"]["reference_tolerance"] if check else None, first_step=first)
-    extra = []
+
+def make_callbacks(model, settings, data, progress, journal, resumed):
+    """The callbacks of a run, in the order in which they act after a step: check, evaluate, save, stop."""
+    options = {entry["type"]: {key: value for key, value in entry.items() if key != "type"}
+               for entry in settings["callbacks"]}
+    dpo = settings["dpo"]
+    saver = DPOCheckpointMonitor(progress, journal, model, output_dir=settings["output_dir"],
+                                 **options["DPOCheckpointMonitor"])
+    check = dpo["check_reference"] and not resumed
+    chain = [DPOMonitor(progress, journal, sft_weight=dpo["sft_weight"],
+                        tolerance=dpo["reference_tolerance"] if check else None, **options["DPOMonitor"])]
     if data.eval:
+        evaluation = options.get("EvalMonitor", {})
+        metric = evaluation.get("best_metric", "loss")
+        feed = {**feeding(settings), "batch_size": feeding(settings)["batch_size"] //
+                settings["runner_config"].get("gradient_accumulation_steps", 1)}
         held_out = open_dataset(data.eval_path, data.eval, shuffle=False, **feed)
-        extra.append(callbacks.EvalMonitor(model, held_out, settings["dpo"]["sft_weight"], metrics_path))
+        chain.append(EvalMonitor(
+            progress, journal, Evaluator(model, held_out, dpo["sft_weight"]), **evaluation,
+            best=best_so_far(settings["output_dir"], progress.first, metric),
+            keep_best=lambda: saver.save_weights("checkpoint_best", f"{saver.prefix}-best.ckpt")))
+    return [*chain, saver, _Stop(progress, resumed)]
 
-    trainer = Trainer(args=run_config, task="text_generation", model=model, train_dataset=dataset, callbacks=extra)
-    path = settings["load_checkpoint"] if resumed else False
-    trainer.finetune(finetune_checkpoint=path, resume_training=resumed, auto_trans_ckpt=False)
-    cli.say(f"checkpoints: {Path(settings['output_dir']) / 'checkpoint_network'}, metrics: {metrics_path}")
+
+def best_so_far(output_dir, step, metric):
+    """Best value of a metric in the evaluations that a resumed run has behind it, or None."""
+    path = Path(output_dir) / "metrics.jsonl"
+    values = [record[metric] for record in read(path, before=step) if record["split"] == "eval" and record["step"]] \
+        if step and path.exists() else []
+    return max(values, key=lambda value: BEST[metric] * value, default=None)
+
+
+class _Stop(Callback):
+    """Checks that a state fills the whole optimizer, and ends training at the last step (max_steps)."""
+
+    def __init__(self, progress, resumed):
+        super().__init__()
+        self.progress, self.resumed = progress, resumed
+
+    def on_train_begin(self, run_context):
+        """Check the state."""
+        if self.resumed:
+            check_optimizer_state(run_context.original_args().train_network.optimizer, self.resumed)
+
+    def on_train_step_end(self, run_context):
+        """Stop at the end."""
+        if self.progress.step >= self.progress.total:
+            run_context.request_stop()

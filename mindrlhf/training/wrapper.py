@@ -3,27 +3,63 @@ from mindformers import MFTrainOneStepCell
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindspore import ops
 
+from mindrlhf.backend import SumOverWorkers
+from mindrlhf.data.mindrecord import COLUMNS
+
+PAIR_IDS, CHOSEN_LOSS_MASK = (list(COLUMNS).index(name) for name in ("pair_ids", "chosen_loss_mask"))
+
 
 @MindFormerRegister.register(MindFormerModuleType.WRAPPER)
 class DPOTrainOneStepCell(MFTrainOneStepCell):
-    """A step of a network that returns (loss, sums), for MindFormers' Trainer.
+    """A step of Glm4DPO, for MindFormers' Trainer.
 
-    Differs from its parent in what it needs from the device: overflow is read off the norm of the gradients, not off
-    the NPU's float status register, so it runs on every device. There is no loss scale: bfloat16 and float32 need none.
+    The loss is the mean over the pairs of the global batch: all workers, all rows, all accumulated parts. Overflow is
+    read off the norm of the gradients, not off the NPU's float status register as in MFTrainOneStepCell, so it works on
+    every device; a step that overflows changes no weight. There is no loss scale: bfloat16 and float32 need none.
 
     Args:
-        network, optimizer: as MFTrainOneStepCell takes them.
+        network: Glm4DPO, or it in a cell that MindFormers puts around it.
+        optimizer: as MFTrainOneStepCell takes it.
         max_grad_norm: gradients are scaled down to this global norm.
+        accumulation: parts into which the rows of a batch are split; one part is in memory at a time.
         parallel_config: MindFormers passes it on.
     """
 
-    def __init__(self, network, optimizer, max_grad_norm=1.0, parallel_config=None):
+    def __init__(self, network, optimizer, max_grad_norm=1.0, accumulation=1, parallel_config=None):
         super().__init__(network, optimizer, use_clip_grad=True, max_grad_norm=max_grad_norm,
                          parallel_config=parallel_config)
+        self.accumulation = accumulation
+        self.sum_over_workers = SumOverWorkers()
+        self.replicas = self.sum_over_workers.replicas
+        self.add = ops.Add()
+
+    def loss_weights(self, columns):
+        """float32 (rows, 2): 1 / pairs and 1 / chosen tokens of the global batch, times the number of workers, whose
+        gradients MindSpore averages."""
+        pairs = (columns[PAIR_IDS] >= 0).astype("float32").sum()
+        tokens = columns[CHOSEN_LOSS_MASK].astype("float32").sum()
+        totals = self.sum_over_workers(ops.stack((pairs, tokens)))
+        weights = self.replicas / ops.maximum(totals, 1.0)
+        return ops.tile(weights.reshape((1, 2)), (columns[PAIR_IDS].shape[0], 1))
+
+    def part(self, columns, number):
+        """(loss, sums, finite) and gradients of one part of the rows."""
+        size = columns[PAIR_IDS].shape[0] // self.accumulation
+        rows = ()
+        for column in columns:
+            rows += (column[number * size:(number + 1) * size],)
+        return ops.value_and_grad(self.network, None, self.weights, has_aux=True)(*rows)
 
     def construct(self, *columns):
-        """Columns of a batch -> (loss, overflow, loss scale, learning rate, gradient norm before clipping, sums)."""
-        (loss, sums), gradients = ops.value_and_grad(self.network, None, self.weights, has_aux=True)(*columns)
+        """Columns of a batch -> (loss, overflow, loss scale, learning rate, gradient norm before clipping, sums over the
+        global batch, pair_ids (rows, P), finite bool (rows, P): whether each pair's loss is a number)."""
+        inputs = columns + (self.loss_weights(columns),)
+        (loss, sums, finite), gradients = self.part(inputs, 0)
+        for number in range(1, self.accumulation):
+            later = (ops.depend(inputs[0], gradients),) + inputs[1:]  # one part's activations at a time
+            (more_loss, more_sums, more_finite), more = self.part(later, number)
+            gradients = self.hyper_map(self.add, gradients, more)
+            loss, sums, finite = loss + more_loss, sums + more_sums, ops.concat((finite, more_finite))
         gradients = self.grad_reducer(gradients)
         gradients, norm = self.clip_grad_norm(gradients)
         overflow = ops.logical_not(ops.isfinite(norm)).all()
@@ -32,4 +68,5 @@ class DPOTrainOneStepCell(MFTrainOneStepCell):
             learning_rate = self.learning_rate(self.optimizer.global_step).reshape(())
         if not overflow:
             loss = ops.depend(loss, self.optimizer(gradients))
-        return loss, overflow, self.scale_sense, learning_rate, norm, sums
+        return (loss, overflow, self.scale_sense, learning_rate, norm, self.sum_over_workers(sums), columns[PAIR_IDS],
+                finite)

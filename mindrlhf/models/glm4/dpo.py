@@ -29,7 +29,6 @@ class Glm4DPO(ChatGLM2ForConditionalGeneration):
         self.sequence_logps = SequenceLogps(self.transformer.output_layer, config.vocab_size, vocab_shards=shards,
                                             chunk_size=dpo.logps_chunk_size)
         self.transformer.output_layer.weight.name = OUTPUT_WEIGHT  # its second parent gave it another
-        self.all_reduce, self.replicas = backend.data_parallel_sum()
 
     def attention_mask(self, segment_ids):
         """int32 (B, S) -> (B, 1, S, S), 1 where a position must not look: ahead of itself, or into another segment."""
@@ -56,11 +55,18 @@ class Glm4DPO(ChatGLM2ForConditionalGeneration):
 
     def construct(self, chosen_input_ids, chosen_labels, chosen_loss_mask, chosen_segment_ids, chosen_ref_logps,
                   rejected_input_ids, rejected_labels, rejected_loss_mask, rejected_segment_ids, rejected_ref_logps,
-                  pair_ids):
-        """Columns of a batch, in the order of mindrecord.COLUMNS, to (loss, sums).
+                  pair_ids, weights):
+        """Columns of a batch, in the order of mindrecord.COLUMNS, and weights, to (loss, sums, finite).
 
-        loss is the mean over the pairs of the global batch plus sft_weight times the mean negative log-likelihood per
-        chosen token; sums, float32, are those of metrics.SUMS over the global batch.
+        Args:
+            weights: float32 (B, 2), for each row the weight of a pair's loss and of a chosen token's negative
+                log-likelihood: 1 / pairs and 1 / chosen tokens of the global batch. So the losses and the gradients of
+                its parts (workers, accumulation) add up to those of the whole, however the pairs are spread over rows.
+
+        Returns:
+            loss: float32 (), the part of the global loss.
+            sums: float32, those of metrics.SUMS over this batch.
+            finite: bool (B, P), whether a pair's loss is a number.
         """
         batch, pairs = pair_ids.shape
         logps, counts = self.pair_logps(
@@ -77,19 +83,18 @@ class Glm4DPO(ChatGLM2ForConditionalGeneration):
             rejected_term = rejected_logratio / ops.maximum(rejected_tokens, 1.0)
         losses = there * dpo_loss(chosen_term, rejected_term, beta=self.beta, loss_type=self.loss_type,
                                   label_smoothing=self.label_smoothing)
-        dpo_sum, nll_sum = losses.sum(), -(chosen * there).sum()
+        nll = -chosen * there
+        loss = (losses * weights[:, :1]).sum()
+        if self.sft_weight > 0:
+            loss += self.sft_weight * (nll * weights[:, 1:]).sum()
+        tokens = (chosen_segment_ids > 0).astype(ms.float32).sum() + (rejected_segment_ids > 0).astype(ms.float32).sum()
         correct = (chosen_term > rejected_term).astype(ms.float32)
         sums = ops.stack((
-            there.sum(), (chosen_tokens * there).sum(), (rejected_tokens * there).sum(), dpo_sum, nll_sum,
+            there.sum(), tokens, (chosen_tokens * there).sum(), (rejected_tokens * there).sum(), losses.sum(), nll.sum(),
             (chosen * there).sum(), (rejected * there).sum(),
             self.beta * chosen_term.sum(), self.beta * rejected_term.sum(),
             correct.sum(), (ops.abs(chosen_logratio) + ops.abs(rejected_logratio)).sum()))
-        sums = self.all_reduce(ops.stop_gradient(sums))
-        # replicas: the gradients are averaged over the data-parallel workers, the loss is a share of a global mean
-        loss = dpo_sum / ops.maximum(sums[0], 1.0)
-        if self.sft_weight > 0:
-            loss += self.sft_weight * nll_sum / ops.maximum(sums[1], 1.0)
-        return loss * self.replicas, sums
+        return loss, ops.stop_gradient(sums), ops.isfinite(losses)
 
 
 class ReferenceLogps(nn.Cell):

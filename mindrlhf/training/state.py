@@ -1,0 +1,89 @@
+"""Training states on disk: weights, optimizer and step of one rank, from which a run goes on exactly."""
+import re
+import zlib
+from pathlib import Path
+
+from mindrlhf import checkpoint, cli
+from mindrlhf.cli import UserError
+
+NAME = re.compile(r"-step_(\d{8})\.ckpt$")
+
+
+def folder(output_dir, rank=None):
+    """Where a rank keeps its states."""
+    return Path(output_dir) / "checkpoint" / f"rank_{cli.rank() if rank is None else rank}"
+
+
+def file_name(prefix, step):
+    """Name of a state: the true number of steps behind it, whatever was resumed on the way."""
+    return f"{prefix}-step_{step:08d}.ckpt"
+
+
+def step_of(path):
+    """Number of steps in a state's name; None for another file."""
+    match = NAME.search(Path(path).name)
+    return int(match[1]) if match else None
+
+
+def saved(output_dir, rank=None):
+    """States of a rank, oldest first: dict, step -> path."""
+    files = folder(output_dir, rank).glob("*.ckpt")
+    return dict(sorted((step_of(path), path) for path in files if step_of(path) is not None))
+
+
+def check(path):
+    """Raise UserError unless a state is whole: structure, step and, where it has one, checksum."""
+    step = checkpoint.steps_done(path)
+    if step_of(path) not in (None, step):
+        raise UserError(f"{path}: holds step {step}; rename it back")
+    content = Path(path).read_bytes()
+    if content[-17:-10] == b"crc_num" and zlib.crc32(content[:-17]) != int.from_bytes(content[-10:], "big"):
+        raise UserError(f"{path}: its checksum does not fit; it was damaged after it was written")
+
+
+def find(output_dir, resume):
+    """The state to go on from.
+
+    Args:
+        output_dir: of the run.
+        resume: "auto", or the path of a state of rank 0.
+
+    Returns:
+        path of this rank's state, or None where `auto` found none.
+
+    Raises:
+        UserError: the named state is missing or damaged, or lies behind others of the same folder.
+    """
+    if resume == "auto":
+        return _last_whole(output_dir)
+    path = cli.existing_file(resume, "a state to resume from (output/checkpoint/rank_0/...)")
+    if path.parent.name == "rank_0":  # every rank has its own
+        path = cli.existing_file(path.parent.with_name(f"rank_{cli.rank()}") / path.name, f"the state of rank {cli.rank()}")
+    check(path)
+    later = [step for step in saved(output_dir) if step > checkpoint.steps_done(path)]
+    if later:
+        raise UserError(f"{folder(output_dir)}: has states of later steps ({', '.join(map(str, later))}), which this run "
+                        "would make again; move them away, or give another --output_dir")
+    return path
+
+
+def _last_whole(output_dir):
+    """The newest step of which every rank has a whole state."""
+    ranks = [saved(output_dir, rank) for rank in range(cli.workers())]
+    ranks = [states for states in ranks if states] or [{}]  # on several machines a folder may hold this machine's only
+    for step in sorted(set.intersection(*map(set, ranks)), reverse=True):
+        try:
+            for states in ranks:
+                check(states[step])
+        except UserError as error:
+            cli.say(f"skipped: {error}")
+            continue
+        return saved(output_dir)[step]
+    return None
+
+
+def set_aside_later(output_dir, step):
+    """Rename states of later steps, which are damaged or lack another rank's: the run makes these steps again."""
+    for later, path in saved(output_dir).items():
+        if later > step:
+            path.rename(path.with_suffix(".ckpt.unusable"))
