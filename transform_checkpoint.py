@@ -1,11 +1,15 @@
 """Trained checkpoints of several workers to one checkpoint, verified after it is written."""
+import math
 import re
 import shutil
 import tempfile
 from pathlib import Path
 
+import numpy as np
+
 from mindrlhf import checkpoint, cli
 from mindrlhf.cli import UserError
+from mindrlhf.models.glm4 import lora
 
 EXAMPLE = """  python transform_checkpoint.py --src_checkpoint=output/checkpoint_network \\
     --src_strategy=output/strategy --dst_checkpoint=merged"""
@@ -17,6 +21,7 @@ def parser():
     parse.add_argument("--src_checkpoint", required=True, help="folder with rank_0, rank_1, ...: output/checkpoint_network")
     parse.add_argument("--src_strategy", help="folder with the strategy files of the run: output/strategy; "
                                               "empty or absent after data-parallel training")
+    parse.add_argument("--base_checkpoint", help="after LoRA training: the base weights, to which the adapters are added")
     parse.add_argument("--dst_checkpoint", required=True,
                        help="folder for merged.ckpt, or a name that ends in .ckpt or .safetensors")
     return parse
@@ -99,25 +104,60 @@ def merge_shards(files, strategies, folder):
     return weights_of(result)
 
 
+def add_adapters(base_path, stored, place):
+    """Base weights and LoRA adapters to full weights, in the dtype of the base: items as checkpoint.write takes them."""
+    base = weights_of(base_path)
+    changed = lora.merged(base, stored, place)
+    return [(t.name, t.dtype, t.shape, (lambda t=t: checkpoint.narrow(changed[t.name](), t.dtype)) if t.name in changed
+             else t.array) for t in base.values()]
+
+
+def collect(arguments, files, folder):
+    """The weights to write: list of (name, dtype, shape, make).
+
+    Raises:
+        UserError: adapters without base weights, or base weights for what has no adapters.
+    """
+    strategies = find_strategies(arguments.src_strategy)
+    tensors = merge_shards(files, strategies, folder) if strategies else merge_replicas(files)
+    adapted = any(lora.is_adapter(name) for name in tensors)
+    if adapted and not arguments.base_checkpoint:
+        raise UserError(f"{files[0]}: holds LoRA adapters; --base_checkpoint names the weights that they belong to")
+    if arguments.base_checkpoint and not adapted:
+        raise UserError(f"{files[0]}: holds full weights, no adapters; leave --base_checkpoint out")
+    if adapted:
+        about = {name: tensor for name, tensor in checkpoint.read(files[0]).items() if name.startswith("lora_")}
+        return add_adapters(arguments.base_checkpoint, {**tensors, **about}, files[0])
+    return [(t.name, t.dtype, t.shape, t.array) for t in tensors.values()]
+
+
+def verify(path, items):
+    """Raise UserError unless a file holds what was to be written; it is deleted then."""
+    stored = checkpoint.read(path)
+    good = list(stored) == [name for name, *_ in items] and all(
+        stored[name].dtype == dtype and np.array_equal(stored[name].array(), make(), equal_nan=dtype != "BF16")
+        for name, dtype, _, make in items)
+    if not good:
+        path.unlink()
+        raise UserError(f"{path}: what was read back is not what was written; check the disk, then try again")
+    return checkpoint.fingerprint(stored)
+
+
 def main(argv=None):
     arguments = parser().parse_args(argv)
     files = find_ranks(arguments.src_checkpoint)
-    strategies = find_strategies(arguments.src_strategy)
     target = Path(arguments.dst_checkpoint)
     if target.suffix not in (".ckpt", ".safetensors"):
         target = target / "merged.ckpt"
     with tempfile.TemporaryDirectory(prefix=".merge-", dir=_existing_parent(target)) as folder:
-        tensors = merge_shards(files, strategies, folder) if strategies else merge_replicas(files)
-        identity = checkpoint.fingerprint(tensors)
-        size = sum(tensor.nbytes for tensor in tensors.values())
+        items = collect(arguments, files, folder)
+        size = sum(math.prod(shape) * checkpoint.DTYPES[dtype][1].itemsize for _, dtype, shape, _ in items)
         if shutil.disk_usage(_existing_parent(target)).free < size:
             raise UserError(f"{target}: {size / 1e9:.1f} GB do not fit on this disk; give another --dst_checkpoint")
         with cli.progress(size, "write", "B", unit_scale=True) as bar:
-            checkpoint.write(target, [(t.name, t.dtype, t.shape, t.array) for t in tensors.values()], bar.update)
-    if checkpoint.fingerprint(checkpoint.read(target)) != identity:
-        target.unlink()
-        raise UserError(f"{target}: what was read back is not what was written; check the disk, then try again")
-    print(f"{target}: {len(tensors)} parameters, {size / 1e9:.2f} GB, from {len(files)} rank(s); "
+            checkpoint.write(target, items, bar.update)
+        identity = verify(target, items)
+    print(f"{target}: {len(items)} parameters, {size / 1e9:.2f} GB, from {len(files)} rank(s); "
           f"read back and verified, fingerprint {identity[:12]}")
 
 

@@ -141,4 +141,20 @@ def build_network(config):
     import mindrlhf.models.glm4.dpo  # noqa: F401  registers Glm4DPO
     build_parallel_config(config)
     before_build()
-    return cure(build(config.model, default_args={"parallel_config": config.parallel_config, "dpo": config.dpo}))
+    network = cure(build(config.model, default_args={"parallel_config": config.parallel_config, "dpo": config.dpo}))
+    if config.lora:
+        from mindrlhf.models.glm4.lora import add_adapters
+        add_adapters(network, config.lora)
+    return network
+
+
+def set_values(network, values):
+    """Give parameters of a network new values.
+
+    Args:
+        network: a Cell.
+        values: dict, name -> function that gives float32 values of the parameter's shape.
+    """
+    parameters = {parameter.name: parameter for parameter in network.get_parameters()}
+    for name, make in values.items():
+        parameters[name].set_data(ms.Tensor(make(), parameters[name].dtype))

@@ -320,13 +320,14 @@ def difference(expected, found, *, limit=3):
     return "; ".join(f"{title}: {named(names)}" for title, names in parts if names)
 
 
-def load_strictly(network, path, *, training_state=False):
+def load_strictly(network, path, *, training_state=False, names=None):
     """Load every parameter of a network from a file, and every tensor of the file into the network.
 
     Args:
         network: a Cell; its parameters' names and shapes decide.
         path: a .ckpt or .safetensors file with the whole (unsharded) weights.
         training_state: allow the optimizer's and the trainer's own tensors in the file (a resumed run).
+        names: function from a name to whether this file is responsible for it; None: for all.
 
     Returns:
         dict, name -> StoredTensor, what was loaded.
@@ -341,7 +342,8 @@ def load_strictly(network, path, *, training_state=False):
         raise UserError(f"{path}: is a folder; --load_checkpoint takes one file. Trained weights in rank_* folders "
                         "become one file with transform_checkpoint.py")
     stored = read(path)
-    parameters = {parameter.name: parameter for parameter in network.get_parameters()}
+    parameters = {parameter.name: parameter for parameter in network.get_parameters()
+                  if names is None or names(parameter.name)}
     if training_state:
         stored = {name: tensor for name, tensor in stored.items() if name in parameters}
     problem = difference({name: parameter.shape for name, parameter in parameters.items()},

@@ -111,6 +111,8 @@ SCHEMA = {
     "dpo": {"beta": _number(0, above=True), "loss_type": _one_of("sigmoid", "robust", "hinge", "ipo"),
             "label_smoothing": _number(0, 0.5), "sft_weight": _number(0), "average_log_prob": _boolean,
             "logps_chunk_size": _whole(0), "check_reference": _boolean, "reference_tolerance": _number(0, above=True)},
+    "lora": {"rank": _whole(1), "alpha": _number(0, above=True), "dropout": _number(0, 1),
+             "target_modules": _list_of(_one_of("qkv", "dense", "mlp"))},
     "train_dataset": _DATASET, "eval_dataset": _DATASET,
     "runner_config": {"epochs": _whole(1), "batch_size": _whole(1), "sink_mode": _boolean, "sink_size": _whole(1),
                       "max_steps": _whole(0), "gradient_accumulation_steps": _whole(1)},
@@ -236,7 +238,12 @@ def contradictions(settings):
     shards = plan.get("data_parallel", 1) * plan.get("model_parallel", 1)
     semi, cpu = parallel["parallel_mode"] == 1, settings["context"]["device_target"] == "CPU"
     arch = settings["model"]["arch"]["type"]
+    lora = settings.get("lora", {})
     rules = [
+        ("lora" in settings and set(lora) != {"rank", "alpha", "dropout", "target_modules"},
+         "lora needs rank, alpha, dropout and target_modules"),
+        ("lora" in settings and not lora.get("target_modules"), "lora.target_modules names none of qkv, dense, mlp"),
+        ("lora" in settings and mode != "finetune", "lora is for run_mode finetune: predict takes --adapter_checkpoint"),
         (cpu and model.get("use_flash_attention"), "use_flash_attention needs an NPU: set it to False for the CPU"),
         (cpu and model.get("use_past"), "use_past needs an NPU: set it to False for the CPU"),
         (cpu and "bfloat16" in (model.get("compute_dtype"), model.get("param_init_type")),

@@ -21,6 +21,8 @@ def parser():
     parse.add_argument("--load_checkpoint", help="finetune: the weights that preprocessed the data; predict: any")
     parse.add_argument("--auto_trans_ckpt", type=cli.boolean, metavar="True|False",
                        help="share one whole checkpoint out over the cards of a parallel plan")
+    parse.add_argument("--adapter_checkpoint", help="predict: LoRA adapters of a training, from output/checkpoint_network, "
+                       "on top of load_checkpoint")
     parse.add_argument("--predict_data", metavar="TEXT", help="predict: what the user says")
     parse.add_argument("--resume", metavar="auto|FILE", help="finetune: go on from the last whole state in output_dir, or "
                        "from a file of output/checkpoint/rank_0")
@@ -52,11 +54,10 @@ def finetune(settings):
     run.train(model, run_config, settings, data, resumed)
 
 
-def predict(settings, text):
+def predict(settings, text, adapters=None):
     """Print the answer to one message."""
-    from mindrlhf import backend
-    from mindrlhf.checkpoint import load_strictly
-    from mindrlhf.models.glm4 import template
+    from mindrlhf import backend, checkpoint
+    from mindrlhf.models.glm4 import lora, template
     from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
 
     if text is None:
@@ -72,7 +73,9 @@ def predict(settings, text):
     run_config = config.to_mindformers(settings)
     backend.start(run_config, parallel=False)
     model = backend.build_network(run_config)
-    load_strictly(model, settings.get("load_checkpoint"))
+    base = checkpoint.load_strictly(model, settings.get("load_checkpoint"))
+    if adapters:
+        backend.set_values(model, lora.merged(base, checkpoint.read(adapters), adapters))
     output = model.generate([prompt], max_new_tokens=min(numbers.get("max_decode_length", 512), room),
                             eos_token_id=tokenizer.stop_ids, pad_token_id=tokenizer.pad_id)[0]
     print(tokenizer.decode(output[len(prompt):]).strip(), flush=True)
@@ -84,7 +87,7 @@ def main(argv=None):
     if settings["run_mode"] == "finetune":
         finetune(settings)
     else:
-        predict(settings, arguments.predict_data)
+        predict(settings, arguments.predict_data, arguments.adapter_checkpoint)
 
 
 if __name__ == "__main__":

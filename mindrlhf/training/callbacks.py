@@ -10,6 +10,7 @@ import mindspore as ms
 from mindspore.train.callback import Callback
 
 from mindrlhf import backend, cli
+from mindrlhf.models.glm4.lora import is_base, remarks
 from mindrlhf.training import metrics, state
 
 BEST = {"loss": -1, "dpo_loss": -1, "accuracy": 1, "margin": 1}  # metric -> direction in which it is better
@@ -173,14 +174,16 @@ class DPOCheckpointMonitor(Callback):
         prefix: of the file names.
         save_checkpoint_steps: from one state to the next.
         keep_checkpoint_max: states that stay; the oldest go.
-        name_filter: function from a parameter's name to whether it is saved; None saves all.
+        lora: the section of the YAML, or None. With it, adapters are saved and the frozen weights are not.
     """
 
     def __init__(self, progress, journal, network, *, output_dir, prefix, save_checkpoint_steps, keep_checkpoint_max,
-                 name_filter=None):
+                 lora=None):
         super().__init__()
         self.progress, self.journal, self.network, self.output = progress, journal, network, Path(output_dir)
-        self.prefix, self.every, self.keep, self.name_filter = prefix, save_checkpoint_steps, keep_checkpoint_max, name_filter
+        self.prefix, self.every, self.keep = prefix, save_checkpoint_steps, keep_checkpoint_max
+        self.name_filter = (lambda name: not is_base(name)) if lora else None
+        self.remarks = remarks(lora) if lora else {}
         self.stop_file, self.born = self.output / ".stop", time.time()
         self.lost = None
 
@@ -245,23 +248,23 @@ class DPOCheckpointMonitor(Callback):
         """
         name = state.file_name(self.prefix, self.progress.step)
         cell = parameters.train_network
-        remarks = {"step_num": self.progress.step, "epoch_num": parameters.cur_epoch_num, "loss_scale": 1.0,
-                   "global_step": cell.optimizer.global_step}
-        if self._save(cell, state.folder(self.output), name, remarks):
+        about = {"step_num": self.progress.step, "epoch_num": parameters.cur_epoch_num, "loss_scale": 1.0,
+                   "global_step": cell.optimizer.global_step, **self.remarks}
+        if self._save(cell, state.folder(self.output), name, about):
             for path in list(state.saved(self.output).values())[:-self.keep]:
                 path.unlink()
 
     def save_weights(self, place, name):
         """Write the weights alone, for use."""
-        self._save(self.network, self.output / place / f"rank_{cli.rank()}", name, {})
+        self._save(self.network, self.output / place / f"rank_{cli.rank()}", name, self.remarks)
 
-    def _save(self, cell, folder, name, remarks):
+    def _save(self, cell, folder, name, about):
         workshop = folder / ".writing"
         try:
             workshop.mkdir(parents=True, exist_ok=True)
             if self._free() < sum(parameter.nbytes for parameter in self._chosen(cell)):
                 raise OSError("no space left on the disk")
-            ms.save_checkpoint(cell, str(workshop / name), integrated_save=False, append_dict=remarks,
+            ms.save_checkpoint(cell, str(workshop / name), integrated_save=False, append_dict=about,
                                choice_func=self.name_filter, crc_check=True)
             os.replace(workshop / name, folder / name)
         except (OSError, RuntimeError) as error:

@@ -9,6 +9,7 @@ from mindrlhf import backend, checkpoint, cli, config
 from mindrlhf.data import mindrecord
 from mindrlhf.data.dataset import open_dataset
 from mindrlhf.models.glm4 import template
+from mindrlhf.models.glm4.lora import is_adapter, is_base
 from mindrlhf.training import state, wrapper  # noqa: F401  wrapper registers the training step
 from mindrlhf.training.callbacks import (
     BEST,
@@ -79,10 +80,14 @@ def load_weights(model, settings, data, resumed):
     Raises:
         UserError: they are others, unless dpo.check_reference is False.
     """
+    if "lora" in settings:
+        loaded = checkpoint.load_strictly(model, settings.get("load_checkpoint"), names=is_base)
+        if resumed:
+            checkpoint.load_strictly(model, resumed, training_state=True, names=is_adapter)
+    else:
+        loaded = checkpoint.load_strictly(model, resumed or settings.get("load_checkpoint"), training_state=bool(resumed))
     if resumed:
-        checkpoint.load_strictly(model, resumed, training_state=True)
         return
-    loaded = checkpoint.load_strictly(model, settings.get("load_checkpoint"))
     if not settings["dpo"]["check_reference"]:
         return
     identity = checkpoint.fingerprint(loaded)
@@ -142,7 +147,7 @@ def make_callbacks(model, settings, data, progress, journal, resumed):
                for entry in settings["callbacks"]}
     dpo = settings["dpo"]
     saver = DPOCheckpointMonitor(progress, journal, model, output_dir=settings["output_dir"],
-                                 **options["DPOCheckpointMonitor"])
+                                 lora=settings.get("lora"), **options["DPOCheckpointMonitor"])
     check = dpo["check_reference"] and not resumed
     chain = [DPOMonitor(progress, journal, sft_weight=dpo["sft_weight"],
                         tolerance=dpo["reference_tolerance"] if check else None, **options["DPOMonitor"])]

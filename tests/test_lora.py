@@ -1,0 +1,153 @@
+"""LoRA on the golden case: what is trained, saved, merged and refused."""
+import mindspore as ms
+import numpy as np
+import pytest
+from conftest import load_model, run_script, write_overlay
+from test_training import RUN_DPO, arguments, records
+
+from mindrlhf import checkpoint, config
+from mindrlhf.cli import UserError
+from mindrlhf.models.glm4 import lora
+
+LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": ["qkv", "dense", "mlp"]}
+MORE = """
+lora: {rank: 4, alpha: 8, dropout: 0.0, target_modules: [qkv, dense, mlp]}
+dpo: {sft_weight: 0.0}
+runner_config: {epochs: 1, batch_size: 1}
+lr_schedule: {learning_rate: 1e-2, warmup_ratio: 0.0}
+callbacks:
+  - {type: DPOMonitor}
+  - {type: EvalMonitor}
+  - {type: DPOCheckpointMonitor, prefix: glm4_dpo, save_checkpoint_steps: 2, keep_checkpoint_max: 9}
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(golden):
+    output = golden.folder / "lora"
+    config_file = write_overlay(golden.folder / "lora.yaml", "finetune", MORE)
+    result = run_script(RUN_DPO, *arguments(golden, config_file, output, more=["--eval_dataset", golden.data]))
+    assert result.returncode == 0, result.stderr
+    return output, config_file
+
+
+def adapter_file(output):
+    return output / "checkpoint_network/rank_0/glm4_dpo-network.ckpt"
+
+
+def test_it_starts_at_the_reference_and_learns(trained):
+    assert records(trained[0])[0]["dpo_loss"] == pytest.approx(np.log(2), abs=1e-4)
+    before, after = records(trained[0], "eval")
+    assert after["margin"] > before["margin"] + 0.5
+
+
+def test_only_adapters_are_saved(trained, golden):
+    """3 layers of A (4, in) and B (out, 4): qkv 96 -> 160, dense 96 -> 96, mlp 96 -> 320 and 160 -> 96."""
+    stored = checkpoint.read(adapter_file(trained[0]))
+    adapters = {name: tensor for name, tensor in stored.items() if lora.is_adapter(name)}
+    assert set(stored) - set(adapters) == {"lora_rank", "lora_alpha"}
+    assert len(adapters) == 3 * 4 * 2
+    assert sum(np.prod(t.shape) for t in adapters.values()) == 3 * 4 * ((96 + 160) + (96 + 96) + (96 + 320) + (160 + 96))
+    state = checkpoint.read(trained[0] / "checkpoint/rank_0/glm4_dpo-step_00000002.ckpt")
+    assert not any(lora.is_base(name) for name in state)
+
+
+def test_a_resumed_run_goes_on_as_the_unbroken_one(trained, golden, tmp_path):
+    output, config_file = trained
+    state = output / "checkpoint/rank_0/glm4_dpo-step_00000002.ckpt"
+    result = run_script(RUN_DPO, *arguments(golden, config_file, tmp_path, more=["--resume", state]))
+    assert result.returncode == 0, result.stderr
+    for key in ("loss", "margin", "grad_norm", "learning_rate"):
+        assert records(tmp_path)[0][key] == records(output)[2][key]
+
+
+@pytest.fixture(scope="module")
+def unmerged(golden, trained):
+    """The training network with its adapters loaded."""
+    network = load_model(golden, "finetune").set_train(False)
+    lora.add_adapters(network, LORA)
+    checkpoint.load_strictly(network, adapter_file(trained[0]), names=lora.is_adapter, training_state=True)
+    return network
+
+
+def logits(network):
+    ids = ms.Tensor(np.random.default_rng(0).integers(0, 330, (1, 320)).astype(np.int32))
+    mask = network.attention_mask(ms.Tensor(np.ones((1, 320), np.int32)))
+    return network.transformer.output_layer(network.transformer(input_ids=ids, full_attention_mask=mask)).asnumpy()
+
+
+def test_merged_and_unmerged_logits_agree(golden, trained, unmerged, tmp_path):
+    import transform_checkpoint
+    transform_checkpoint.main(["--src_checkpoint", str(trained[0] / "checkpoint_network"), "--base_checkpoint",
+                               str(golden.checkpoint), "--dst_checkpoint", str(tmp_path / "merged.ckpt")])
+    network = load_model(golden, "finetune").set_train(False)
+    base = logits(network)
+    checkpoint.load_strictly(network, tmp_path / "merged.ckpt")
+    merged = logits(network)
+    assert np.abs(merged - logits(unmerged)).max() < 1e-5 * np.abs(merged).max()
+    assert np.abs(merged - base).max() > 0.1  # the adapters do something
+
+
+def test_by_hand(golden, trained):
+    """W + alpha / rank * B A, for one matrix."""
+    base, stored = checkpoint.read(golden.checkpoint), checkpoint.read(adapter_file(trained[0]))
+    name = "transformer.encoder.layers.1.mlp.dense_4h_to_h"
+    a, b = (stored[f"{name}.mindpet_delta_lora_{half}"].float32() for half in "ab")
+    expected = base[f"{name}.weight"].float32() + 2.0 * np.einsum("or,ri->oi", b, a)
+    np.testing.assert_allclose(lora.merged(base, stored, "x")[f"{name}.weight"](), expected, atol=1e-6)
+
+
+def test_predict_takes_base_and_adapters(golden, trained):
+    options = ["--config", golden.predict, "--load_checkpoint", golden.checkpoint, "--vocab_file", golden.tokenizer,
+               "--predict_data", "旅行?"]
+    plain = run_script(RUN_DPO, *options)
+    adapted = run_script(RUN_DPO, *options, "--adapter_checkpoint", adapter_file(trained[0]))
+    assert plain.returncode == adapted.returncode == 0, adapted.stderr
+    assert plain.stdout != adapted.stdout
+
+
+def test_only_adapters_are_trained(unmerged):
+    assert all(lora.is_adapter(parameter.name) for parameter in unmerged.trainable_params())
+    assert len(unmerged.trainable_params()) == 24
+
+
+def test_target_modules_are_a_choice(golden):
+    network = load_model(golden, "finetune")
+    lora.add_adapters(network, {**LORA, "target_modules": ["dense"]})
+    names = {parameter.name for parameter in network.trainable_params()}
+    assert len(names) == 3 * 2
+    assert all(".self_attention.dense." in name for name in names)
+
+
+def test_files_that_do_not_belong_together_are_refused(golden, trained, tmp_path):
+    import transform_checkpoint
+    base, stored = checkpoint.read(golden.checkpoint), checkpoint.read(adapter_file(trained[0]))
+    with pytest.raises(UserError, match="holds no adapters"):
+        lora.merged(base, base, "x")
+    with pytest.raises(UserError, match="does not fit the base"):
+        lora.merged({}, stored, "x")
+    half = {name: tensor for name, tensor in stored.items() if not name.endswith("layers.0.mlp.dense_4h_to_h" + lora.B)}
+    with pytest.raises(UserError, match="lacks its other half"):
+        lora.merged(base, half, "x")
+    with pytest.raises(UserError, match="--base_checkpoint names"):
+        transform_checkpoint.main(["--src_checkpoint", str(trained[0] / "checkpoint_network"), "--dst_checkpoint",
+                                   str(tmp_path / "x")])
+
+
+@pytest.mark.parametrize(("text", "part"), [
+    ("lora: {rank: 4}", "lora needs rank, alpha, dropout and target_modules"),
+    ("lora: {rank: 4, alpha: 8, dropout: 0.0, target_modules: []}", "names none of qkv, dense, mlp"),
+    ("lora: {rank: 0, alpha: 8, dropout: 0.0, target_modules: [qkv]}", "lora.rank"),
+    ("lora: {rank: 4, alpha: 8, dropout: 0.0, target_modules: [head]}", "lora.target_modules"),
+])
+def test_settings_are_checked(tmp_path, text, part):
+    path = write_overlay(tmp_path / "x.yaml", "finetune", text)
+    with pytest.raises(UserError, match=part):
+        config.load(path, run_mode="finetune")
+
+
+def test_adapters_leave_the_network_as_it_was_at_first(golden):
+    network = load_model(golden, "finetune").set_train(False)
+    before = logits(network)
+    lora.add_adapters(network, LORA)
+    assert np.array_equal(before, logits(network))
