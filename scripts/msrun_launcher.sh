@@ -56,19 +56,19 @@ log_dir=${log_dir:-output/msrun_log/$(date +%Y%m%d-%H%M%S)-$$}
 mkdir -p "$log_dir" || fail "$log_dir: cannot be made; give another LOG_DIR"
 
 pids=() scheduler=
-stop_all() {
-  local pid
-  for pid in "${pids[@]}" $scheduler; do kill -TERM "$pid" 2> /dev/null; done
-  for _ in {1..50}; do
+stop_all() { # [SECONDS]: ask the workers to end; after so many seconds (default: 5) end those that have not
+  local pid alive
+  for pid in "${pids[@]}"; do kill -TERM "$pid" 2> /dev/null; done
+  for ((waited = 0; waited < ${1:-5} * 10; waited++)); do
     alive=
-    for pid in "${pids[@]}" $scheduler; do kill -0 "$pid" 2> /dev/null && alive=1; done
-    [[ -n $alive ]] || return
+    for pid in "${pids[@]}"; do kill -0 "$pid" 2> /dev/null && alive=1; done
+    [[ -n $alive ]] || break
     sleep 0.1
   done
   for pid in "${pids[@]}" $scheduler; do kill -KILL "$pid" 2> /dev/null; done
 }
 trap 'stop_all; exit 130' INT
-trap 'stop_all; exit 143' TERM HUP
+trap 'stop_all "$timeout"; exit 143' TERM HUP # training saves its state first, which takes time
 
 export MS_WORKER_NUM=$workers RANK_SIZE=$workers GLOG_v=${GLOG_v:-3}
 [[ -t 2 ]] && export MINDRLHF_TERMINAL=1 # a person watches: draw progress bars
@@ -83,6 +83,7 @@ fi
 first=$((node * local_workers))
 for ((i = 0; i < local_workers; i++)); do
   rank=$((first + i))
+  : > "$log_dir/worker_$rank.log"
   MS_NODE_ID=$rank RANK_ID=$rank DEVICE_ID=$i "$python" "${arguments[@]}" > "$log_dir/worker_$rank.log" 2>&1 < /dev/null &
   pids+=($!)
 done

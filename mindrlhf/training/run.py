@@ -63,6 +63,8 @@ def find_state(settings):
     if not wish:
         return None
     path = state.find(settings["output_dir"], wish)
+    if path:
+        state.set_aside_later(settings["output_dir"], checkpoint.steps_done(path))
     cli.say(f"resuming from {path}, step {checkpoint.steps_done(path)}" if path else
             f"nothing to resume in {state.folder(settings['output_dir'])}: starting from the beginning")
     return path

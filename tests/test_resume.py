@@ -1,0 +1,197 @@
+"""Kills, signals, damage and full disks: what a run leaves behind, and how it goes on."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT
+from test_training import MORE, RUN_DPO, arguments, records, write_overlay
+
+from mindrlhf import checkpoint
+from mindrlhf.cli import UserError
+from mindrlhf.training import state
+
+EXACT = ("loss", "dpo_loss", "sft_loss", "accuracy", "margin", "chosen_logps", "rejected_logps", "learning_rate",
+         "grad_norm", "pairs", "tokens")
+
+
+@pytest.fixture(scope="module")
+def config(golden):
+    """3 rows, one a step, 4 epochs: 12 steps, a state after each."""
+    more = MORE.format(sft_weight=0.5, check=True, batch_size=1, shuffle=True).replace("epochs: 2", "epochs: 4")
+    return write_overlay(golden.folder / "long.yaml", "finetune", more)
+
+
+def start(golden, config, output, *more):
+    return subprocess.Popen([sys.executable, str(RUN_DPO), *map(str, arguments(golden, config, output, more=more))],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def steps_written(output):
+    path = output / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.time() + seconds
+    while not condition() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def unbroken(golden, config):
+    output = golden.folder / "unbroken"
+    process = start(golden, config, output)
+    _, error = process.communicate(timeout=200)
+    assert process.returncode == 0, error
+    return records(output)
+
+
+def test_killed_damaged_and_terminated_it_ends_as_the_unbroken_run(golden, config, unbroken, tmp_path):
+    """kill -9 after step 3; the newest state is cut short, so it goes on from the one before; SIGTERM after step 7 saves
+    a state and ends with 143; the last run goes to the end."""
+    process = start(golden, config, tmp_path)
+    wait_for(lambda: steps_written(tmp_path) >= 3, process)
+    process.kill()
+    process.communicate()
+    newest = list(state.saved(tmp_path, 0).values())[-1]
+    reached = state.step_of(newest)
+    newest.chmod(0o600)
+    newest.write_bytes(newest.read_bytes()[:-1000])
+
+    process = start(golden, config, tmp_path, "--resume", "auto")
+    wait_for(lambda: steps_written(tmp_path) >= 7, process)
+    process.send_signal(signal.SIGTERM)
+    out, error = process.communicate(timeout=200)
+    assert process.returncode == 143, error
+    assert f"skipped: {newest}" in out
+    assert f"step_{reached - 1:08d}.ckpt, step {reached - 1}" in out
+    assert "stopped by SIGTERM after step" in out
+
+    process = start(golden, config, tmp_path, "--resume", "auto")
+    _, error = process.communicate(timeout=200)
+    assert process.returncode == 0, error
+    found = records(tmp_path)
+    assert [record["step"] for record in found] == list(range(1, 13))
+    for left, right in zip(found, unbroken):
+        assert {key: left[key] for key in EXACT} == {key: right[key] for key in EXACT}, left["step"]
+    states = state.saved(tmp_path, 0)
+    assert list(states) == list(range(4, 13))  # keep_checkpoint_max 9
+    assert all(checkpoint.steps_done(path) == step for step, path in states.items())
+
+
+def test_auto_without_a_state_starts_anew(golden, config, tmp_path, capsys):
+    from mindrlhf.training import run
+    assert run.find_state({"resume_training": "auto", "output_dir": str(tmp_path)}) is None
+    assert "starting from the beginning" in capsys.readouterr().out
+
+
+def test_a_state_behind_others_is_not_resumed_over_them(golden, unbroken):
+    output = golden.folder / "unbroken"
+    with pytest.raises(UserError, match=r"has states of later steps \(12\)"):
+        state.find(output, state.saved(output, 0)[11])
+    assert state.find(output, state.saved(output, 0)[12]) == state.saved(output, 0)[12]
+
+
+def test_a_flipped_bit_is_found(golden, unbroken, tmp_path):
+    source = state.saved(golden.folder / "unbroken", 0)[12]
+    path = tmp_path / source.name
+    content = bytearray(source.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="its checksum does not fit"):
+        state.check(path)
+    state.check(source)
+
+
+def test_curves_events_and_console_are_there(golden, unbroken):
+    output = golden.folder / "unbroken"
+    assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list((output / "tensorboard").glob("events.out.tfevents.*"))
+    first = unbroken[0]
+    for key in ("loss", "dpo_loss", "sft_loss", "chosen_reward", "rejected_reward", "margin", "accuracy", "chosen_logps",
+                "rejected_logps", "chosen_logps_per_token", "learning_rate", "grad_norm", "overflow", "pairs_per_second",
+                "tokens_per_second", "memory_gb"):
+        assert key in first
+
+
+def test_a_journal_that_a_kill_cut_short_is_read_up_to_there(tmp_path):
+    from mindrlhf.training.journal import Journal, read
+    lines = [{"split": "train", "step": step, "loss": 1.0} for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"split": "tr')
+    assert [record["step"] for record in read(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    journal = Journal(tmp_path, 2)
+    journal.add("train", 3, {"loss": float("nan")})
+    journal.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert [json.loads(line)["step"] for line in text.splitlines()] == [1, 2, 3]
+    assert json.loads(text.splitlines()[-1])["loss"] is None  # JSON has no NaN
+
+
+def saver(tmp_path, network, free):
+    """A checkpoint callback that believes that `free` bytes are left."""
+    from mindrlhf.training.callbacks import DPOCheckpointMonitor, Progress
+    monitor = DPOCheckpointMonitor(Progress(first=0, total=9), None, network, output_dir=tmp_path, prefix="p",
+                                   save_checkpoint_steps=1, keep_checkpoint_max=2)
+    monitor._free = lambda: free[0]
+    return monitor
+
+
+def test_a_full_disk_is_told_before_it_costs_anything(tmp_path, capsys):
+    from mindspore import nn
+    network = nn.Dense(100, 100)  # 40,400 bytes
+    network.optimizer = SimpleNamespace(global_step=1)
+    parameters = SimpleNamespace(train_network=network, cur_epoch_num=1)
+    context = SimpleNamespace(original_args=lambda: parameters)
+    free = [1000]
+    monitor = saver(tmp_path, network, free)
+    with pytest.raises(UserError, match=r"takes 0\.00 GB, 0\.00 GB are free"):
+        monitor.on_train_begin(context)
+    free[0] = 10**9
+    former = signal.getsignal(signal.SIGTERM)
+    monitor.on_train_begin(context)
+    for step in (1, 2, 3):
+        monitor.progress.step = step
+        monitor.save_state(parameters)
+    assert list(state.saved(tmp_path)) == [2, 3]
+    free[0] = 1000
+    monitor.progress.step = 4
+    monitor.save_state(parameters)
+    assert "was not saved (no space left on the disk); earlier ones stay" in capsys.readouterr().out
+    assert list(state.saved(tmp_path)) == [2, 3]
+    with pytest.raises(UserError, match="Make room"):
+        monitor.on_train_end(context)
+    assert signal.getsignal(signal.SIGTERM) == former
+
+
+def test_two_workers_stop_after_the_same_step(tmp_path, monkeypatch):
+    """One is told to stop after its step 5, while the other may be one step ahead: both stop after step 7."""
+    from mindspore import nn
+    monkeypatch.setenv("MS_WORKER_NUM", "2")
+    network = nn.Dense(2, 2)
+    told, other = saver(tmp_path, network, [1]), saver(tmp_path, network, [1])
+    told.terminated, other.terminated = True, False
+    assert [told._stop_now(step) for step in (5, 6, 7)] == [False, False, True]
+    assert [other._stop_now(step) for step in (6, 7)] == [False, True]
+
+
+def test_sigterm_to_the_launcher_saves_the_states_of_both_workers(golden, config, tmp_path):
+    output = tmp_path / "run"
+    more = MORE.format(sft_weight=0.5, check=True, batch_size=1, shuffle=True)
+    long = write_overlay(tmp_path / "long.yaml", "finetune", more.replace("epochs: 2", "epochs: 300").replace(
+        "save_checkpoint_steps: 1", "save_checkpoint_steps: 100000"))
+    command = " ".join(map(str, [RUN_DPO, *arguments(golden, long, output)]))
+    process = subprocess.Popen(["bash", str(ROOT / "scripts/msrun_launcher.sh"), command, "2", "0", str(tmp_path / "log"),
+                                "True", "120"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "PYTHON": sys.executable})
+    wait_for(lambda: steps_written(output) >= 4, process)
+    process.send_signal(signal.SIGTERM)
+    out, error = process.communicate(timeout=100)
+    assert process.returncode == 143, out + error
+    first, second = state.saved(output, 0), state.saved(output, 1)
+    assert list(first) == list(second)
+    assert len(first) == 1
