@@ -68,7 +68,7 @@ stop_all() { # [SECONDS]: ask the workers to end; after so many seconds (default
   for pid in "${pids[@]}" $scheduler; do kill -KILL "$pid" 2> /dev/null; done
 }
 trap 'stop_all; exit 130' INT
-trap 'stop_all "$timeout"; exit 143' TERM HUP # training saves its state first, which takes time
+trap 'stop_all "$timeout"; show; exit 143' TERM HUP # training saves its state first, which takes time
 
 export MS_WORKER_NUM=$workers RANK_SIZE=$workers GLOG_v=${GLOG_v:-3}
 [[ -t 2 ]] && export MINDRLHF_TERMINAL=1 # a person watches: draw progress bars
@@ -91,12 +91,20 @@ if [[ $join == False ]]; then
   echo "$local_workers worker(s) run in the background; logs: $log_dir/worker_*.log"
   exit 0
 fi
-tail -n +1 -s 0.2 --pid="${pids[0]}" -f "$log_dir/worker_$first.log" &
-viewer=$!
+shown=0
+show() { # what the first worker's log has that was not shown yet
+  local size
+  size=$(wc -c < "$log_dir/worker_$first.log")
+  if [[ $size -gt $shown ]]; then
+    tail -c +$((shown + 1)) "$log_dir/worker_$first.log" | head -c $((size - shown))
+    shown=$size
+  fi
+}
 
 left=("${!pids[@]}")
 while [[ ${#left[@]} -gt 0 ]]; do
   sleep 0.2
+  show
   still=()
   for i in "${left[@]}"; do
     if kill -0 "${pids[i]}" 2> /dev/null; then
@@ -107,7 +115,7 @@ while [[ ${#left[@]} -gt 0 ]]; do
     status=$?
     [[ $status == 0 ]] && continue
     stop_all
-    wait "$viewer" 2> /dev/null
+    show
     log=$log_dir/worker_$((first + i)).log
     echo "worker $((first + i)) ended with status $status; the others were stopped. Its log: $log" >&2
     if [[ $i -gt 0 ]]; then # the first worker's log was shown already
@@ -118,7 +126,7 @@ while [[ ${#left[@]} -gt 0 ]]; do
   done
   left=("${still[@]}")
 done
-wait "$viewer" 2> /dev/null
+show
 if [[ -n $scheduler ]]; then
   [[ $local_workers == "$workers" ]] && kill -TERM "$scheduler" 2> /dev/null # nobody is left to serve
   wait "$scheduler" 2> /dev/null
