@@ -66,6 +66,7 @@ stop_all() { # [SECONDS]: ask the workers to end; after so many seconds (default
     sleep 0.1
   done
   for pid in "${pids[@]}" $scheduler; do kill -KILL "$pid" 2> /dev/null; done
+  wait "${pids[@]}" $scheduler 2> /dev/null
 }
 trap 'stop_all; exit 130' INT
 trap 'stop_all "$timeout"; show; exit 143' TERM HUP # training saves its state first, which takes time
