@@ -8,7 +8,8 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import EXAMPLE, GOLDEN, ROOT, assert_one_error, run_script, write_overlay
+from conftest import EXAMPLE, GOLDEN, ROOT, assert_one_error, load_model, run_script, write_overlay
+from mindspore import nn, ops
 
 from mindrlhf import checkpoint
 from mindrlhf.cli import UserError
@@ -267,3 +268,141 @@ def test_predict_prints_the_answer_once_and_nothing_else(golden, expected):
     wanted = Glm4Tokenizer(golden.tokenizer).decode(expected["pairs"][0]["greedy_16"][:12]).strip()
     assert result.stdout.count(wanted) == 1
     assert result.stdout.startswith(wanted)
+
+
+# the loss is the mean over the pairs of the global batch, however it is computed
+
+@pytest.fixture(scope="module")
+def unpacked_columns(golden, expected):
+    """Eight rows of one pair each, with reference log-probs that are not the policy's."""
+    from test_glm4_dpo import columns, token_pairs
+    pairs = token_pairs(expected)
+    ref = {side: np.array([[pair[f"ref_{side}_logps"] + shift * (1 + number % 3)]
+                           for number, pair in enumerate(expected["pairs"])], np.float32)
+           for side, shift in (("chosen", 3.0), ("rejected", -2.0))}
+    return columns([[pair] for pair in pairs], ref)
+
+
+class Recorder(nn.Optimizer):
+    """An optimizer that keeps the gradients it is given, as the weights' values."""
+
+    def __init__(self, parameters):
+        super().__init__(1.0, parameters)
+        self.assign = ops.Assign()
+
+    def construct(self, gradients):
+        done = True
+        for parameter, gradient in zip(self.parameters, gradients):
+            done = ops.depend(done, self.assign(parameter, gradient))
+        return done
+
+
+def gradients_of(golden, columns, *, accumulation):
+    """Clipped gradients of one training step, by name, and its outputs."""
+    from mindrlhf.training.wrapper import DPOTrainOneStepCell
+    network = load_model(golden, "finetune").set_train(True)
+    step = DPOTrainOneStepCell(network, Recorder(network.trainable_params()), 1e9, accumulation)
+    outputs = step(*columns)
+    return {parameter.name: parameter.asnumpy() for parameter in network.get_parameters()}, outputs
+
+
+def test_accumulation_gives_the_gradients_of_the_whole_batch(golden, unpacked_columns):
+    """8 rows at once, and 4 parts of 2 rows, whose pairs have other numbers of tokens."""
+    whole, outputs = gradients_of(golden, unpacked_columns, accumulation=1)
+    parts, part_outputs = gradients_of(golden, unpacked_columns, accumulation=4)
+    for name, gradient in whole.items():
+        np.testing.assert_allclose(parts[name], gradient, rtol=0, atol=1e-5 * np.abs(gradient).max(), err_msg=name)
+    np.testing.assert_allclose(part_outputs[5].asnumpy(), outputs[5].asnumpy(), rtol=1e-5, atol=1e-4)  # sums
+    assert part_outputs[7].shape == outputs[7].shape == (8, 1)
+
+
+def test_packed_rows_give_the_gradients_of_unpacked_ones(golden, expected, unpacked_columns):
+    from test_glm4_dpo import columns, token_pairs
+    pairs, rows = token_pairs(expected), [[0, 1, 4], [2, 3], [5, 6], [7]]
+    ref = {}
+    for number, side in ((4, "chosen"), (9, "rejected")):
+        single = unpacked_columns[number].asnumpy()
+        ref[side] = np.zeros((4, 3), np.float32)
+        for place, row in enumerate(rows):
+            ref[side][place, :len(row)] = single[row, 0]
+    packed, _ = gradients_of(golden, columns([[pairs[k] for k in row] for row in rows], ref, 3), accumulation=1)
+    unpacked, _ = gradients_of(golden, unpacked_columns, accumulation=1)
+    for name, gradient in unpacked.items():
+        np.testing.assert_allclose(packed[name], gradient, rtol=0, atol=1e-5 * np.abs(gradient).max(), err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def first_moments(golden, two_workers):
+    """Adam's first moment after one step, a tenth of the gradient: of two workers with a row each, one with two rows,
+    and one with a row and accumulation 2."""
+    config = training_yaml(golden.folder, "accumulated", shuffle=False, sft_weight=1.0)
+    config.write_text(config.read_text().replace("batch_size: 1}", "batch_size: 1, gradient_accumulation_steps: 2}"))
+    output = golden.folder / "run_accumulated"
+    result = run_script(RUN_DPO, *arguments(golden, config, output))
+    assert result.returncode == 0, result.stderr
+    found = {}
+    for name, folder in (*two_workers.items(), ("accumulated", output)):
+        stored = checkpoint.read(folder / "checkpoint/rank_0/glm4_dpo-step_00000001.ckpt")
+        found[name] = {key: tensor.array() for key, tensor in stored.items() if key.startswith(("exp_avg.", "adam_m."))}
+        assert len(found[name]) == 24
+    return found
+
+
+@pytest.mark.parametrize("name", ["two", "accumulated"])
+def test_workers_and_accumulation_give_the_gradients_of_one_batch(first_moments, name):
+    for key, expected in first_moments["one"].items():
+        np.testing.assert_allclose(first_moments[name][key], expected, rtol=0, atol=1e-5 * np.abs(expected).max(),
+                                   err_msg=key)
+
+
+def test_weight_decay_leaves_norms_and_biases(golden):
+    from mindformers.trainer.optimizer_grouped_parameters import get_optimizer_grouped_parameters
+    groups = get_optimizer_grouped_parameters(load_model(golden, "finetune"), 0.1)
+    by_decay = {group["weight_decay"]: [parameter.name for parameter in group["params"]] for group in groups}
+    assert set(by_decay) == {0.1, 0.0}
+    assert all("layernorm" in name or name.endswith("bias") for name in by_decay[0.0])
+    assert not any("layernorm" in name or name.endswith("bias") for name in by_decay[0.1])
+
+
+def test_pairs_without_a_finite_loss_stop_the_run_and_are_named(golden, tmp_path):
+    """Pair 5's reference log-prob is infinite. Each epoch its batch comes once, so all rows are one batch."""
+    from mindspore.mindrecord import FileReader
+
+    from mindrlhf.data import mindrecord
+    rows = [{name: np.asarray(row[name]) for name in mindrecord.COLUMNS} for row in FileReader(str(golden.data)).get_next()]
+    for row in rows:
+        row["chosen_ref_logps"] = np.where(row["pair_ids"] == 5, -np.inf, row["chosen_ref_logps"]).astype(np.float32)
+    sidecar = mindrecord.read_sidecar(golden.data)
+    data = tmp_path / "bad.mindrecord"
+    mindrecord.write(data, rows, seq_len=sidecar["seq_len"], width=sidecar["pairs_per_row"], sidecar=sidecar)
+    config = training_yaml(golden.folder, "bad", batch_size=3, check=False)
+    config.write_text(config.read_text().replace("epochs: 2", "epochs: 9"))
+    result = run_script(RUN_DPO, *arguments(golden, config, tmp_path / "out", data=data))
+    assert_one_error(result, "step 3: the loss of pair(s) 5 (numbers in the source, from 0) is not finite, for 3 step(s)")
+    assert result.stdout.count("OVERFLOW, step skipped") == 3
+    steps = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert [step["overflow_steps"] for step in steps] == [1, 2, 3]
+
+
+def test_max_steps_ends_training_and_the_schedule(golden, tmp_path):
+    config = training_yaml(golden.folder, "short")
+    config.write_text(config.read_text().replace("epochs: 2", "epochs: 2, max_steps: 2"))
+    result = run_script(RUN_DPO, *arguments(golden, config, tmp_path))
+    assert result.returncode == 0, result.stderr
+    rates = [step["learning_rate"] for step in records(tmp_path)]
+    assert rates == pytest.approx([1e-3, 5e-4], rel=1e-3)  # cosine over 2 steps: cos(0), cos(pi / 2)
+    assert (tmp_path / "checkpoint_network/rank_0/glm4_dpo-network.ckpt").exists()
+
+
+def test_the_best_weights_are_kept_by_the_named_metric(golden, tmp_path):
+    """Evaluated after each step by margin; the file is that of the best one, as its state says."""
+    config = training_yaml(golden.folder, "best")
+    config.write_text(config.read_text().replace("eval_step_interval: 0", "eval_step_interval: 1, best_metric: margin"))
+    result = run_script(RUN_DPO, *arguments(golden, config, tmp_path, more=["--eval_dataset", golden.data]))
+    assert result.returncode == 0, result.stderr
+    margins = [record["margin"] for record in records(tmp_path, "eval")]
+    assert len(margins) == 7
+    best = 1 + int(np.argmax(margins[1:]))
+    kept = checkpoint.read(tmp_path / "checkpoint_best/rank_0/glm4_dpo-best.ckpt")
+    state = checkpoint.read(tmp_path / f"checkpoint/rank_0/glm4_dpo-step_{best:08d}.ckpt")
+    assert all(np.array_equal(tensor.array(), state[name].array()) for name, tensor in kept.items())

@@ -52,7 +52,7 @@ class Journal:
         self.file.write(_line(record))
         self.file.flush()
         for name, value in values.items():
-            if isinstance(value, (int, float)):
+            if isinstance(value, (int, float)) and math.isfinite(value):
                 self.events.add_scalar(f"{split}/{name}", value, step)
 
     def draw(self):

@@ -8,6 +8,13 @@ from mindrlhf.data.mindrecord import COLUMNS
 
 PAIR_IDS, CHOSEN_LOSS_MASK = (list(COLUMNS).index(name) for name in ("pair_ids", "chosen_loss_mask"))
 
+add_gradients = ops.MultitypeFuncGraph("add_gradients")
+
+
+@add_gradients.register("Tensor", "Tensor")
+def _add(left, right):
+    return left + right
+
 
 @MindFormerRegister.register(MindFormerModuleType.WRAPPER)
 class DPOTrainOneStepCell(MFTrainOneStepCell):
@@ -31,7 +38,6 @@ class DPOTrainOneStepCell(MFTrainOneStepCell):
         self.accumulation = accumulation
         self.sum_over_workers = SumOverWorkers()
         self.replicas = self.sum_over_workers.replicas
-        self.add = ops.Add()
 
     def loss_weights(self, columns):
         """float32 (rows, 2): 1 / pairs and 1 / chosen tokens of the global batch, times the number of workers, whose
@@ -43,23 +49,25 @@ class DPOTrainOneStepCell(MFTrainOneStepCell):
         return ops.tile(weights.reshape((1, 2)), (columns[PAIR_IDS].shape[0], 1))
 
     def part(self, columns, number):
-        """(loss, sums, finite) and gradients of one part of the rows."""
+        """One part of the rows."""
         size = columns[PAIR_IDS].shape[0] // self.accumulation
         rows = ()
         for column in columns:
             rows += (column[number * size:(number + 1) * size],)
-        return ops.value_and_grad(self.network, None, self.weights, has_aux=True)(*rows)
+        return rows
 
     def construct(self, *columns):
         """Columns of a batch -> (loss, overflow, loss scale, learning rate, gradient norm before clipping, sums over the
         global batch, pair_ids (rows, P), finite bool (rows, P): whether each pair's loss is a number)."""
         inputs = columns + (self.loss_weights(columns),)
-        (loss, sums, finite), gradients = self.part(inputs, 0)
+        # one function for all parts: MindSpore 2.7 loses the values of the earlier ones when each makes its own
+        forward_backward = ops.value_and_grad(self.network, None, self.weights, has_aux=True)
+        (loss, sums, finite), gradients = forward_backward(*self.part(inputs, 0))
         for number in range(1, self.accumulation):
             later = (ops.depend(inputs[0], gradients),) + inputs[1:]  # one part's activations at a time
-            (more_loss, more_sums, more_finite), more = self.part(later, number)
-            gradients = self.hyper_map(self.add, gradients, more)
-            loss, sums, finite = loss + more_loss, sums + more_sums, ops.concat((finite, more_finite))
+            values, more = forward_backward(*self.part(later, number))
+            gradients = self.hyper_map(add_gradients, gradients, more)
+            loss, sums, finite = loss + values[0], sums + values[1], ops.concat((finite, values[2]))
         gradients = self.grad_reducer(gradients)
         gradients, norm = self.clip_grad_norm(gradients)
         overflow = ops.logical_not(ops.isfinite(norm)).all()
