@@ -2,16 +2,17 @@
 import json
 import subprocess
 
+import dpo_preprocess_glm4_parallel as preprocess
 import make_tiny_glm4
 import pytest
-from conftest import ROOT
+from conftest import EXAMPLE, ROOT, run_script
 
 
 @pytest.fixture(scope="module")
 def screen():
     result = subprocess.run(["bash", "quickstart.sh"], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout + result.stderr
+    return result.stdout
 
 
 def test_it_ends_on_one_screen_with_the_preferred_answer(screen):
@@ -30,6 +31,27 @@ def test_training_raises_accuracy_and_margin_on_pairs_it_never_saw(screen):
     assert after["accuracy"] > 0.9
     assert after["margin"] > 1
     assert before["pairs"] == after["pairs"] == 16
+
+
+def test_flipped_preferences_make_it_worse(screen, tmp_path):
+    """The same training on pairs whose answers are swapped: a check that can go wrong."""
+    out = ROOT / "output/quickstart"
+    rows = [json.loads(line) for line in (out / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    flipped = [{**row, "pos_resp": row["neg_resp"], "neg_resp": row["pos_resp"]} for row in rows]
+    (tmp_path / "flipped.jsonl").write_text("".join(json.dumps(row) + "\n" for row in flipped))
+    preprocess.main(["--src", str(tmp_path / "flipped.jsonl"), "--dst", str(tmp_path / "flipped.mindrecord"), "--config",
+                     str(EXAMPLE / "process_glm4_tiny.yaml"), "--tokenizer", str(out / "hf/tokenizer.model"),
+                     "--load_checkpoint", str(out / "glm4_tiny.ckpt")])
+    config = tmp_path / "flipped.yaml"
+    config.write_text(f"base_config: {EXAMPLE / 'finetune_glm4_tiny.yaml'}\nrunner_config: {{max_steps: 60}}\n")
+    result = run_script(EXAMPLE / "run_dpo.py", "--config", config, "--train_dataset", tmp_path / "flipped.mindrecord",
+                        "--eval_dataset", out / "held_out.mindrecord", "--vocab_file", out / "hf/tokenizer.model",
+                        "--load_checkpoint", out / "glm4_tiny.ckpt", "--output_dir", tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    after = [record for record in map(json.loads, lines) if record["split"] == "eval"][-1]
+    assert after["accuracy"] < 0.1
+    assert after["margin"] < -1
 
 
 def test_the_console_is_quiet(screen):
