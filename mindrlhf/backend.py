@@ -90,6 +90,16 @@ def evaluation_network(network):
     return _VirtualDatasetCell(network)
 
 
+def unwrap(network):
+    """What MindFormers' Trainer hands to a training step: (the network, how a batch is split over the cards).
+
+    In semi-auto parallel mode it puts a cell around the network that splits its inputs and takes any number of them;
+    value_and_grad needs the network itself, whose inputs are named.
+    """
+    split = getattr(network, "_virtual_dataset", None)
+    return (network, None) if split is None else (network._backbone, split)
+
+
 def peak_memory():
     """Most memory that this process held, bytes: of the device on an NPU, resident on the CPU."""
     if is_cpu():

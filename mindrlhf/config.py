@@ -288,6 +288,8 @@ def to_mindformers(settings):
     from mindformers.tools.register import MindFormerConfig
     insisted = {"micro_batch_interleave_num": 1, "moe_config": {}, "train_dataset_task": {}, "train_dataset": {},
                 "model": {"model_config": {"checkpoint_name_or_path": ""}}}
+    if "parallel_config" in settings:
+        insisted["parallel_config"] = {"pipeline_stage": 1, "micro_batch_num": 1}
     merged = merge(settings, insisted)
     for key in ("eval_dataset", "load_checkpoint", "resume_training"):  # run_dpo.py does these itself
         merged.pop(key, None)

@@ -3,7 +3,7 @@ from mindformers import MFTrainOneStepCell
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindspore import ops
 
-from mindrlhf.backend import SumOverWorkers
+from mindrlhf.backend import SumOverWorkers, unwrap
 from mindrlhf.data.mindrecord import COLUMNS
 
 PAIR_IDS, CHOSEN_LOSS_MASK = (list(COLUMNS).index(name) for name in ("pair_ids", "chosen_loss_mask"))
@@ -33,9 +33,10 @@ class DPOTrainOneStepCell(MFTrainOneStepCell):
     """
 
     def __init__(self, network, optimizer, max_grad_norm=1.0, accumulation=1, parallel_config=None):
+        network, split = unwrap(network)
         super().__init__(network, optimizer, use_clip_grad=True, max_grad_norm=max_grad_norm,
                          parallel_config=parallel_config)
-        self.accumulation = accumulation
+        self.accumulation, self.split = accumulation, split
         self.sum_over_workers = SumOverWorkers()
         self.replicas = self.sum_over_workers.replicas
 
@@ -54,7 +55,7 @@ class DPOTrainOneStepCell(MFTrainOneStepCell):
         rows = ()
         for column in columns:
             rows += (column[number * size:(number + 1) * size],)
-        return rows
+        return rows if self.split is None else self.split(*rows)
 
     def construct(self, *columns):
         """Columns of a batch -> (loss, overflow, loss scale, learning rate, gradient norm before clipping, sums over the
