@@ -1,136 +1,173 @@
-"""GLM-4 weights: a Hugging Face folder (safetensors) to one MindSpore checkpoint, and back.
+"""GLM-4 weights: a Hugging Face folder (safetensors) to one MindSpore checkpoint, or back with --reversed.
 
-Neither torch nor transformers is needed, and no code from the folder runs.
+Neither torch nor transformers is needed, and no code from the folder runs. A tensor is never in memory as a
+whole. Beside the checkpoint goes its sidecar, <output_path>.json: the numbers of config.json, which the other
+commands compare with their YAML, and which --reversed needs.
 """
-import json
-from pathlib import Path
+import math
+import signal
+from dataclasses import asdict, dataclass
 
 import numpy as np
-from tqdm import tqdm
 
-from mindrlhf import checkpoint, cli
+from mindrlhf import checkpoint, cli, files, formats, tensors
 from mindrlhf.cli import UserError
-from mindrlhf.models.glm4 import weights
+from mindrlhf.models.glm4 import hf, sidecar, weights
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
-EXAMPLE = "  python convert_weight.py --model glm-n --input_path glm-4-9b-chat/ --output_path glm4_9b.ckpt --dtype bf16"
+EXAMPLE = """  python convert_weight.py --model glm-n --input_path glm-4-9b-chat/ --output_path glm4_9b.ckpt
+  python convert_weight.py --model glm-n --reversed --input_path merged.ckpt --output_path glm-4-9b-dpo/"""
 
 
 def parser():
     parse = cli.Parser(__doc__, EXAMPLE)
     parse.add_argument("--model", required=True, choices=["glm-n"], help="the model family: GLM-4")
-    parse.add_argument("--input_path", required=True, help="folder with config.json and *.safetensors, any number")
-    parse.add_argument("--output_path", required=True, help="checkpoint to write; ends in .ckpt or .safetensors")
-    parse.add_argument("--dtype", default="bf16", choices=list(DTYPES), help="precision of the output (default: bf16)")
-    parse.add_argument("--allow_nonfinite", action="store_true", help="let NaN and inf in the weights pass")
+    parse.add_argument("--input_path", required=True,
+                       help="folder with config.json and *.safetensors; reversed: a .ckpt or .safetensors")
+    parse.add_argument("--output_path", required=True,
+                       help="file to write, ends in .ckpt or .safetensors; reversed: a new folder")
+    parse.add_argument("--dtype", default="bf16", choices=list(DTYPES),
+                       help="precision of the output (default: bf16)")
+    parse.add_argument("--reversed", action="store_true", help="MindSpore to Hugging Face")
+    parse.add_argument("--hf_layout", choices=["glm", "chatglm"],
+                       help="reversed: glm, for transformers' GlmForCausalLM and vLLM (default); chatglm, "
+                            "names of the original repositories, whose *.py you add")
+    parse.add_argument("--config", metavar="FILE",
+                       help="reversed, for a checkpoint without a sidecar: config.json of the model that it "
+                            "comes from, or a sidecar")
+    parse.add_argument("--allow_nonfinite", action="store_true", help="let NaN and inf in the input pass")
     return parse
 
 
-def read_folder(folder):
-    """Config and tensors of a Hugging Face folder.
+@dataclass(frozen=True)
+class Conversion:
+    """How values become those of the output: its dtype, a key of tensors.DTYPES; may NaN and inf pass."""
+    dtype: str
+    allow_nonfinite: bool
 
-    Returns:
-        (dict of config.json, {name: StoredTensor}) over all shards.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; --input_path takes the folder that holds config.json and *.safetensors")
-    path = cli.existing_file(folder / "config.json", "the model's config.json")
-    config = _read_json(path)
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        mapping = _read_json(index).get("weight_map")
-        if not isinstance(mapping, dict) or not all(isinstance(shard, str) for shard in mapping.values()):
-            raise UserError(f"{index}: has no weight_map of names; download it again")
-        shards = sorted(set(mapping.values()))
-        absent = [shard for shard in shards if not (folder / shard).is_file()]
-        if absent:
-            raise UserError(f"{index}: lists {', '.join(absent)}, not in the folder; download the missing shards")
-    else:
-        mapping, shards = None, sorted(file.name for file in folder.glob("*.safetensors"))
-    if not shards:
-        pickles = any(folder.glob("*.bin"))
-        raise UserError(f"{folder}: holds no *.safetensors" + (
-            "; .bin files are pickles, which can run code and are not read: download the safetensors of this model, "
-            "or save it with save_pretrained(..., safe_serialization=True)" if pickles else ""))
-    tensors, origin = {}, {}
-    for shard in shards:
-        for name, tensor in checkpoint.read(folder / shard).items():
-            if name in tensors:
-                raise UserError(f"{folder}: {name} stands in both {origin[name]} and {shard}; remove one")
-            tensors[name], origin[name] = tensor, shard
-    for name, shard in (mapping or {}).items():
-        if origin.get(name) != shard:
-            raise UserError(f"{index}: puts {name} into {shard}, which has no such tensor; download both again")
-    return config, tensors
+    def item(self, name, shape, ranges):
+        """A tensor as formats.write takes it.
+
+        Args:
+            name, shape: of the tensor.
+            ranges: list of (StoredTensor, first element, number of elements): where its elements come from.
+        """
+        jobs = [(ranges, *piece) for piece in tensors.pieces(math.prod(shape))]
+        return name, self.dtype, shape, lambda: tensors.in_order(self.piece, jobs)
+
+    def piece(self, ranges, begin, count):
+        """`count` converted elements from `begin` on, NumPy."""
+        parts = []
+        for stored, first, length in ranges:
+            taken = min(max(length - begin, 0), count)
+            if taken:
+                parts.append(self.convert(stored, first + begin, taken))
+            begin, count = max(begin - length, 0), count - taken
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def convert(self, stored, first, count):
+        """Some elements of a StoredTensor, converted.
+
+        Raises:
+            UserError: NaN or inf in them, or a value beyond the range of dtype.
+        """
+        values = stored.read(first, count)
+        made = tensors.convert(values, stored.dtype, self.dtype)
+        good = tensors.finite(made, self.dtype)
+        if good.all():
+            return made
+        sound, place = tensors.finite(values, stored.dtype), f"{stored.file.name}: {stored.name}"
+        if (sound & ~good).any():
+            worst = np.abs(tensors.widen(values[sound], stored.dtype)).max()
+            raise UserError(f"{place} holds {worst:g}, beyond the range of the output (largest: "
+                            f"{tensors.LARGEST[self.dtype]:g}); convert with another --dtype")
+        if not self.allow_nonfinite:
+            raise UserError(f"{place} holds NaN or inf; fetch it again if it was a download, or pass "
+                            "--allow_nonfinite")
+        return made
 
 
-def _read_json(path):
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error}); download it again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: a JSON object expected; download it again")
-    return content
-
-
-def plan(folder, dtype, *, allow_nonfinite=False):
-    """The tensors of the MindSpore checkpoint, made when they are written.
-
-    Returns:
-        (Numbers, list of (name, dtype, shape, make)) as checkpoint.write takes them.
-    """
-    config, tensors = read_folder(folder)
-    numbers = weights.read_numbers(config, Path(folder) / "config.json")
-    layout = "glm" if any(name.startswith("model.") for name in tensors) else "chatglm"
-    tensors.pop(weights.DERIVED, None)
-    problem = checkpoint.difference(weights.hf_shapes(numbers, layout), {n: t.shape for n, t in tensors.items()})
-    if problem:
-        raise UserError(f"{folder}: the weights are not those of config.json. {problem}")
-    odd = [name for name, tensor in tensors.items() if tensor.dtype not in DTYPES.values()]
-    if odd:
-        raise UserError(f"{folder}: {odd[0]} is {tensors[odd[0]].dtype}; weights are F32, F16 or BF16")
-
-    def make(name, parts):
-        stored = [tensors[part] for part, _ in parts]
-        values = [checkpoint.convert(tensor.array(), tensor.dtype, dtype) for tensor in stored]
-        if not allow_nonfinite:
-            for tensor, value in zip(stored, values):
-                _check_finite(tensor, value, dtype)
-        return values[0] if len(values) == 1 else np.concatenate(values)
-
+def to_mindspore(source, target, conversion, progress):
+    """Hugging Face folder -> checkpoint file and its sidecar. Returns the Numbers."""
+    formats.check_name(target)
+    numbers, layout, stored = hf.read_folder(source)
     items = []
     for name, shape in weights.shapes(numbers).items():
-        parts = weights.hf_parts(name, numbers, layout)
-        items.append((name, dtype, shape, lambda name=name, parts=parts: make(name, parts)))
-    return numbers, items
+        parts = [stored[part] for part, _ in weights.hf_parts(name, numbers, layout)]
+        items.append(conversion.item(name, shape, [(part, 0, part.elements) for part in parts]))
+    _announce(items, target, progress)
+    sidecar.forget(target)  # it would describe other weights, if this were stopped
+    identity = checkpoint.write(target, items, progress.update)
+    sidecar.write(target, numbers, dtype=conversion.dtype, fingerprint=identity, source=source,
+                  source_layout=layout)
+    return numbers
 
 
-def _check_finite(tensor, value, dtype):
-    if _finite(value, dtype):
-        return
-    if _finite(tensor.array(), tensor.dtype):
-        raise UserError(f"{tensor.name}: a value is beyond {dtype}'s range; convert with --dtype bf16 or fp32")
-    raise UserError(f"{tensor.name}: holds NaN or inf; the download is damaged, or pass --allow_nonfinite")
+def to_hugging_face(source, target, conversion, progress, *, layout, config):
+    """Checkpoint file -> Hugging Face folder. Returns the Numbers."""
+    stored = checkpoint.read(source)
+    numbers = find_numbers(source, config)
+    problem = checkpoint.difference(weights.shapes(numbers), {name: t.shape for name, t in stored.items()})
+    if problem:
+        raise UserError(f"{source}: the weights are not those of its numbers. {problem}")
+    items = []
+    for name, shape in weights.shapes(numbers).items():
+        row, first = math.prod(shape[1:]), 0
+        for part, rows in weights.hf_parts(name, numbers, layout):
+            count = (shape[0] if rows is None else rows) * row
+            items.append(conversion.item(part, (count // row, *shape[1:]), [(stored[name], first, count)]))
+            first += count
+    _announce(items, target, progress)
+    hf.write_folder(target, numbers, layout, conversion.dtype, items, progress.update)
+    return numbers
 
 
-def _finite(array, dtype):
-    if dtype == "BF16":  # all exponent bits set: inf or NaN
-        return not ((array & 0x7F80) == 0x7F80).any()
-    return bool(np.isfinite(array).all())
+def find_numbers(source, config):
+    """Numbers of a checkpoint: of its sidecar, or of --config; both must agree where both are there."""
+    numbers, path = sidecar.read_for(source)
+    if config is None:
+        if numbers is None:
+            raise UserError(f"{source}: has no {sidecar.path_of(source).name} beside it; copy it there, or "
+                            "give --config with the config.json of the model that it comes from")
+        return numbers
+    content = files.read_json(cli.existing_file(config, "a config.json or a sidecar"))
+    given = sidecar.read_sidecar(config)[0] if "numbers" in content else weights.read_numbers(content, config)
+    wrong = numbers and sidecar.differences(
+        asdict(numbers), {name: getattr(given, name) for name in sidecar.IN_YAML})
+    if wrong:
+        raise UserError(f"{config}: is not of this checkpoint: " + "; ".join(
+            f"{name} is {theirs} there, {ours} in {path}" for name, (ours, theirs) in wrong.items()))
+    return given
+
+
+def _announce(items, target, progress):
+    """Tell the bar how many bytes there will be, and the user if the disk has no room for them."""
+    progress.total = sum(tensors.size_of(dtype, shape) for _, dtype, shape, _ in items)
+    progress.refresh()
+    files.check_room(target, progress.total)
 
 
 def main(argv=None):
     arguments = parser().parse_args(argv)
-    dtype = DTYPES[arguments.dtype]
-    numbers, items = plan(arguments.input_path, dtype, allow_nonfinite=arguments.allow_nonfinite)
-    size = sum(int(np.prod(shape)) * checkpoint.DTYPES[dtype][1].itemsize for _, _, shape, _ in items)
-    with tqdm(total=size, unit="B", unit_scale=True, desc="convert", disable=None) as bar:
-        checkpoint.write(arguments.output_path, items, bar.update)
-    print(f"{arguments.output_path}: {len(items)} parameters, {size / 1e9:.2f} GB, {arguments.dtype}; "
-          f"{numbers.num_layers} layers, rope_ratio {numbers.rope_ratio}, layernorm_epsilon {numbers.layernorm_epsilon}")
+    layout = arguments.hf_layout or "glm"
+    if not arguments.reversed and (arguments.hf_layout or arguments.config):
+        raise UserError("--hf_layout and --config go with --reversed; see convert_weight.py --help")
+    # the C library gives each piece's memory back and asks for it anew, unless it once saw a larger one freed
+    np.empty(16 << 20, np.uint8)
+    try:
+        with cli.progress(None, "convert", "B", unit_scale=True) as progress:
+            conversion = Conversion(DTYPES[arguments.dtype], arguments.allow_nonfinite)
+            paths = arguments.input_path, arguments.output_path
+            numbers = (to_hugging_face(*paths, conversion, progress, layout=layout, config=arguments.config)
+                       if arguments.reversed else to_mindspore(*paths, conversion, progress))
+    except KeyboardInterrupt:
+        raise UserError(f"{arguments.output_path}: stopped; nothing was left there") from None
+    cli.say(f"{arguments.output_path}: {progress.total / 1e9:.2f} GB, {arguments.dtype}; "
+            f"{numbers.num_layers} layers, rope_ratio {numbers.rope_ratio}, "
+            f"layernorm_epsilon {numbers.layernorm_epsilon}"
+            + (f"; {layout} names; copy the model's tokenizer files there too" if arguments.reversed else ""))
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill unwinds as Ctrl-C does
     cli.run(main)

@@ -9,7 +9,7 @@ import numpy as np
 
 from mindrlhf import checkpoint, cli
 from mindrlhf.cli import UserError
-from mindrlhf.models.glm4 import lora
+from mindrlhf.models.glm4 import lora, sidecar
 
 EXAMPLE = """  python transform_checkpoint.py --src_checkpoint=output/checkpoint_network \\
     --src_strategy=output/strategy --dst_checkpoint=merged"""
@@ -42,9 +42,9 @@ def find_ranks(folder):
 
 
 def _newest(folder):
-    files = sorted(folder.glob("*.ckpt"))
+    files = sorted([*folder.glob("*.ckpt"), *folder.glob("*.safetensors")])
     if not files:
-        raise UserError(f"{folder}: holds no .ckpt; training saves one at its end")
+        raise UserError(f"{folder}: holds no .ckpt or .safetensors; training saves one at its end")
     return files[0] if len(files) == 1 else max(files, key=checkpoint.steps_done)
 
 
@@ -157,8 +157,10 @@ def main(argv=None):
         with cli.progress(size, "write", "B", unit_scale=True) as bar:
             checkpoint.write(target, items, bar.update)
         identity = verify(target, items)
+    described = sidecar.carry(arguments.src_checkpoint, target, dtype=items[0][1], fingerprint=identity)
     print(f"{target}: {len(items)} parameters, {size / 1e9:.2f} GB, from {len(files)} rank(s); "
-          f"read back and verified, fingerprint {identity[:12]}")
+          f"read back and verified, fingerprint {identity[:12]}"
+          + ("" if described else f"; without {sidecar.path_of(target).name}, as the run left no {sidecar.MODEL}"))
 
 
 def _existing_parent(path):

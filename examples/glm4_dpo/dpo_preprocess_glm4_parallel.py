@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mindrlhf import checkpoint, cli, config
 from mindrlhf.data import mindrecord, packing, preference, reference
-from mindrlhf.models.glm4 import template
+from mindrlhf.models.glm4 import sidecar, template
 
 EXAMPLE = """  bash ../../scripts/msrun_launcher.sh "dpo_preprocess_glm4_parallel.py --src pairs.jsonl --dst dpo.mindrecord \\
     --config process_glm4_9b.yaml --tokenizer tokenizer.model --load_checkpoint glm4_9b.ckpt \\
@@ -86,6 +86,7 @@ def main(argv=None):
     if Path(arguments.dst).is_dir():
         raise cli.UserError(f"{arguments.dst}: is a folder; --dst is the name of a file")
     source = preference.read_cvalues(arguments.src)
+    sidecar.check(settings.get("load_checkpoint"), settings)
 
     from mindrlhf import backend
     backend.leave_cluster()  # workers compute alone here

@@ -42,27 +42,32 @@ def load_settings(arguments):
 def finetune(settings):
     """Train: MindFormers' Trainer on Glm4DPO, from weights that are loaded strictly and data that fit them."""
     from mindrlhf import backend
+    from mindrlhf.models.glm4 import sidecar
     from mindrlhf.training import run
 
     config.check_workers(settings, cli.workers())
     data = run.open_data(settings)  # says what is wrong before the workers meet
     resumed = run.find_state(settings)
+    sidecar.check(resumed or settings.get("load_checkpoint"), settings)
     run_config = config.to_mindformers(settings)
     backend.start(run_config, parallel=cli.workers() > 1)
     model = backend.build_network(run_config)
     run.load_weights(model, settings, data, resumed)
+    if not resumed:
+        sidecar.keep(settings["load_checkpoint"], settings["output_dir"])
     run.train(model, run_config, settings, data, resumed)
 
 
 def predict(settings, text, adapters=None):
     """Print the answer to one message."""
     from mindrlhf import backend, checkpoint
-    from mindrlhf.models.glm4 import lora, template
+    from mindrlhf.models.glm4 import lora, sidecar, template
     from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
 
     if text is None:
         raise cli.UserError("run_mode predict needs --predict_data TEXT")
     backend.quiet()
+    sidecar.check(settings.get("load_checkpoint"), settings)
     tokenizer = Glm4Tokenizer(settings["processor"]["tokenizer"]["vocab_file"])
     numbers = settings["model"]["model_config"]
     tokenizer.check_vocabulary(numbers["padded_vocab_size"])

@@ -1,0 +1,273 @@
+"""The formats of a checkpoint, .ckpt (MindSpore's) and .safetensors: read without loading, written in pieces.
+
+A .ckpt is a protobuf message of repeated records {tag, tensor {dims, type, content}}; a large tensor takes
+several records of one tag. A .safetensors is the size of a JSON header, the header, and the tensors.
+"""
+import hashlib
+import json
+import math
+import mmap
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from mindrlhf.cli import UserError, existing_file
+from mindrlhf.files import atomic_file
+from mindrlhf.tensors import DTYPES, WORKERS, StoredTensor, pieces, size_of
+
+SUFFIXES = (".ckpt", ".safetensors")
+FROM_CKPT = {name: dtype for dtype, (name, _) in DTYPES.items()}
+RECORD = 64 << 20  # bytes of a tensor in one record of a .ckpt
+CLOSING = b"crc_num"  # MindSpore may end a .ckpt with this word and ten bytes
+
+
+# reading
+
+def read(path):
+    """Find the tensors of a checkpoint file; their values stay there until they are asked for.
+
+    Returns:
+        dict, name -> StoredTensor, in the order of the file.
+
+    Raises:
+        UserError: the file is missing, of another kind, cut short or damaged.
+    """
+    path = existing_file(path, "a checkpoint")
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{path}: a checkpoint ends in .ckpt or .safetensors; convert_weight.py makes one")
+    try:
+        file = open(path, "rb")  # noqa: SIM115  open as long as its tensors are
+        tensors = _read_safetensors(path, file) if path.suffix == ".safetensors" else _read_ckpt(path, file)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if not tensors:
+        raise UserError(f"{path}: holds no tensors")
+    return tensors
+
+
+def _read_safetensors(path, file):
+    try:
+        with safe_open(path, "np"):  # checks the header: offsets, sizes, overlaps, gaps, length of the file
+            pass
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error}); fetch or copy it again") from None
+    tensors = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in DTYPES:
+            raise UserError(f"{path}: {name} is {entry['dtype']}; weights are one of {', '.join(DTYPES)}")
+        begin, end = entry["data_offsets"]
+        span = (8 + size + begin, end - begin)
+        tensors[name] = StoredTensor(name, entry["dtype"], tuple(entry["shape"]), file, (span,))
+    return tensors
+
+
+def _read_ckpt(path, file):
+    tensors = {}
+    try:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            end = len(content)
+            if content[-len(CLOSING) - 10:-10] == CLOSING:
+                end -= len(CLOSING) + 10
+            for number, (start, stop) in _fields(content, 0, end):
+                if number != 1:
+                    raise ValueError(f"unknown record before byte {stop}")
+                name, dtype, shape, span = _record(content, start, stop)
+                if dtype is None:
+                    continue
+                before = tensors.get(name, StoredTensor(name, dtype, shape, file, ()))
+                if (before.dtype, before.shape) != (dtype, shape):
+                    raise ValueError(f"{name} stands twice")
+                tensors[name] = StoredTensor(name, dtype, shape, file, (*before.spans, span))
+        for tensor in tensors.values():
+            if tensor.nbytes != size_of(tensor.dtype, tensor.shape):
+                raise ValueError(f"{tensor.name} is cut short")
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise UserError(f"{path}: not a whole MindSpore checkpoint ({error}); copy it again") from None
+    return tensors
+
+
+def _record(content, start, stop):
+    """One record: (name, dtype or None for a remark of the trainer, shape, span of its bytes)."""
+    parts = dict(_fields(content, start, stop))
+    name = content[slice(*parts[1])].decode()
+    dims, kind, span = [], "", None
+    for number, value in _fields(content, *parts[2]):
+        if number == 1:
+            dims.append(int(value))
+        elif number == 2:
+            kind = content[slice(*value)].decode()
+        elif number == 3:
+            span = (value[0], value[1] - value[0])
+    if kind == "str":
+        return name, None, (), None
+    return name, FROM_CKPT[kind], () if dims == [0] else tuple(dims), span or (start, 0)
+
+
+def _fields(content, position, end):
+    """The fields of a protobuf message: (number, int, or (start, stop) of its bytes)."""
+    while position < end:
+        key, position = _varint(content, position)
+        value, position = _varint(content, position)
+        if key & 7 == 2:
+            start, position = position, position + value
+            value = (start, position)
+        elif key & 7:
+            raise ValueError(f"unknown kind of record before byte {position}")
+        if position > end:
+            raise ValueError("it ends too early")
+        yield key >> 3, value
+
+
+def _varint(content, position):
+    value = shift = 0
+    while True:
+        byte = content[position]
+        value |= (byte & 0x7F) << shift
+        position, shift = position + 1, shift + 7
+        if byte < 0x80:
+            return value, position
+        if shift > 63:
+            raise ValueError("a number does not end")
+
+
+# identity
+
+class Fingerprint:
+    """Identity of a set of weights, the same in whatever files, formats and order the tensors lie.
+
+    SHA-256 over the digests of the tensors, sorted by name. The digest of a tensor is SHA-256 over the line
+    "name dtype [shape]", then the SHA-256 of each piece of 2**19 elements (tensors.PIECE) of its
+    little-endian content. Pieces, so that all processors share the work on a large tensor.
+    """
+
+    def __init__(self):
+        self.parts = {}
+
+    def add(self, name, dtype, shape, digests):
+        """Add a tensor: digests are those of its pieces, in order."""
+        line = f"{name} {dtype} {list(shape)}\n".encode()
+        self.parts[name] = digest(line + b"".join(digests))
+
+    def hexdigest(self):
+        """64 hex digits."""
+        return hashlib.sha256(b"".join(self.parts[name] for name in sorted(self.parts))).hexdigest()
+
+
+def digest(data):
+    """SHA-256 of the bytes of a piece."""
+    return hashlib.sha256(data).digest()
+
+
+# writing
+
+def check_name(path):
+    """Raise UserError where a path cannot be that of a checkpoint."""
+    if Path(path).is_dir():
+        raise UserError(f"{path}: is a folder; give the name of a file that ends in .ckpt or .safetensors")
+    if Path(path).suffix not in SUFFIXES:
+        raise UserError(f"{path}: the name of a checkpoint ends in .ckpt or .safetensors")
+
+
+def write(path, tensors, progress=None, *, framework="np", hashed=True):
+    """Write a checkpoint, piece by piece.
+
+    Args:
+        path: a name that ends in .ckpt or .safetensors.
+        tensors: list of (name, dtype, shape, make); make() returns the stored array, or an iterable of
+            its pieces (flat arrays, as tensors.pieces cuts them).
+        progress: called with the number of bytes after each piece.
+        framework: what a .safetensors says it is for; transformers wants "pt".
+        hashed: False where nobody wants the fingerprint.
+
+    Returns:
+        the fingerprint of what was written, 64 hex digits; None without hashed.
+
+    Raises:
+        UserError: the file cannot be written. Nothing is left under its name.
+    """
+    path = Path(path)
+    check_name(path)
+    identity = Fingerprint()
+    with atomic_file(path) as file, ThreadPoolExecutor(WORKERS) as pool:
+        if path.suffix == ".safetensors":
+            file.write(_safetensors_header(tensors, framework))
+        for name, dtype, shape, make in tensors:
+            sink = file if path.suffix == ".safetensors" else _RecordWriter(file, name, dtype, shape)
+            digests = []
+            for data in _data(make(), dtype, math.prod(shape)):
+                if hashed:
+                    digests.append(pool.submit(digest, data))  # beside the writing
+                    digests[max(len(digests) - 2 * WORKERS, 0)].result()  # no more pieces in memory than that
+                sink.write(data)
+                if progress:
+                    progress(len(data))
+            identity.add(name, dtype, shape, [future.result() for future in digests])
+    return identity.hexdigest() if hashed else None
+
+
+def _data(made, dtype, elements):
+    """The bytes of each piece of an array, or of pieces that are made one after another."""
+    if isinstance(made, np.ndarray | np.generic):
+        flat = made.reshape(-1)
+        made = (flat[first:first + count] for first, count in pieces(elements))
+    for (_, count), piece in zip(pieces(elements), made, strict=True):
+        if piece.size != count:
+            raise ValueError(f"a piece of {piece.size} elements, {count} expected")
+        yield memoryview(np.ascontiguousarray(piece, DTYPES[dtype][1]).view(np.uint8))
+
+
+def _safetensors_header(tensors, framework):
+    header, offset = {"__metadata__": {"format": framework}}, 0
+    for name, dtype, shape, _ in tensors:
+        end = offset + size_of(dtype, shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+class _RecordWriter:
+    """Writes one tensor as records of a .ckpt."""
+
+    def __init__(self, file, name, dtype, shape):
+        self.file, self.left, self.room = file, size_of(dtype, shape), 0
+        self.tag = _text(1, name)
+        self.start = b"".join(b"\x08" + _number(size) for size in shape) + _text(2, DTYPES[dtype][0])
+        if not self.left:
+            self._begin()
+
+    def _begin(self):
+        self.room = min(self.left, RECORD)
+        head = self.start + b"\x1a" + _number(self.room)
+        tensor = b"\x12" + _number(len(head) + self.room) + head
+        self.file.write(b"\x0a" + _number(len(self.tag) + len(tensor) + self.room) + self.tag + tensor)
+
+    def write(self, data):
+        """Add bytes, of any length."""
+        while data:
+            if not self.room:
+                self._begin()
+            part = data[:self.room]
+            self.file.write(part)
+            self.left, self.room, data = self.left - len(part), self.room - len(part), data[len(part):]
+
+
+def _number(value):
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _text(number, text):
+    content = text.encode()
+    return bytes([number << 3 | 2]) + _number(len(content)) + content
