@@ -1,28 +1,32 @@
 """Preference pairs to training data: tokens, masks and reference log-probs, packed into rows of a MindRecord.
 
-Every worker scores its share of the pairs with the model as it is before training. The result does not depend on the
-number of workers; a run that was stopped goes on where it was.
+Every worker tokenizes and scores its share of the pairs with the model as it is before training. The result
+does not depend on the number of workers. A run that was stopped goes on where it was when started again.
 """
+import argparse
 import hashlib
+import json
 import sys
+import time
 from pathlib import Path
-
-import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mindrlhf import checkpoint, cli, config
-from mindrlhf.data import mindrecord, packing, preference, reference
+from mindrlhf.data import features, merge, mindrecord, preference, reference, summary
 from mindrlhf.models.glm4 import sidecar, template
 
-EXAMPLE = """  bash ../../scripts/msrun_launcher.sh "dpo_preprocess_glm4_parallel.py --src pairs.jsonl --dst dpo.mindrecord \\
-    --config process_glm4_9b.yaml --tokenizer tokenizer.model --load_checkpoint glm4_9b.ckpt \\
-    --auto_trans_ckpt True --seq_len 8192 --dataset_type cvalues" 8"""
+EXAMPLE = """  bash ../../scripts/msrun_launcher.sh "dpo_preprocess_glm4_parallel.py --src pairs.jsonl \\
+    --dst dpo.mindrecord --config process_glm4_9b.yaml --tokenizer tokenizer.model \\
+    --load_checkpoint glm4_9b.ckpt --auto_trans_ckpt True --seq_len 8192 --dataset_type cvalues" 8"""
+
+OPTIONS = ("truncation", "on_bad_row", "identical", "duplicates", "eval_ratio", "pack")  # that shape the data
 
 
 def parser():
     parse = cli.Parser(__doc__, EXAMPLE)
-    parse.add_argument("--src", required=True, help="preference pairs, JSON lines")
+    parse.add_argument("--src", required=True, nargs="+", metavar="PATH",
+                       help="preference pairs: .jsonl or .json files, also .gz, or folders of them")
     parse.add_argument("--dst", required=True, help="training data to write, .mindrecord; its folder is made")
     parse.add_argument("--config", required=True, help="YAML with run_mode preprocess")
     parse.add_argument("--tokenizer", help="tokenizer.model of the model")
@@ -30,104 +34,189 @@ def parser():
     parse.add_argument("--auto_trans_ckpt", type=cli.boolean, metavar="True|False",
                        help="share one whole checkpoint out over the cards of a model-parallel plan")
     parse.add_argument("--seq_len", type=cli.positive, help="positions (tokens) of a row")
-    parse.add_argument("--dataset_type", default="cvalues", choices=preference.DATASET_TYPES,
-                       help="fields of a row (default: cvalues = prompt, pos_resp, neg_resp)")
+    parse.add_argument("--dataset_type", default="auto", choices=preference.DATASET_TYPES,
+                       help="fields of a row (default: auto). cvalues: prompt, pos_resp, neg_resp; dpo: "
+                            "conversations, chosen, rejected, with from and value; pairs: chosen, rejected, "
+                            "with or without prompt, strings or messages with role and content")
+    parse.add_argument("--truncation", default="keep_end", choices=features.TRUNCATIONS,
+                       help="where prompt + answer exceed a row: the prompt loses its oldest tokens "
+                            "(keep_end, the default), its newest (keep_start), or the pair is dropped. An "
+                            "answer is never cut")
+    parse.add_argument("--on_bad_row", default="error", choices=("error", "skip"),
+                       help="a row that is no pair stops the run (default), or is left out and listed")
+    parse.add_argument("--identical", default="keep", choices=("keep", "drop"),
+                       help="pairs whose answers are the same (default: keep; they are reported)")
+    parse.add_argument("--duplicates", default="keep", choices=("keep", "drop"),
+                       help="pairs that stand there already (default: keep; they are reported)")
+    parse.add_argument("--eval_ratio", type=share, default=0.0, metavar="SHARE",
+                       help="share of the pairs, from 0 to below 1, that goes to DST with _eval before its "
+                            "ending; no prompt is in both files (default: 0)")
+    parse.add_argument("--pack", type=cli.boolean, default=True, metavar="True|False",
+                       help="as many pairs to a row as fit (default: True), or one")
     return parse
 
 
+def share(text):
+    """argparse type for a number from 0 to below 1."""
+    try:
+        if 0 <= float(text) < 1:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected a number from 0 to below 1, got {text!r}")
+
+
 def load_settings(arguments):
-    return config.load(arguments.config, run_mode="preprocess", overrides={
+    settings = config.load(arguments.config, run_mode="preprocess", overrides={
         "load_checkpoint": arguments.load_checkpoint, "auto_trans_ckpt": arguments.auto_trans_ckpt,
-        "model.model_config.seq_length": arguments.seq_len, "processor.tokenizer.vocab_file": arguments.tokenizer})
+        "model.model_config.seq_length": arguments.seq_len,
+        "processor.tokenizer.vocab_file": arguments.tokenizer})
+    if not settings.get("load_checkpoint"):
+        raise cli.UserError("no weights given; --load_checkpoint names what convert_weight.py made")
+    config.check_workers(settings, cli.workers())
+    if together(settings) and not settings["parallel"].get("full_batch"):
+        raise cli.UserError(f"{arguments.config}: preprocessing by parallel_config needs parallel.full_batch "
+                            "True: every card is given the whole batch")
+    if Path(arguments.dst).is_dir():
+        raise cli.UserError(f"{arguments.dst}: is a folder; --dst is the name of a file")
+    return settings
 
 
-def merge(parts, arguments, identity, seq_len, pad_id):
-    """Pack the scored pairs of all parts into the rows of the final file, and say what came of them."""
-    collected = list(parts.read())
-    pairs = [pair for part in collected for pair in reference.split_tokens(part)]
-    joined = {name: np.concatenate([part[name] for part in collected])
-              for name in ("pair_ids", "lengths", "logps", "cut", "dropped")}
-    dropped, read = joined["dropped"], len(pairs) + len(joined["dropped"])
-    if not pairs:
-        raise cli.UserError(f"{arguments.src}: no pair fits into {seq_len} tokens; raise --seq_len")
-    lengths = joined["lengths"][:, :1] + joined["lengths"][:, 1:]  # tokens of prompt + response, (N, 2)
-    rows = packing.pack(lengths, seq_len)
-    width = max(map(len, rows))
-    tokens = int(lengths.sum())
-    counts = {"read": read, "written": len(pairs), "dropped": {"an answer longer than a row": len(dropped)},
-              "prompts shortened": int((joined["cut"] > 0).sum())}
-    mindrecord.write(
-        arguments.dst, cli_rows(rows, pairs, joined, seq_len, width, pad_id), seq_len=seq_len, width=width,
-        sidecar={"rows": len(rows), "pairs_per_row": width, "pairs": counts, "tokens": tokens, **identity})
-    per_token = joined["logps"].sum(0) / joined["lengths"][:, 1:].sum(0)
-    cli.say(f"{arguments.dst}: {len(pairs)} of {read} pairs in {len(rows)} rows of {seq_len}, at most {width} a row",
-            f"  dropped: {len(dropped)}" + (f", an answer longer than a row (pairs {dropped[:5].tolist()}, counted from 0)"
-                                            if len(dropped) else ""),
-            f"  prompts shortened to fit: {counts['prompts shortened']}",
-            f"  tokens: {tokens}, {tokens / (2 * len(rows) * seq_len):.1%} of the rows' room; longest side of a pair: "
-            f"median {np.median(lengths.max(1)):.0f}, longest {lengths.max()}",
-            f"  reference log-prob per token: chosen {per_token[0]:.4f}, rejected {per_token[1]:.4f} nats")
+def together(settings):
+    """Whether all workers compute each batch together, one model over all cards, or each computes its own."""
+    return settings["parallel"]["parallel_mode"] == 1
 
 
-def cli_rows(rows, pairs, joined, seq_len, width, pad_id):
-    """The final rows, made one at a time."""
-    bar = cli.progress(len(rows), "write", "row")
-    for row in rows:
-        members = [reference.TokenPair(*map(list, (pairs[n].prompt, pairs[n].chosen, pairs[n].rejected))) for n in row]
-        yield mindrecord.make_row(members, joined["logps"][row], joined["pair_ids"][row],
-                                  seq_len=seq_len, width=width, pad_id=pad_id)
-        bar.update()
+def read_source(arguments):
+    """Pairs, and which of them are held out; what was found is said."""
+    drop = [name for name, choice in ((preference.IDENTICAL, arguments.identical),
+                                      (preference.DUPLICATE, arguments.duplicates)) if choice == "drop"]
+    source = preference.read(arguments.src, arguments.dataset_type, drop=drop,
+                             skip_bad=arguments.on_bad_row == "skip")
+    told = ", told by its fields" if arguments.dataset_type == "auto" else ""
+    cli.say(f"{len(source.pairs):,} pairs in {len(source.files)} file(s), "
+            f"--dataset_type {source.dataset_type}{told}")
+    return source, preference.held_out(source.pairs, arguments.eval_ratio)
+
+
+def describe(arguments, settings, source, tokenizer):
+    """(what the sidecar says of the data's origin, identity of the run: all that the data depend on)."""
+    from mindrlhf import backend
+    hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in source.files]
+    weights = checkpoint.fingerprint(checkpoint.read(settings["load_checkpoint"]))
+    about = {"seq_len": settings["model"]["model_config"]["seq_length"], "template": template.VERSION,
+             "dataset_type": source.dataset_type, "versions": backend.versions(),
+             "options": {name: getattr(arguments, name) for name in OPTIONS}}
+    run = {**about, "data": hashes, "tokenizer": tokenizer.fingerprint, "checkpoint": weights,
+           "logps_chunk_size": settings["dpo"].get("logps_chunk_size"),
+           **{name: settings.get(name) for name in ("model", "runner_config", "parallel", "parallel_config")}}
+    origin = {**about,
+              "source": [{"file": str(file), "sha256": sha} for file, sha in zip(source.files, hashes)],
+              "tokenizer": {"file": str(tokenizer.path), "sha256": tokenizer.fingerprint},
+              "checkpoint": {"file": settings["load_checkpoint"], "fingerprint": weights},
+              "run": hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()}
+    return origin, run
+
+
+def is_made(paths, run):
+    """Whether all files are there already, made by the same run."""
+    try:
+        return all(mindrecord.read_sidecar(path).get("run") == run for path in paths)
+    except cli.UserError:
+        return False
+
+
+def open_scorer(settings, tokenizer, *, packed):
+    """The reference model with its weights."""
+    from mindrlhf import backend
+    run = config.to_mindformers(settings)
+    backend.start(run, parallel=together(settings) and cli.workers() > 1)
+    model = backend.build_network(run)
+    checkpoint.load_strictly(model, settings["load_checkpoint"])
+    return reference.Scorer(model, seq_len=settings["model"]["model_config"]["seq_length"], packed=packed,
+                            batch_size=settings["runner_config"]["batch_size"], pad_id=tokenizer.pad_id)
+
+
+class Bar:
+    """The progress of all workers, on rank 0: pairs, pairs/s, real tokens/s, time left."""
+
+    def __init__(self, parts, total):
+        self.parts, self.looked = parts, time.monotonic()
+        pairs, self.tokens = parts.progress()
+        self.bar, self.began = cli.progress(total, "score", "pair", initial=pairs), time.monotonic()
+
+    def show(self, at_once=False):
+        """Look at what all workers have reported, twice a second at most."""
+        now = time.monotonic()
+        if self.bar.disable or (now - self.looked < 0.5 and not at_once):
+            return
+        self.looked = now
+        pairs, tokens = self.parts.progress()
+        speed = (tokens - self.tokens) / (now - self.began)
+        self.bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
+        self.bar.update(pairs - self.bar.n)
+
+    def close(self):
+        """Show the last state, and leave it there."""
+        self.show(at_once=True)
+        self.bar.close()
+
+
+def score(parts, todo, source, settings, tokenizer, arguments):
+    """Make the parts in todo; on rank 0, wait until those of the others are there too."""
+    bar = Bar(parts, len(source.pairs))
+    scorer = open_scorer(settings, tokenizer, packed=arguments.pack) if todo else None
+    writes = cli.rank() == 0 or not together(settings)
+    size = reference.part_size(len(source.pairs))
+    for number in todo:
+        def report(pairs, tokens, number=number):
+            if writes:
+                parts.report(number, pairs, tokens)
+            bar.show()
+
+        part = reference.make_part(tokenizer, source.pairs[number * size:(number + 1) * size], number * size,
+                                   seq_len=scorer.seq_len, truncation=arguments.truncation,
+                                   score=lambda pairs, report=report: scorer(pairs, report))
+        if writes:
+            parts.write(number, part)
+    if cli.rank() == 0:
+        parts.wait(bar.show)
     bar.close()
 
 
 def main(argv=None):
     arguments = parser().parse_args(argv)
     settings = load_settings(arguments)
-    if Path(arguments.dst).is_dir():
-        raise cli.UserError(f"{arguments.dst}: is a folder; --dst is the name of a file")
-    source = preference.read_cvalues(arguments.src)
+    source, held_out = read_source(arguments)
     sidecar.check(settings.get("load_checkpoint"), settings)
 
     from mindrlhf import backend
-    backend.leave_cluster()  # workers compute alone here
+    if not together(settings):
+        backend.leave_cluster()  # workers compute alone here
     backend.quiet()
     from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
-    seq_len = settings["model"]["model_config"]["seq_length"]
     tokenizer = Glm4Tokenizer(settings["processor"]["tokenizer"]["vocab_file"])
     tokenizer.check_vocabulary(settings["model"]["model_config"]["padded_vocab_size"])
+    origin, run = describe(arguments, settings, source, tokenizer)
 
-    run = config.to_mindformers(settings)
-    backend.start(run, parallel=False)
-    model = backend.build_network(run)
-    weights = checkpoint.load_strictly(model, settings.get("load_checkpoint"))
-    batch_size = settings["runner_config"]["batch_size"]
-    scorer = reference.Scorer(model, seq_len=seq_len, batch_size=batch_size, pad_id=tokenizer.pad_id)
-
-    identity = {"source": {"file": str(arguments.src), "sha256": hashlib.sha256(Path(arguments.src).read_bytes()).hexdigest()},
-                "dataset_type": arguments.dataset_type, "seq_len": seq_len, "template": template.VERSION,
-                "tokenizer": {"file": settings["processor"]["tokenizer"]["vocab_file"], "sha256": tokenizer.fingerprint},
-                "checkpoint": {"file": settings["load_checkpoint"], "fingerprint": checkpoint.fingerprint(weights)},
-                "versions": backend.versions()}
-    size = reference.part_size(len(source))
-    parts = reference.Parts(arguments.dst, -(-len(source) // size), {**identity, "batch_size": batch_size})
-
-    bar = cli.progress(len(source), "score", "pair")
-
-    def show(done):
-        bar.update(min(done * size, len(source)) - bar.n)
-
-    for number in range(cli.rank(), parts.count, cli.workers()):
-        if not parts.is_done(number):
-            begin = number * size
-            parts.write(number, reference.make_part(tokenizer, source[begin:begin + size], begin, seq_len=seq_len,
-                                                    score=scorer))
-        if cli.rank() == 0:
-            show(parts.done())
-    if cli.rank() == 0:
-        parts.wait(show)
-        bar.close()
-        merge(parts, arguments, identity, seq_len, tokenizer.pad_id)
+    count = -(-len(source.pairs) // reference.part_size(len(source.pairs)))
+    parts = reference.Parts(arguments.dst, count, run)
+    parts.check()
+    mine = range(count) if together(settings) else range(cli.rank(), count, cli.workers())
+    todo = [number for number in mine if not parts.is_done(number)]
+    paths = [arguments.dst] + ([merge.eval_path(arguments.dst)] if any(held_out) else [])
+    if is_made(paths, origin["run"]):  # asked after the parts, which rank 0 removes when all is made
+        cli.say(f"{arguments.dst}: there already, made of the same data, weights and options. Nothing to do")
         parts.remove()
+        return
+    score(parts, todo, source, settings, tokenizer, arguments)
+    if cli.rank() == 0:
+        report = merge.merge(parts, source, held_out, destination=arguments.dst, packed=arguments.pack,
+                             seq_len=origin["seq_len"], pad_id=tokenizer.pad_id, sidecar=origin)
+        drawn = summary.picture(f"{arguments.dst}.png", report.scored)
+        parts.remove()
+        cli.say(*summary.screen(report), f"  picture    {arguments.dst}.png" if drawn else
+                "  picture    none: matplotlib is not installed")
 
 
 if __name__ == "__main__":

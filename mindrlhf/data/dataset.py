@@ -5,8 +5,8 @@ from mindrlhf.data import mindrecord
 def open_dataset(path, sidecar, *, batch_size, shuffle, shards=1, shard=0):
     """Batches of a training file, none of its rows lost.
 
-    Rows without pairs fill up the last global batch, so that each worker gets as many batches: the loss is a mean over
-    pairs, and they have none.
+    Rows without pairs fill up the last global batch, so that each worker gets as many batches: the loss is a
+    mean over pairs, and they have none.
 
     Args:
         path: the .mindrecord.
@@ -20,11 +20,10 @@ def open_dataset(path, sidecar, *, batch_size, shuffle, shards=1, shard=0):
         a MindSpore dataset with the columns of mindrecord.COLUMNS.
     """
     import mindspore.dataset as ds
-    empty = mindrecord.make_row([], [], [], seq_len=sidecar["seq_len"], width=sidecar["pairs_per_row"], pad_id=0)
+    sizes = {"seq_len": sidecar["seq_len"], "width": sidecar["pairs_per_row"]}
+    empty = mindrecord.make_row([], [], [], pad_id=0, **sizes)
     padding = -sidecar["rows"] % (batch_size * shards)
     extra = {"padded_sample": empty, "num_padded": padding} if padding else {}
-    rows = ds.MindDataset(str(path), columns_list=list(mindrecord.COLUMNS), num_parallel_workers=1, shuffle=shuffle,
-                          num_shards=shards, shard_id=shard, **extra)
+    rows = ds.MindDataset(str(path), columns_list=list(mindrecord.COLUMNS), num_parallel_workers=1,
+                          shuffle=shuffle, num_shards=shards, shard_id=shard, **extra)
     return rows.batch(batch_size, drop_remainder=True).project(list(mindrecord.COLUMNS))
-
-

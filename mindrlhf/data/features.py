@@ -6,6 +6,8 @@ import numpy as np
 from mindrlhf.models.glm4 import template
 
 SIDES = ("chosen", "rejected")
+# where prompt + longer answer exceed a row: the prompt loses its oldest tokens, its newest, or the pair goes
+TRUNCATIONS = ("keep_end", "keep_start", "drop")
 
 
 @dataclass(frozen=True)
@@ -28,28 +30,38 @@ def tokenize(tokenizer, pair):
                      template.response_ids(tokenizer, pair.rejected))
 
 
-def fit(tokens, seq_len):
+def fit(tokens, seq_len, *, tokenizer, truncation="keep_end"):
     """Shorten the prompt until prompt + longer response fit into seq_len tokens.
 
-    The oldest tokens of the text go first; the prefix and the first role tag (4 tokens: [gMASK] <sop> tag newline)
-    and the closing <|assistant|> stay, and both responses keep the same prompt. Responses are never cut.
+    Only text is cut, the tokens of all messages taken as one: prefix, tags and the newlines after them stay.
+    Both responses keep the same prompt, and are never cut themselves.
+
+    Args:
+        tokens: TokenPair.
+        seq_len: positions of a row.
+        tokenizer: Glm4Tokenizer, tells tags from text.
+        truncation: one of TRUNCATIONS.
 
     Returns:
-        (TokenPair, number of tokens cut), or (None, 0) where a response leaves no room for the tags.
+        (TokenPair, number of tokens cut), or (None, 0) where the pair does not fit.
     """
-    cut = max(0, tokens.longest - seq_len)
-    head, text, tail = tokens.prompt[:4], tokens.prompt[4:-1], tokens.prompt[-1:]
-    if cut > len(text):
+    cut = tokens.longest - seq_len
+    if cut <= 0:
+        return tokens, 0
+    text = template.text_positions(tokenizer, tokens.prompt)
+    if truncation == "drop" or cut > len(text):
         return None, 0
-    return TokenPair(head + text[cut:] + tail, tokens.chosen, tokens.rejected), cut
+    gone = set(text[:cut] if truncation == "keep_end" else text[-cut:])
+    prompt = [token for place, token in enumerate(tokens.prompt) if place not in gone]
+    return TokenPair(prompt, tokens.chosen, tokens.rejected), cut
 
 
 def row_columns(pairs, side, seq_len, pad_id):
     """Model inputs of one side of one row.
 
     Position t of a sequence predicts its token t + 1: the label. It is scored where the label is a response
-    token: the last prompt token predicts the first response token, so a sequence of p prompt and r response tokens
-    scores positions p - 1 to p + r - 2, r of them, the stop token's prediction included. By hand, p = 3, r = 2:
+    token: the last prompt token predicts the first response token, so a sequence of p prompt and r response
+    tokens scores positions p - 1 to p + r - 2, r of them, the stop token's among them. By hand, p = 3, r = 2:
 
         input_ids    a b c D E -      (D E: response, -: padding)
         labels       b c D E - -

@@ -10,9 +10,11 @@ from mindrlhf.cli import UserError, existing_file
 from mindrlhf.data.features import SIDES, row_columns
 
 # in the order in which Glm4DPO takes them: name -> (dtype, which dimension)
-COLUMNS = {f"{side}_{name}": (dtype, size) for side in SIDES for name, dtype, size in (
-    ("input_ids", "int32", "seq_len"), ("labels", "int32", "seq_len"), ("loss_mask", "int32", "seq_len"),
-    ("segment_ids", "int32", "seq_len"), ("ref_logps", "float32", "pairs"))} | {"pair_ids": ("int32", "pairs")}
+_OF_SIDE = {"input_ids": ("int32", "seq_len"), "labels": ("int32", "seq_len"),
+            "loss_mask": ("int32", "seq_len"), "segment_ids": ("int32", "seq_len"),
+            "ref_logps": ("float32", "pairs")}
+COLUMNS = {f"{side}_{name}": kind for side in SIDES for name, kind in _OF_SIDE.items()}
+COLUMNS["pair_ids"] = ("int32", "pairs")
 SIDECAR_FORMAT = 1
 
 
@@ -28,11 +30,12 @@ def make_row(pairs, logps, pair_ids, *, seq_len, width, pad_id):
         pad_id: id of the padding token.
 
     Returns:
-        dict of arrays, in the order of COLUMNS: int32 (S,), float32 (P,) and, for pair_ids, int32 (P,) with -1 for none.
+        dict of arrays, in the order of COLUMNS: int32 (S,), float32 (P,), pair_ids int32 (P,), -1 for none.
     """
     row = {}
     for number, side in enumerate(SIDES):
-        row |= {f"{side}_{name}": values for name, values in row_columns(pairs, side, seq_len, pad_id).items()}
+        columns = row_columns(pairs, side, seq_len, pad_id)
+        row |= {f"{side}_{name}": values for name, values in columns.items()}
         row[f"{side}_ref_logps"] = np.zeros(width, np.float32)
         row[f"{side}_ref_logps"][:len(pairs)] = [pair[number] for pair in logps]
     row["pair_ids"] = np.full(width, -1, np.int32)
@@ -43,7 +46,8 @@ def make_row(pairs, logps, pair_ids, *, seq_len, width, pad_id):
 def write(path, rows, *, seq_len, width, sidecar):
     """Write rows and sidecar. Nothing stands under the final name before all is written.
 
-    MindSpore keeps a file's name inside its index, so the file is written under its name in a folder beside, and moved.
+    MindSpore keeps a file's name inside its index, so the file is written under its name in a folder beside
+    it, and then moved.
 
     Args:
         path: the .mindrecord; path + ".db" (MindSpore's index) and path + ".json" (the sidecar) come with it.
@@ -71,6 +75,24 @@ def write(path, rows, *, seq_len, width, sidecar):
         raise UserError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from None
     finally:
         shutil.rmtree(workshop, ignore_errors=True)
+
+
+def read(path):
+    """Rows of a training file, one after another: dicts of arrays.
+
+    Raises:
+        UserError: the file is none, or damaged.
+    """
+    from mindspore.mindrecord import FileReader
+    reader = None
+    try:
+        reader = FileReader(str(path))
+        yield from reader.get_next()
+    except RuntimeError as error:
+        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]}); preprocess again") from None
+    finally:
+        if reader:
+            reader.close()
 
 
 def sidecar_path(path):
@@ -111,11 +133,11 @@ def check_made_for(path, sidecar, *, seq_len, template, tokenizer, checkpoint):
     pairs = [("seq_len", sidecar["seq_len"], seq_len), ("template", sidecar["template"], template),
              ("tokenizer", sidecar["tokenizer"]["sha256"], tokenizer),
              ("checkpoint", sidecar["checkpoint"]["fingerprint"], checkpoint)]
-    differences = [f"{name} was {_short(made)} ({_file(sidecar, name)}), now {_short(now)}" for name, made, now in pairs
-                   if now is not None and made != now]
+    differences = [f"{name} was {_short(made)} ({_file(sidecar, name)}), now {_short(now)}"
+                   for name, made, now in pairs if now is not None and made != now]
     if differences:
-        raise UserError(f"{path}: was not made for this run: {'; '.join(differences)}. Preprocess again with what you "
-                        "train, or train with what you preprocessed")
+        raise UserError(f"{path}: was not made for this run: {'; '.join(differences)}. Preprocess again with "
+                        "what you train, or train with what you preprocessed")
 
 
 def _short(value):

@@ -1,134 +1,45 @@
-"""The reference pass: log-probs of every pair under the model as it is before training, shared out over workers.
-
-The source is cut into parts of a fixed number of pairs, whatever the number of workers. A worker takes every n-th part,
-packs and scores its pairs, and writes one file. So the result does not depend on how many workers there were, and a
-run that was stopped goes on from its finished parts.
-"""
-import hashlib
-import json
-import time
-from pathlib import Path
-
+"""The reference pass: log-probs of pairs under the model as it is before training."""
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
-from mindrlhf.checkpoint import atomic_file
 from mindrlhf.cli import UserError
-from mindrlhf.data.features import SIDES, TokenPair, fit, row_columns, tokenize
+from mindrlhf.data.features import SIDES, fit, row_columns, tokenize
 from mindrlhf.data.packing import max_pairs, pack
+from mindrlhf.data.parts import Parts, part_size  # noqa: F401  part of the reference pass
 
 INPUTS = ("input_ids", "labels", "loss_mask", "segment_ids")
 
 
-def part_size(pairs):
-    """Pairs of a part: enough to fill rows, few enough that many cards finish together and little is lost by a kill."""
-    return min(max(-(-pairs // 64), 8), 512)
-
-
-class Parts:
-    """The part files of a run, in a folder beside the destination.
-
-    Args:
-        destination: path of the training file.
-        count: number of parts.
-        identity: dict, all that the content of a part depends on.
-    """
-
-    def __init__(self, destination, count, identity):
-        self.folder = Path(f"{destination}.parts")
-        self.count = count
-        self.run = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-    def path(self, number):
-        """Where a part lies."""
-        return self.folder / f"part-{number:06d}.safetensors"
-
-    def done(self):
-        """How many parts are there."""
-        return sum(self.path(number).exists() for number in range(self.count))
-
-    def write(self, number, arrays):
-        """Write one part; it takes its name when it is whole."""
-        with atomic_file(self.path(number)) as file:
-            file.write(save(arrays, {"run": self.run}))
-
-    def is_done(self, number):
-        """Whether a part is there.
-
-        Raises:
-            UserError: it is of another run, or no part.
-        """
-        path = self.path(number)
-        if not path.exists():
-            return False
-        try:
-            with safe_open(path, "np") as part:
-                if part.metadata().get("run") == self.run:
-                    return True
-        except (SafetensorError, AttributeError):
-            pass
-        raise UserError(f"{path}: left by a run with other data, checkpoint or options; remove {self.folder}, or give "
-                        "another --dst")
-
-    def wait(self, progress, poll=0.1):
-        """Return when every part is there; progress(number of parts) is called meanwhile."""
-        while (done := self.done()) < self.count:
-            progress(done)
-            time.sleep(poll)
-        progress(done)
-
-    def read(self):
-        """All parts, one after another: dicts of arrays."""
-        for number in range(self.count):
-            self.is_done(number)
-            with safe_open(self.path(number), "np") as part:
-                yield {name: part.get_tensor(name) for name in part.keys()}
-
-    def remove(self):
-        """Delete the parts and, if nothing else is in it, their folder."""
-        for number in range(self.count):
-            self.path(number).unlink(missing_ok=True)
-        try:
-            self.folder.rmdir()
-        except OSError:
-            pass
-
-
-def make_part(tokenizer, pairs, first, *, seq_len, score):
+def make_part(tokenizer, pairs, first, *, seq_len, score, truncation="keep_end"):
     """Tokenize and score some pairs.
 
     Args:
         tokenizer: Glm4Tokenizer.
         pairs: list[Pair].
-        first: number of the first of them in the source.
+        first: number of the first of them among the source's pairs.
         seq_len: positions of a row.
-        score: function from list[TokenPair] to float32 (N, 2), log-probs of the chosen and the rejected answers.
+        score: function from list[TokenPair] to float32 (N, 2), log-probs of chosen and rejected answers.
+        truncation: one of features.TRUNCATIONS.
 
     Returns:
-        dict of arrays: pair_ids (N,), lengths (N, 3) of prompt, chosen, rejected, tokens of all one after another,
-        logps (N, 2), cut (N,) prompt tokens cut away, dropped (M,) numbers of pairs that no row can hold.
+        dict of arrays: pairs (N,), their numbers; lengths (N, 3) of prompt, chosen and rejected answer;
+        tokens, of all one after another; logps (N, 2); cut (N,), tokens that a prompt lost; dropped (M,),
+        numbers of pairs that no row can hold. int32, logps float32.
     """
-    kept, pair_ids, cut, dropped = [], [], [], []
+    kept, numbers, cut, dropped = [], [], [], []
     for number, pair in enumerate(pairs, first):
-        tokens, shortened = fit(tokenize(tokenizer, pair), seq_len)
+        tokens, lost = fit(tokenize(tokenizer, pair), seq_len, tokenizer=tokenizer, truncation=truncation)
         if tokens is None:
             dropped.append(number)
         else:
             kept.append(tokens)
-            pair_ids.append(number)
-            cut.append(shortened)
-    parts = [part for tokens in kept for part in (tokens.prompt, tokens.chosen, tokens.rejected)]
-    return {"pair_ids": np.array(pair_ids, np.int32), "lengths": np.array([*map(len, parts)], np.int32).reshape(-1, 3),
-            "tokens": np.array([token for part in parts for token in part], np.int32),
-            "logps": score(kept) if kept else np.zeros((0, 2), np.float32), "cut": np.array(cut, np.int32),
-            "dropped": np.array(dropped, np.int32)}
-
-
-def split_tokens(part):
-    """The TokenPairs of a part, as arrays that are views of it."""
-    pieces = np.split(part["tokens"], np.cumsum(part["lengths"].ravel())[:-1]) if part["lengths"].size else []
-    return [TokenPair(*pieces[start:start + 3]) for start in range(0, len(pieces), 3)]
+            numbers.append(number)
+            cut.append(lost)
+    pieces = [piece for tokens in kept for piece in (tokens.prompt, tokens.chosen, tokens.rejected)]
+    return {"pairs": np.array(numbers, np.int32),
+            "lengths": np.array([len(piece) for piece in pieces], np.int32).reshape(-1, 3),
+            "tokens": np.array([token for piece in pieces for token in piece], np.int32),
+            "logps": score(kept) if kept else np.zeros((0, 2), np.float32),
+            "cut": np.array(cut, np.int32), "dropped": np.array(dropped, np.int32)}
 
 
 class Scorer:
@@ -139,29 +50,42 @@ class Scorer:
         seq_len: positions of a row.
         batch_size: rows at once; a batch holds both sides of them.
         pad_id: id of the padding token.
+        packed: whether a row holds as many pairs as fit, or one.
     """
 
-    def __init__(self, model, *, seq_len, batch_size, pad_id):
+    def __init__(self, model, *, seq_len, batch_size, pad_id, packed=True):
         from mindrlhf.models.glm4.dpo import ReferenceLogps
-        self.width = max_pairs(seq_len)
+        self.width = max_pairs(seq_len) if packed else 1
         self.network = ReferenceLogps(model, self.width).set_train(False)
-        self.seq_len, self.batch_size, self.pad_id = seq_len, batch_size, pad_id
+        self.seq_len, self.batch_size, self.pad_id, self.packed = seq_len, batch_size, pad_id, packed
 
-    def __call__(self, pairs):
-        """list[TokenPair] -> float32 (N, 2): sums over the response tokens of the chosen and the rejected answer, nats.
+    def __call__(self, pairs, report=None):
+        """Score pairs.
+
+        Args:
+            pairs: list[TokenPair], N of them.
+            report: called after each batch with the numbers of pairs and of their tokens so far.
+
+        Returns:
+            float32 (N, 2): sums over the response tokens of the chosen and the rejected answer, nats.
 
         Raises:
             UserError: a log-prob is not finite.
         """
-        rows = pack([[len(pair.prompt) + len(getattr(pair, side)) for side in SIDES] for pair in pairs], self.seq_len)
-        logps = np.zeros((len(pairs), 2), np.float32)
+        sides = np.array([[len(pair.prompt) + len(getattr(pair, side)) for side in SIDES] for pair in pairs])
+        rows = pack(sides, self.seq_len) if self.packed else [[number] for number in range(len(pairs))]
+        logps, done, tokens = np.zeros((len(pairs), 2), np.float32), 0, 0
         for begin in range(0, len(rows), self.batch_size):
             batch = rows[begin:begin + self.batch_size]
             result = self._run([[pairs[number] for number in row] for row in batch])
             for place, row in enumerate(batch):
                 logps[row] = result[:, place, :len(row)].T
+                done, tokens = done + len(row), tokens + int(sides[row].sum())
+            if report:
+                report(done, tokens)
         if not np.isfinite(logps).all():
-            raise UserError("the reference model gives log-probs that are not finite; check the checkpoint and its dtype")
+            raise UserError("the reference model gives log-probs that are not finite; check the checkpoint "
+                            "and the YAML's compute_dtype")
         return logps
 
     def _run(self, rows):

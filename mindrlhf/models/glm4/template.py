@@ -4,7 +4,8 @@
     \\n {answer} <|user|>                                   the response
 
 `<|user|>` ends a turn of the assistant, and so is the stop token that training teaches. Text is encoded with
-special tokens switched off: a tag that a user types stays text. Source: build_single_message of GLM-4's tokenizer.
+special tokens switched off: a tag that a user types stays text. Source: build_single_message of GLM-4's
+tokenizer.
 """
 VERSION = "glm4-chat-1"  # goes into the sidecar of the data: raise it when the tokens change
 PREFIX = ("[gMASK]", "<sop>")
@@ -26,6 +27,13 @@ def prompt_ids(tokenizer, messages):
     for role, text in messages:
         ids += [tokenizer.special[f"<|{role}|>"], *tokenizer.encode("\n"), *tokenizer.encode(text)]
     return [*ids, tokenizer.special["<|assistant|>"]]
+
+
+def text_positions(tokenizer, prompt):
+    """Positions in prompt_ids() that hold text: neither prefix, nor tag, nor the newline after a tag."""
+    special = set(tokenizer.special.values())
+    return [place for place, token in enumerate(prompt)
+            if token not in special and prompt[place - 1] not in special]
 
 
 def response_ids(tokenizer, answer):

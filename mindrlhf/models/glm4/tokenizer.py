@@ -11,7 +11,7 @@ class Glm4Tokenizer:
     """Text to token ids and back.
 
     Attributes:
-        special: dict, special token -> id. The ids follow the vocabulary of the file (151329 and up for GLM-4-9B).
+        special: dict, special token -> id. The ids follow the file's vocabulary (151329 and up for GLM-4-9B).
         size: number of ids, special tokens included.
         pad_id: id of <|endoftext|>.
         stop_ids: ids that end an answer.
@@ -42,12 +42,16 @@ class Glm4Tokenizer:
     def check_vocabulary(self, padded_vocab_size):
         """Raise UserError where an id of this tokenizer has no place in the model's embedding."""
         if self.size > padded_vocab_size:
-            raise UserError(f"{self.path}: has {self.size} ids, the model padded_vocab_size {padded_vocab_size}; "
-                            "tokenizer and model belong to each other")
+            raise UserError(f"{self.path}: has {self.size} ids, the model padded_vocab_size "
+                            f"{padded_vocab_size}; tokenizer and model belong to each other")
 
     def encode(self, text):
-        """Token ids of a text; special tokens in it are plain text."""
-        return self._encoding.encode(text, disallowed_special=())
+        """Token ids of a text; special tokens in it are plain text, a lone surrogate counts as U+FFFD."""
+        try:
+            return self._encoding.encode(text, disallowed_special=())
+        except ValueError:  # the splitting pattern runs out of stack on a million blanks in a row
+            half = len(text) // 2
+            return self.encode(text[:half]) + self.encode(text[half:])
 
     def decode(self, ids, *, show_special=False):
         """Text of token ids; special tokens and ids beyond the vocabulary are left out unless asked for."""

@@ -1,0 +1,69 @@
+"""How much memory does the reference pass need with logits in chunks, against all logits at once?
+
+One row a side of S = 1024 with GLM-4's vocabulary of 151,552 ids on a network of one small layer, so that the logits are
+what counts: 2 x 1024 x 151,552 x 4 bytes = 1.2 GB a copy. Each setting runs in a process of its own; its peak less what
+it held before the first pass is what the pass needs.
+
+    python benchmarks/reference_memory.py
+"""
+import resource
+import subprocess
+import sys
+import time
+
+import data_model
+import numpy as np
+
+SEQ_LEN, VOCABULARY = 1024, 151_552
+CHUNKS = (0, 512, 256, 128)
+
+
+def resident():
+    """Bytes that this process holds now."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def run(chunk):
+    """Score one pair with a chunk size; print peak bytes above the start, seconds, and the log-prob."""
+    from mindrlhf import backend, config
+    from mindrlhf.data.features import TokenPair
+    from mindrlhf.data.reference import Scorer
+    settings = config.load(data_model.ROOT / "examples/glm4_dpo/process_glm4_tiny.yaml", run_mode="preprocess", overrides={
+        "model.model_config.seq_length": SEQ_LEN, "model.model_config.padded_vocab_size": VOCABULARY,
+        "model.model_config.num_layers": 1, "model.model_config.hidden_size": 64, "model.model_config.ffn_hidden_size": 64,
+        "model.model_config.num_attention_heads": 4, "dpo.logps_chunk_size": chunk})
+    config_ = config.to_mindformers(settings)
+    backend.start(config_, parallel=False)
+    model = backend.build_network(config_)
+    random = np.random.default_rng(0)
+    pair = TokenPair(*(random.integers(0, VOCABULARY, count).tolist() for count in (24, 1000, 1000)))
+    scorer = Scorer(model, seq_len=SEQ_LEN, batch_size=1, pad_id=0)
+    before = resident()
+    scorer([pair])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    begin = time.perf_counter()
+    logps = scorer([pair])
+    print("result", peak, time.perf_counter() - begin, float(logps[0, 0]))
+
+
+def main():
+    results = {}
+    for chunk in CHUNKS:
+        done = subprocess.run([sys.executable, __file__, str(chunk)], capture_output=True, text=True)
+        found = [line for line in done.stdout.splitlines() if line.startswith("result")]
+        if done.returncode or not found:
+            sys.exit(done.stderr)
+        results[chunk] = [float(value) for value in found[0].split()[1:]]
+    whole = results[0][0]
+    data_model.table(f"reference pass, S = {SEQ_LEN}, vocabulary {VOCABULARY:,}, one row a side",
+                     ["positions at once", "peak, GB", "share", "seconds", "log-prob"],
+                     [["all" if not chunk else str(chunk), f"{peak / 1e9:.2f}", f"{peak / whole:.0%}", f"{seconds:.1f}",
+                       f"{logp:.3f}"] for chunk, (peak, seconds, logp) in results.items()])
+
+
+if __name__ == "__main__":
+    if sys.argv[1:]:
+        run(int(sys.argv[1]))
+    else:
+        main()

@@ -1,0 +1,58 @@
+"""How many real tokens a second does the reference pass score, packed and with one pair a row?
+
+The tiny GLM-4 with random weights on this machine, rows of the same length for both. Pairs are made up: see
+data_model.py. The attention of the CPU path costs S x S however many pairs share a row, as padding does on any device.
+
+    python benchmarks/reference_speed.py
+"""
+import time
+
+import data_model
+import numpy as np
+
+from mindrlhf import config
+from mindrlhf.data.features import TokenPair
+from mindrlhf.data.reference import Scorer
+
+BATCH, ROWS, REPEATS = 2, 24, 3
+
+
+def load_model(seq_len):
+    """The tiny GLM-4 for rows of seq_len."""
+    from mindrlhf import backend
+    settings = config.load(data_model.ROOT / "examples/glm4_dpo/process_glm4_tiny.yaml", run_mode="preprocess",
+                           overrides={"model.model_config.seq_length": seq_len})
+    run = config.to_mindformers(settings)
+    backend.start(run, parallel=False)
+    return backend.build_network(run)
+
+
+def measure(scorer, pairs):
+    """Real tokens per second, the best of some runs; the first, which compiles, does not count."""
+    tokens = sum(2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs)
+    scorer(pairs[:BATCH])
+    times = []
+    for _ in range(REPEATS):
+        begin = time.perf_counter()
+        scorer(pairs)
+        times.append(time.perf_counter() - begin)
+    return tokens / min(times), len(pairs) / min(times)
+
+
+def main():
+    lines = []
+    for seq_len in (512, 1024):
+        model, random = load_model(seq_len), np.random.default_rng(0)
+        counts = np.minimum(data_model.parts(ROWS * seq_len // 180), seq_len // 2)
+        pairs = [TokenPair(*(random.integers(0, 498, count).tolist() for count in triple)) for triple in counts]
+        speeds = []
+        for packed in (True, False):
+            scorer = Scorer(model, seq_len=seq_len, batch_size=BATCH, pad_id=0, packed=packed)
+            speeds.append(measure(scorer, pairs if packed else pairs[:ROWS]))
+        for name, (tokens, each) in zip(("packed", "one pair a row"), speeds):
+            lines.append([f"{seq_len}", name, f"{tokens:,.0f}", f"{each:,.1f}", f"{tokens / speeds[1][0]:.1f} x"])
+    data_model.table("reference pass, tiny GLM-4", ["S", "rows", "real tokens/s", "pairs/s", "ratio"], lines)
+
+
+if __name__ == "__main__":
+    main()
