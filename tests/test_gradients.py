@@ -1,0 +1,55 @@
+"""Gradients of the loss with respect to every parameter, against PyTorch's (tests/golden/make_gradients.py)."""
+import json
+
+import mindspore as ms
+import numpy as np
+import pytest
+from conftest import GOLDEN, load_model
+from safetensors.numpy import load_file
+from test_glm4_dpo import columns, token_pairs
+
+from mindrlhf.models.glm4 import weights
+
+PLACES = ((0, 1), (2, 3, 4), (5,), (6, 7))  # which pairs stand in which row
+TOLERANCE = 1e-4  # of the largest element of each gradient
+
+
+@pytest.fixture(scope="module")
+def pytorch():
+    return load_file(GOLDEN / "gradients.safetensors")
+
+
+def batch(expected, pytorch):
+    """Columns of all 8 pairs, packed, with the file's references."""
+    pairs = token_pairs(expected)
+    references = {}
+    for side in ("chosen", "rejected"):
+        references[side] = np.zeros((len(PLACES), 3), np.float32)
+        for row, place in enumerate(PLACES):
+            references[side][row, :len(place)] = pytorch[f"{side}_ref_logps"][list(place)]
+    return columns([[pairs[k] for k in place] for place in PLACES], references)
+
+
+@pytest.mark.parametrize(("sft_weight", "chunk"), [(0.0, 0), (1.0, 200)])  # 2560 positions: the last chunk is shorter
+def test_gradient_of_every_parameter_is_pytorchs(golden, expected, pytorch, sft_weight, chunk):
+    network = load_model(golden, "finetune", {"dpo.sft_weight": sft_weight, "dpo.logps_chunk_size": chunk})
+    parameters = network.set_train().trainable_params()
+    (loss, _), gradients = ms.value_and_grad(network, None, parameters, has_aux=True)(*batch(expected, pytorch))
+    dpo, sft = pytorch["losses"]
+    assert float(loss) == pytest.approx(dpo + sft_weight * sft, rel=1e-5)
+
+    config = json.loads((GOLDEN / "hf_glm/config.json").read_text())
+    numbers = weights.read_numbers(config, "config.json")
+    assert [parameter.name for parameter in parameters] == list(weights.shapes(numbers))
+    seen = 0
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        begin = 0
+        for name, rows in weights.hf_parts(parameter.name, numbers, "glm"):
+            wanted = pytorch[f"dpo/{name}"]
+            found = gradient.asnumpy()[begin:begin + (rows or len(gradient))]
+            if sft_weight:  # of the SFT part the file has every 8th row
+                wanted, found = wanted[::8] + sft_weight * pytorch[f"sft/{name}"], found[::8]
+            np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE * np.abs(wanted).max(), err_msg=name)
+            begin += rows or len(gradient)
+            seen += 1
+    assert seen == len([name for name in pytorch if name.startswith("dpo/")])
