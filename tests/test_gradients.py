@@ -20,21 +20,23 @@ def pytorch():
 
 
 def batch(expected, pytorch):
-    """Columns of all 8 pairs, packed, with the file's references."""
+    """Columns of all 8 pairs, packed, with the file's references, and the weights of a mean over pairs and tokens."""
     pairs = token_pairs(expected)
     references = {}
     for side in ("chosen", "rejected"):
         references[side] = np.zeros((len(PLACES), 3), np.float32)
         for row, place in enumerate(PLACES):
             references[side][row, :len(place)] = pytorch[f"{side}_ref_logps"][list(place)]
-    return columns([[pairs[k] for k in place] for place in PLACES], references)
+    tokens = sum(len(pair.chosen) for pair in pairs)
+    weights = ms.Tensor(np.tile([[1 / len(pairs), 1 / tokens]], (len(PLACES), 1)), ms.float32)
+    return [*columns([[pairs[k] for k in place] for place in PLACES], references), weights]
 
 
 @pytest.mark.parametrize(("sft_weight", "chunk"), [(0.0, 0), (1.0, 200)])  # 2560 positions: the last chunk is shorter
 def test_gradient_of_every_parameter_is_pytorchs(golden, expected, pytorch, sft_weight, chunk):
     network = load_model(golden, "finetune", {"dpo.sft_weight": sft_weight, "dpo.logps_chunk_size": chunk})
     parameters = network.set_train().trainable_params()
-    (loss, _), gradients = ms.value_and_grad(network, None, parameters, has_aux=True)(*batch(expected, pytorch))
+    (loss, _, _), gradients = ms.value_and_grad(network, None, parameters, has_aux=True)(*batch(expected, pytorch))
     dpo, sft = pytorch["losses"]
     assert float(loss) == pytest.approx(dpo + sft_weight * sft, rel=1e-5)
 
