@@ -74,7 +74,7 @@ def tokenizer():
 MESSAGES = (("system", "abcd"), ("user", "efgh"), ("assistant", "ij"), ("user", "klm"))
 
 
-@pytest.mark.parametrize("truncation, cut, left", [
+@pytest.mark.parametrize(("truncation", "cut", "left"), [
     ("keep_end", 1, "[gMASK]<sop><|system|>\nbcd<|user|>\nefgh<|assistant|>\nij<|user|>\nklm<|assistant|>"),
     ("keep_end", 6, "[gMASK]<sop><|system|>\n<|user|>\ngh<|assistant|>\nij<|user|>\nklm<|assistant|>"),
     ("keep_end", 13, "[gMASK]<sop><|system|>\n<|user|>\n<|assistant|>\n<|user|>\n<|assistant|>"),

@@ -104,7 +104,7 @@ def test_data_of_another_run_are_refused_and_the_difference_named():
             mindrecord.check_made_for("f", SIDECAR, **{**same, name: value})
 
 
-@pytest.mark.parametrize("batch_size, shards", [(1, 1), (2, 1), (5, 1), (8, 1), (1, 2), (2, 2), (3, 4)])
+@pytest.mark.parametrize(("batch_size", "shards"), [(1, 1), (2, 1), (5, 1), (8, 1), (1, 2), (2, 2), (3, 4)])
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_every_pair_is_in_one_batch_of_one_worker(path, batch_size, shards, shuffle):
     seen, sizes = [], []

@@ -69,7 +69,7 @@ def test_rows_hold_about_as_many_pairs_so_that_pairs_weigh_alike():
     assert sizes.std() < 0.15 * sizes.mean()
 
 
-@pytest.mark.parametrize("lengths, seq_len, rows", [([], 8, 0), ([(8, 8)], 8, 1), ([(1, 1)] * 100, 3200, 1),
+@pytest.mark.parametrize(("lengths", "seq_len", "rows"), [([], 8, 0), ([(8, 8)], 8, 1), ([(1, 1)] * 100, 3200, 1),
                                                     ([(1, 1)] * 101, 3200, 2), ([(3200, 1), (1, 3200)], 3200, 2)])
 def test_edges(lengths, seq_len, rows):
     assert len(pack(lengths, seq_len)) == rows

@@ -93,7 +93,7 @@ GOOD = {"cvalues": CVALUES, "auto": CVALUES, "pairs": {"prompt": "Q", **ANSWER},
         "dpo": {"conversations": [said("human", "Q")], **ANSWER}}
 
 
-@pytest.mark.parametrize("kind, row, why", BAD)
+@pytest.mark.parametrize(("kind", "row", "why"), BAD)
 def test_a_bad_row_is_named_by_file_and_line_and_may_be_skipped(tmp_path, kind, row, why):
     path = tmp_path / "pairs.jsonl"
     line, good = row if isinstance(row, str) else json.dumps(row), json.dumps(GOOD[kind])
@@ -123,7 +123,7 @@ def test_an_array_has_line_numbers(tmp_path):
     assert len(read([path], skip_bad=True).pairs) == 2
 
 
-@pytest.mark.parametrize("text, line", [("[{}\n {}]", 2), ("[{},\n\n {", 3), ("[{}]\nmore", 2), ("[{},\n", 2), ("[", 1)])
+@pytest.mark.parametrize(("text", "line"), [("[{}\n {}]", 2), ("[{},\n\n {", 3), ("[{}]\nmore", 2), ("[{},\n", 2), ("[", 1)])
 def test_a_broken_array_is_an_error_in_any_case(tmp_path, text, line):
     path = tmp_path / "pairs.json"
     path.write_text(text)

@@ -348,7 +348,7 @@ def places(tmp_path, golden, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("more, words", BAD)
+@pytest.mark.parametrize(("more", "words"), BAD)
 def test_bad_input_is_one_line_and_nothing_is_left(golden, places, more, words):
     before = sorted(places.rglob("*"))
     with pytest.raises(UserError) as caught:

@@ -107,7 +107,7 @@ DAMAGES = [
     (lambda row: row.update(chosen_ref_logps=row["chosen_ref_logps"].astype(np.float64)), "is float64")]
 
 
-@pytest.mark.parametrize("damage, words", DAMAGES)
+@pytest.mark.parametrize(("damage", "words"), DAMAGES)
 def test_every_damage_to_a_row_is_found(golden, sidecar, tokenizer, damage, words):
     row = next({name: values.copy() for name, values in row.items()} for row in mindrecord.read(golden.data)
                if (row["pair_ids"] >= 0).sum() == 2)

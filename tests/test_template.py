@@ -95,7 +95,7 @@ def _cached(made=[]):  # noqa: B006  hypothesis does not mix with fixtures
     return made[0]
 
 
-@pytest.mark.parametrize("content, place", [("", ""), ("{}", ":1"), ("YQ== 0\nYg== 2\n", ":2"), ("YQ== 0\n!! 1\n", ":2")])
+@pytest.mark.parametrize(("content", "place"), [("", ""), ("{}", ":1"), ("YQ== 0\nYg== 2\n", ":2"), ("YQ== 0\n!! 1\n", ":2")])
 def test_what_is_no_tokenizer_is_refused_by_line(tmp_path, content, place):
     path = tmp_path / "tokenizer.model"
     path.write_text(content)
