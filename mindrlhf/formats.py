@@ -213,13 +213,16 @@ def write(path, tensors, progress=None, *, framework="np", hashed=True):
 
 def _data(made, dtype, elements):
     """The bytes of each piece of an array, or of pieces that are made one after another."""
-    if isinstance(made, np.ndarray | np.generic):
+    if isinstance(made, (np.ndarray, np.generic)):
         flat = made.reshape(-1)
         made = (flat[first:first + count] for first, count in pieces(elements))
-    for (_, count), piece in zip(pieces(elements), made, strict=True):
-        if piece.size != count:
-            raise ValueError(f"a piece of {piece.size} elements, {count} expected")
+    sizes = [count for _, count in reversed(pieces(elements))]
+    for piece in made:
+        if not sizes or piece.size != sizes.pop():
+            raise ValueError(f"a piece of {piece.size} elements is not as tensors.pieces cuts {elements}")
         yield memoryview(np.ascontiguousarray(piece, DTYPES[dtype][1]).view(np.uint8))
+    if sizes:
+        raise ValueError(f"{len(sizes)} pieces of {elements} elements were not made")
 
 
 def _safetensors_header(tensors, framework):

@@ -190,7 +190,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
 
 def test_pieces_that_do_not_fill_the_shape_are_an_error(tmp_path):
     for pieces in ([], [np.zeros(2, np.float32)], [np.zeros(3, np.float32)] * 2):
-        with pytest.raises(ValueError, match=r"piece|zip"):
+        with pytest.raises(ValueError, match="piece"):
             checkpoint.write(tmp_path / "x.ckpt", [("a", "F32", (3,), lambda pieces=pieces: pieces)])
     assert list(tmp_path.iterdir()) == []
 
