@@ -94,7 +94,7 @@ def main():
         largest = max(path.stat().st_size for path in source.glob("*.safetensors"))
         base = run("nothing")[1]
         print(f"{size / 1e9:.2f} GB, largest shard {largest / 1e9:.2f} GB, base process {base / 1e6:.0f} MB, "
-              f"{os.cpu_count()} cores\n"
+              f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n"
               f"{'':34}{'seconds':>8}{'cp':>7}{'ratio':>7}{'peak - base':>13}{'limit':>10}")
 
         def row(title, source, target, *options, limit):
