@@ -26,15 +26,20 @@ def resident():
 
 def run(chunk):
     """Score one pair with a chunk size; print peak bytes above the start, seconds, and the log-prob."""
+    import mindspore
+
     from mindrlhf import backend, config
     from mindrlhf.data.features import TokenPair
     from mindrlhf.data.reference import Scorer
-    settings = config.load(data_model.ROOT / "examples/glm4_dpo/process_glm4_tiny.yaml", run_mode="preprocess", overrides={
-        "model.model_config.seq_length": SEQ_LEN, "model.model_config.padded_vocab_size": VOCABULARY,
-        "model.model_config.num_layers": 1, "model.model_config.hidden_size": 64, "model.model_config.ffn_hidden_size": 64,
-        "model.model_config.num_attention_heads": 4, "dpo.logps_chunk_size": chunk})
+    numbers = {"seq_length": SEQ_LEN, "padded_vocab_size": VOCABULARY, "num_layers": 1, "hidden_size": 64,
+               "ffn_hidden_size": 64, "num_attention_heads": 4}
+    settings = config.load(
+        data_model.ROOT / "examples/glm4_dpo/process_glm4_tiny.yaml", run_mode="preprocess",
+        overrides={"dpo.logps_chunk_size": chunk,
+                   **{f"model.model_config.{name}": value for name, value in numbers.items()}})
     config_ = config.to_mindformers(settings)
     backend.start(config_, parallel=False)
+    mindspore.set_seed(0)
     model = backend.build_network(config_)
     random = np.random.default_rng(0)
     pair = TokenPair(*(random.integers(0, VOCABULARY, count).tolist() for count in (24, 1000, 1000)))

@@ -14,7 +14,7 @@ from mindrlhf import config
 from mindrlhf.data.features import TokenPair
 from mindrlhf.data.reference import Scorer
 
-BATCH, ROWS, REPEATS = 2, 24, 3
+BATCH, ROWS, REPEATS = 2, 48, 5
 
 
 def load_model(seq_len):
@@ -27,16 +27,11 @@ def load_model(seq_len):
     return backend.build_network(run)
 
 
-def measure(scorer, pairs):
-    """Real tokens per second, the best of some runs; the first, which compiles, does not count."""
-    tokens = sum(2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs)
-    scorer(pairs[:BATCH])
-    times = []
-    for _ in range(REPEATS):
-        begin = time.perf_counter()
-        scorer(pairs)
-        times.append(time.perf_counter() - begin)
-    return tokens / min(times), len(pairs) / min(times)
+def seconds(scorer, pairs):
+    """Time of one run."""
+    begin = time.perf_counter()
+    scorer(pairs)
+    return time.perf_counter() - begin
 
 
 def main():
@@ -45,10 +40,13 @@ def main():
         model, random = load_model(seq_len), np.random.default_rng(0)
         counts = np.minimum(data_model.parts(ROWS * seq_len // 180), seq_len // 2)
         pairs = [TokenPair(*(random.integers(0, 498, count).tolist() for count in triple)) for triple in counts]
-        speeds = []
-        for packed in (True, False):
-            scorer = Scorer(model, seq_len=seq_len, batch_size=BATCH, pad_id=0, packed=packed)
-            speeds.append(measure(scorer, pairs if packed else pairs[:ROWS]))
+        jobs = [(Scorer(model, seq_len=seq_len, batch_size=BATCH, pad_id=0, packed=packed),
+                 pairs if packed else pairs[:ROWS]) for packed in (True, False)]
+        for scorer, some in jobs:
+            scorer(some[:BATCH])  # compiles
+        times = np.median([[seconds(*job) for job in jobs] for _ in range(REPEATS)], 0)  # in turns
+        speeds = [(sum(2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in some) / time_,
+                   len(some) / time_) for (_, some), time_ in zip(jobs, times)]
         for name, (tokens, each) in zip(("packed", "one pair a row"), speeds):
             lines.append([f"{seq_len}", name, f"{tokens:,.0f}", f"{each:,.1f}", f"{tokens / speeds[1][0]:.1f} x"])
     data_model.table("reference pass, tiny GLM-4", ["S", "rows", "real tokens/s", "pairs/s", "ratio"], lines)

@@ -1,6 +1,7 @@
 """Preprocessing through its command: PyTorch's numbers, no pair lost, any number of workers, kills, bad input."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +14,11 @@ from conftest import EXAMPLE, GOLDEN, SEQ_LEN, assert_one_error, run_script, wri
 
 from mindrlhf import cli
 from mindrlhf.cli import UserError
-from mindrlhf.data import checks, mindrecord
+from mindrlhf.data import checks, mindrecord, summary
 from mindrlhf.data.features import SIDES
 from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
 
+PICTURE = summary.picture
 SCRIPT = EXAMPLE / "dpo_preprocess_glm4_parallel.py"
 ROWS = [json.loads(line) for line in (GOLDEN / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
 
@@ -33,6 +35,7 @@ def one_model(monkeypatch, made={}):  # noqa: B006  shared by all tests on purpo
         return made[key]
 
     monkeypatch.setattr(preprocess, "open_scorer", cached)
+    monkeypatch.setattr(summary, "picture", lambda *_: True)  # half a second each
 
 
 def write(path, rows):
@@ -116,7 +119,8 @@ def test_the_other_spelling_gives_the_same(golden, expected, tmp_path):
     assert_golden(run(golden, golden.pairs, tmp_path / "a.mindrecord", "--load_checkpoint", weights), expected)
 
 
-def test_the_last_screen_and_the_picture(golden, expected, tmp_path, capsys):
+def test_the_last_screen_and_the_picture(golden, expected, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(summary, "picture", PICTURE)
     path = run(golden, golden.pairs, tmp_path / "a.mindrecord")
     out = capsys.readouterr().out
     pairs = expected["pairs"]
@@ -366,10 +370,12 @@ def test_the_command_ends_with_status_2(golden, places):
 
 def test_weights_that_do_not_fit_are_refused(golden, tmp_path, monkeypatch):
     monkeypatch.undo()  # the real model
-    other = write_overlay(tmp_path / "other.yaml", "process", "").read_text().replace("num_layers: 3", "num_layers: 4")
+    other = write_overlay(tmp_path / "other.yaml", "process", "").read_text().replace("num_layers: 3", "num_layers: 2")
     (tmp_path / "other.yaml").write_text(other)
-    with pytest.raises(UserError, match=r"num_layers is 4 in the YAML, 3 in the checkpoint"):
-        run(golden, golden.pairs, tmp_path / "a.mindrecord", "--config", tmp_path / "other.yaml")
+    weights = shutil.copy(golden.checkpoint, tmp_path / "golden.ckpt")
+    with pytest.raises(UserError, match=r"golden\.ckpt: .*(layers\.2|num_layers is 2)"):
+        run(golden, golden.pairs, tmp_path / "a.mindrecord", "--config", tmp_path / "other.yaml", "--load_checkpoint",
+            weights)
     assert not (tmp_path / "a.mindrecord").exists()
 
 

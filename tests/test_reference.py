@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SEQ_LEN, load_model
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -53,6 +53,14 @@ def test_log_probs_are_pytorch_s_in_any_company(scorer, pairs, wanted):
     for other in (turned, alone, single(pairs)):
         assert np.abs(other - packed).max() < 1e-4
     assert np.abs(company - packed[:1]).max() < 1e-4
+
+
+def test_logits_in_chunks_give_the_same(golden, pairs, wanted):
+    """200 of 2 x 2 x 320 positions at a time; the last chunk is not full."""
+    model = load_model(golden, "process", {"dpo.logps_chunk_size": 200})
+    chunked = Scorer(model, seq_len=SEQ_LEN, batch_size=2, pad_id=316)
+    assert np.abs(chunked(pairs) - wanted).max() < 3e-4
+    assert np.abs(Scorer(model, seq_len=SEQ_LEN, batch_size=1, pad_id=316)(pairs) - wanted).max() < 3e-4
 
 
 def test_progress_counts_pairs_and_real_tokens(scorer, pairs):
