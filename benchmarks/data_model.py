@@ -1,10 +1,10 @@
 """Preference data like CValues-Comparison, made up: what the other scripts in this folder measure on.
 
 CValues-Comparison has 116,000 training pairs: a short question in Chinese, an answer that helps and one that does
-not, each of one to a few sentences. The model: question, chosen and rejected answer have log-normal token counts with
-medians of 28, 115 and 90 tokens and spreads (sigma of the logarithm) of 0.5, 0.55 and 0.75, and a pair adds the
-template's 7 tokens to each side. The longer side of a pair then has 210 tokens in the mean, 95 % are
-below 402, and nothing is longer than 1,000.
+not, each of one to a few sentences. The model: question, chosen and rejected answer have log-normal token counts
+with medians of 28, 115 and 90 tokens and spreads (sigma of the logarithm) of 0.5, 0.55 and 0.75, and a pair adds the
+template's 7 tokens to each side. The longer side of a pair then has 210 tokens in the mean, 95 % are below 402, and
+nothing is longer than 1,000.
 """
 import sys
 from pathlib import Path

@@ -1,8 +1,8 @@
 """How much memory does the reference pass need with logits in chunks, against all logits at once?
 
-One row a side of S = 1024 with GLM-4's vocabulary of 151,552 ids on a network of one small layer, so that the logits are
-what counts: 2 x 1024 x 151,552 x 4 bytes = 1.2 GB a copy. Each setting runs in a process of its own; its peak less what
-it held before the first pass is what the pass needs.
+One row a side of S = 1024 with GLM-4's vocabulary of 151,552 ids on a network of one small layer, so that the
+logits are what counts: 2 x 1024 x 151,552 x 4 bytes = 1.2 GB a copy. Each setting runs in a process of its own; its
+peak less what it held before the first pass is what the pass needs.
 
     python benchmarks/reference_memory.py
 """

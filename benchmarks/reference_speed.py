@@ -1,7 +1,7 @@
 """How many real tokens a second does the reference pass score, packed and with one pair a row?
 
 The tiny GLM-4 with random weights on this machine, rows of the same length for both. Pairs are made up: see
-data_model.py. The attention of the CPU path costs S x S however many pairs share a row, as padding does on any device.
+data_model.py. A row costs the same however many pairs share it, so the ratio is about the pairs in a row.
 
     python benchmarks/reference_speed.py
 """
