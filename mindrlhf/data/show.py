@@ -39,7 +39,7 @@ def marked(row, side, place, tokenizer):
     """
     begin, end = place
     ids = row[f"{side}_input_ids"][begin:end].tolist()
-    scored = [False, *(row[f"{side}_loss_mask"][begin:end - 1] == 1).tolist()]  # position t scores token t + 1
+    scored = [False, *(row[f"{side}_loss_mask"][begin:end - 1] == 1).tolist()]  # position t scores t + 1
     opening, closing = ("\033[32m[[", "]]\033[0m") if sys.stdout.isatty() else ("[[", "]]")
     pieces, at = [], 0
     while at < len(ids):
