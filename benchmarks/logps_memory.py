@@ -28,11 +28,11 @@ def peak():
 def measure(chunk):
     """One setting: extra bytes, seconds of the fastest step, loss."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from mindrlhf import backend  # noqa: F401  quiets MindSpore
     import mindspore as ms
     import numpy as np
     from mindspore import nn, ops
 
+    from mindrlhf import backend  # noqa: F401  quiets MindSpore
     from mindrlhf.losses import SequenceLogps
     ms.set_context(mode=0, device_target="CPU")
     random = np.random.default_rng(0)

@@ -37,4 +37,4 @@ def loop_chunks(sequence_logps):
     """Let a SequenceLogps that works in chunks loop over them; for inference, and not for a parallel plan."""
     if sequence_logps.chunk_size:
         sequence_logps.token_logps = ChunkLoop(sequence_logps.token_logps, sequence_logps.chunk_size)
-        sequence_logps.chunk_size, sequence_logps.chunked = 0, False  # its own way, made for gradients, is off
+        sequence_logps.chunk_size = 0  # its own way, made for gradients, is off
