@@ -3,6 +3,7 @@
 MindFormers 1.3's GLM-4 does not run on a CPU as it stands. Each cure here is applied only where it is needed.
 """
 import os
+import sys
 
 os.environ.setdefault("GLOG_v", "3")  # errors only; read when MindSpore is imported
 
@@ -134,6 +135,19 @@ def cure(network):
             if hasattr(layer.self_attention, "core_attention"):
                 layer.self_attention.core_attention.mul_mask = _FloatMaskMul()
     return network
+
+
+def finish(status=0):
+    """End a data-parallel CPU worker when all workers have come this far; return on every other kind of run.
+
+    Taking MindSpore's CPU cluster down in order crashes now and then, after all the work is done, and is noisy.
+    """
+    if cli.workers() == 1 or not is_cpu() or ms.get_auto_parallel_context("parallel_mode") != "data_parallel":
+        return
+    SumOverWorkers()(ms.Tensor([1.0], ms.float32)).asnumpy()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def build_network(config):

@@ -13,10 +13,6 @@ def run(main):
     """Call main(); a UserError ends the process with one line on stderr and status 2."""
     try:
         main()
-        if workers() > 1:  # MindSpore's cluster says goodbye in info lines, whatever the log level
-            sys.stderr.flush()
-            with open(os.devnull, "wb") as sink:
-                os.dup2(sink.fileno(), 2)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

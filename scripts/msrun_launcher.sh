@@ -129,7 +129,7 @@ while [[ ${#left[@]} -gt 0 ]]; do
 done
 show
 if [[ -n $scheduler ]]; then
-  [[ $local_workers == "$workers" ]] && kill -TERM "$scheduler" 2> /dev/null # nobody is left to serve
+  kill -TERM "$scheduler" 2> /dev/null # the workers have met for the last time: nobody is left to serve
   wait "$scheduler" 2> /dev/null
 fi
 exit 0

@@ -13,6 +13,15 @@ TRL = json.loads((ROOT / "tests/golden/trl_losses.json").read_text())
 BETA = TRL["beta"]
 
 
+@pytest.fixture(autouse=True)
+def _pynative():
+    """Functions are called as they are written; other tests may have left graph mode on."""
+    mode = ms.get_context("mode")
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    yield
+    ms.set_context(mode=mode)
+
+
 def logratios(*, per_token=False):
     values = []
     for side in ("chosen", "rejected"):

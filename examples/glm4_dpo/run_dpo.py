@@ -56,6 +56,7 @@ def finetune(settings):
     if not resumed:
         sidecar.keep(settings["load_checkpoint"], settings["output_dir"])
     run.train(model, run_config, settings, data, resumed)
+    backend.finish()
 
 
 def predict(settings, text, adapters=None):

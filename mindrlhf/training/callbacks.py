@@ -216,6 +216,7 @@ class DPOCheckpointMonitor(Callback):
             self.journal.draw()
         if stop and not last:
             cli.say(f"stopped by SIGTERM after step {step}; --resume auto goes on from there")
+            backend.finish(143)
             raise SystemExit(143)
 
     def _stop_now(self, step):
