@@ -11,6 +11,8 @@ in nats.
 import mindspore as ms
 from mindspore import nn, ops
 
+from mindrlhf import backend
+
 LOSS_TYPES = ("sigmoid", "robust", "hinge", "ipo")
 
 
@@ -39,12 +41,37 @@ def dpo_loss(chosen_logratio, rejected_logratio, *, beta, loss_type="sigmoid", l
     return ops.square(logits - 1 / (2 * beta))  # ipo: arXiv:2310.12036, equation 17
 
 
-class TokenLogps(nn.Cell):
-    """log softmax of the output layer's logits, taken at the labels.
+class SpreadLogps(nn.Cell):
+    """log softmax of the output layer's logits, taken at the labels, where the vocabulary is spread over cards.
 
-    The vocabulary may be spread over all cards: each holds its part of the logits, and only a maximum and two sums
-    per position cross between them.
+    Each holds its part of the logits, and only a maximum and two sums per position cross between them.
+
+    Args:
+        output_layer: Cell, hidden (N, H) -> logits (N, V).
+        vocab_size: V.
+        vocab_shards: over how many cards the vocabulary is spread.
+        chunk_size: positions at a time, whose logits are computed again in the backward pass; 0: all, and kept.
     """
+
+    def __init__(self, output_layer, vocab_size, *, vocab_shards, chunk_size):
+        super().__init__(auto_prefix=False)
+        self.chunk, self.chunk_size = _SpreadChunk(output_layer, vocab_size, vocab_shards), chunk_size
+        if chunk_size:
+            self.chunk.recompute()
+
+    def construct(self, hidden, labels):
+        """hidden (N, H), labels int32 (N,) -> log-probs float32 (N,)."""
+        length = hidden.shape[0]
+        step = self.chunk_size if self.chunk_size else length
+        logps = ()
+        for begin in range(0, length, step):
+            end = min(begin + step, length)
+            logps += (self.chunk(hidden[begin:end], labels[begin:end]),)
+        return ops.concat(logps)
+
+
+class _SpreadChunk(nn.Cell):
+    """SpreadLogps of one chunk."""
 
     def __init__(self, output_layer, vocab_size, vocab_shards):
         super().__init__(auto_prefix=False)
@@ -69,18 +96,98 @@ class TokenLogps(nn.Cell):
         return picked - log_normalizer
 
 
+class LocalLogps(nn.Cell):
+    """The same where each card holds the whole vocabulary.
+
+    With a chunk_size, logits exist for a block of the vocabulary at a time, chunk_size * V numbers, and are computed
+    again in the backward pass. Blocks of positions would need the same, but each would add its own gradient of the
+    whole weight; those of blocks of the vocabulary lie side by side. Arguments as in SpreadLogps.
+    """
+
+    def __init__(self, output_layer, vocab_size, *, chunk_size, trained):
+        super().__init__(auto_prefix=False)
+        self.output_layer, self.vocab_size, self.chunk_size = output_layer, vocab_size, chunk_size
+        self.blocks, self.log_softmax, self.gather = _VocabularyBlocks(trained), ops.LogSoftmax(), ops.GatherD()
+
+    def construct(self, hidden, labels):
+        """hidden (N, H), labels int32 (N,) -> log-probs float32 (N,)."""
+        if not self.chunk_size:
+            logps = self.log_softmax(self.output_layer(hidden).astype(ms.float32))
+            return self.gather(logps, 1, labels.reshape((-1, 1))).reshape((-1,))
+        weight = self.output_layer.weight.astype(hidden.dtype)
+        count = min(-(-hidden.shape[0] // self.chunk_size), self.vocab_size)
+        return self.blocks(hidden, weight, labels, -(-self.vocab_size // count))[0]
+
+
+class _VocabularyBlocks(nn.Cell):
+    """LocalLogps in blocks, with its gradient. Block after block: ops.depend keeps them from overlapping.
+
+    With p the softmax within a block, q the block's share of the whole, and g the gradient of a log-prob, that of a
+    logit is g (onehot - q p): factors of a row, applied to (N, H) instead of (N, V).
+    """
+
+    def __init__(self, trained):
+        super().__init__(auto_prefix=False)
+        self.trained = trained
+        self.log_softmax, self.softmax = ops.LogSoftmax(), ops.Softmax()
+        self.matmul, self.left, self.right = ops.MatMul(), ops.MatMul(transpose_a=True), ops.MatMul(transpose_b=True)
+        self.segment_sum = ops.UnsortedSegmentSum()
+
+    def construct(self, hidden, weight, labels, size):
+        """hidden (N, H), weight (V, H), labels int32 (N,), size of a block
+        -> log-probs (N,), logs of the blocks' shares (N, blocks), float32."""
+        normalizers = ()
+        for begin in range(0, weight.shape[0], size):
+            logits = self.right(hidden, weight[begin:begin + size]).astype(ms.float32)
+            normalizers += (logits[:, :1] - self.log_softmax(logits)[:, :1],)
+            hidden, weight = ops.depend(hidden, normalizers[-1]), ops.depend(weight, normalizers[-1])
+        normalizers = ops.concat(normalizers, 1)
+        normalizer = ops.logsumexp(normalizers, 1, True)
+        picked = (hidden.astype(ms.float32) * ops.gather(weight, labels, 0).astype(ms.float32)).sum(1)
+        return picked - normalizer.reshape((-1,)), normalizers - normalizer
+
+    def bprop(self, hidden, weight, labels, size, out, dout):
+        """Gradients of hidden and weight; zeros for a weight that is not trained."""
+        width, dtype = hidden.shape[1], hidden.dtype
+        factors = dout[0].reshape((-1, 1))
+        hidden, weight = ops.depend(hidden, factors), ops.depend(weight, factors)
+        mine = hidden * ops.tile(factors, (1, width))
+        by_hidden = ops.gather(weight, labels, 0) * ops.tile(factors, (1, width))
+        factors = factors * ops.exp(out[1])
+        by_weight = ()
+        for begin in range(0, weight.shape[0], size):
+            block = weight[begin:begin + size]
+            share = ops.tile(factors[:, begin // size:begin // size + 1], (1, width))
+            softmax = self.softmax(self.right(hidden, block).astype(ms.float32)).astype(dtype)
+            by_hidden -= self.matmul(softmax, block) * share
+            done = by_hidden
+            if self.trained:
+                place = ops.where(labels < begin + block.shape[0], labels - begin, -1)  # below 0: of another block
+                own = self.segment_sum(mine, place, block.shape[0])
+                by_weight += ((own - self.left(softmax, (hidden * share).astype(dtype))).astype(dtype),)
+                done = ops.depend(by_weight[-1], by_hidden)
+            hidden, weight, mine = ops.depend(hidden, done), ops.depend(weight, done), ops.depend(mine, done)
+        by_weight = ops.concat(by_weight) if self.trained else ops.zeros_like(weight)
+        return by_hidden.astype(dtype), by_weight, ops.zeros_like(labels), 0
+
+
 class SequenceLogps(nn.Cell):
     """Log-probability of each answer: the sum over its tokens. Preprocessing and training both call this.
 
-    Logits exist for chunk_size positions at a time, and are computed again in the backward pass.
+    Args:
+        output_layer: MindFormers' Linear, hidden (N, H) -> logits (N, V).
+        vocab_size: V.
+        vocab_shards: over how many cards the vocabulary is spread.
+        chunk_size: of how many positions the logits may exist at a time; 0: of all.
+        trained: whether the output layer's weight is; no gradient is computed for it otherwise.
     """
 
-    def __init__(self, output_layer, vocab_size, *, vocab_shards=1, chunk_size=0):
+    def __init__(self, output_layer, vocab_size, *, vocab_shards=1, chunk_size=0, trained=True):
         super().__init__(auto_prefix=False)
-        self.token_logps = TokenLogps(output_layer, vocab_size, vocab_shards)
-        self.chunk_size = chunk_size
-        if chunk_size:
-            self.token_logps.recompute()
+        if vocab_shards > 1 or backend.is_sharded():
+            self.token_logps = SpreadLogps(output_layer, vocab_size, vocab_shards=vocab_shards, chunk_size=chunk_size)
+        else:
+            self.token_logps = LocalLogps(output_layer, vocab_size, chunk_size=chunk_size, trained=trained)
 
     def construct(self, hidden, labels, loss_mask, segment_ids, pairs):
         """
@@ -93,14 +200,9 @@ class SequenceLogps(nn.Cell):
             (log-probs float32 (B, P), numbers of scored tokens float32 (B, P)); 0 for segments that are not there.
         """
         batch, length, width = hidden.shape
-        flat, labels = hidden.reshape((-1, width)), labels.reshape((-1,))
-        step = self.chunk_size if self.chunk_size else batch * length
-        logps = ()
-        for begin in range(0, batch * length, step):
-            end = min(begin + step, batch * length)
-            logps += (self.token_logps(flat[begin:end], labels[begin:end]),)
+        logps = self.token_logps(hidden.reshape((-1, width)), labels.reshape((-1,)))
         mask = loss_mask.astype(ms.float32)
-        scored = ops.concat(logps).reshape((batch, length)) * mask
+        scored = logps.reshape((batch, length)) * mask
         numbers = ops.arange(1, pairs + 1).astype(ms.int32).reshape((1, 1, -1))
         member = ops.equal(segment_ids.expand_dims(2), numbers).astype(ms.float32)  # (B, S, P)
         return (scored.expand_dims(2) * member).sum(1), (mask.expand_dims(2) * member).sum(1)

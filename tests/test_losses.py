@@ -80,9 +80,9 @@ def test_loss_of_a_policy_that_is_its_reference_is_ln_2():
 class Sum(nn.Cell):
     """A scalar of the log-probs, so that gradients can be compared."""
 
-    def __init__(self, output_layer, chunk_size):
+    def __init__(self, output_layer, **options):
         super().__init__()
-        self.logps = SequenceLogps(output_layer, 11, chunk_size=chunk_size)
+        self.logps = SequenceLogps(output_layer, 11, **options)
 
     def construct(self, hidden, labels, mask, segments):
         logps, counts = self.logps(hidden, labels, mask, segments, 3)
@@ -94,8 +94,10 @@ def log_softmax(logits):
     return logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
 
 
-@pytest.mark.parametrize("chunk_size", [0, 4, 5, 14, 100])  # 14 positions: even, uneven, all, more than all
-def test_sequence_logps_are_numpys_for_every_chunk_size(chunk_size):
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("shards", [1, 3])  # 3: the form for a vocabulary spread over cards, on one
+@pytest.mark.parametrize("chunk_size", [0, 1, 4, 5, 14, 100])  # 14 positions: one, even, uneven, all, more than all
+def test_sequence_logps_are_numpys_for_every_chunk_size(chunk_size, shards, trained):
     random = np.random.default_rng(0)
     hidden, weight = random.normal(size=(2, 7, 6)).astype("f4"), random.normal(size=(11, 6)).astype("f4")
     labels, mask = random.integers(0, 11, (2, 7)).astype("i4"), random.integers(0, 2, (2, 7)).astype("i4")
@@ -103,7 +105,7 @@ def test_sequence_logps_are_numpys_for_every_chunk_size(chunk_size):
     mask[segments == 0] = 0
     output_layer = nn.Dense(6, 11, has_bias=False)
     output_layer.weight.set_data(ms.Tensor(weight))
-    network = Sum(output_layer, chunk_size)
+    network = Sum(output_layer, chunk_size=chunk_size, vocab_shards=shards, trained=trained)
     arguments = [ms.Tensor(x) for x in (hidden, labels, mask, segments)]
     _, logps, counts = network(*arguments)
 
@@ -116,5 +118,7 @@ def test_sequence_logps_are_numpys_for_every_chunk_size(chunk_size):
     # d logp / d logits = onehot - softmax, weighted by the pair's factor
     factor = np.choose(segments, [0, 1, 2, 3]) * mask
     by_logits = (np.eye(11)[labels] - np.exp(log_softmax(logits))) * factor[..., None]
-    gradient = ms.grad(lambda *x: network(*x)[0], None, output_layer.trainable_params())(*arguments)[0]
-    np.testing.assert_allclose(gradient.asnumpy(), np.einsum("bsv,bsh->vh", by_logits, hidden), atol=1e-4)
+    by_hidden, (by_weight,) = ms.grad(lambda *x: network(*x)[0], 0, output_layer.trainable_params())(*arguments)
+    np.testing.assert_allclose(by_hidden.asnumpy(), by_logits @ weight, atol=1e-4)
+    if trained:
+        np.testing.assert_allclose(by_weight.asnumpy(), np.einsum("bsv,bsh->vh", by_logits, hidden), atol=1e-4)

@@ -134,8 +134,7 @@ def open_scorer(settings, tokenizer, *, packed):
     model = backend.build_network(run)
     checkpoint.load_strictly(model, settings["load_checkpoint"])
     return reference.Scorer(model, seq_len=settings["model"]["model_config"]["seq_length"], packed=packed,
-                            batch_size=settings["runner_config"]["batch_size"], pad_id=tokenizer.pad_id,
-                            alone=not together(settings))
+                            batch_size=settings["runner_config"]["batch_size"], pad_id=tokenizer.pad_id)
 
 
 class Bar:

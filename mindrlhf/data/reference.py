@@ -51,14 +51,10 @@ class Scorer:
         batch_size: rows at once; a batch holds both sides of them.
         pad_id: id of the padding token.
         packed: whether a row holds as many pairs as fit, or one.
-        alone: False where the model is spread over several cards.
     """
 
-    def __init__(self, model, *, seq_len, batch_size, pad_id, packed=True, alone=True):
-        from mindrlhf.models.glm4.chunks import loop_chunks
+    def __init__(self, model, *, seq_len, batch_size, pad_id, packed=True):
         from mindrlhf.models.glm4.dpo import ReferenceLogps
-        if alone:
-            loop_chunks(model.sequence_logps)
         self.width = max_pairs(seq_len) if packed else 1
         self.network = ReferenceLogps(model, self.width).set_train(False)
         self.seq_len, self.batch_size, self.pad_id, self.packed = seq_len, batch_size, pad_id, packed

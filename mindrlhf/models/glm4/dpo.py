@@ -15,7 +15,7 @@ class Glm4DPO(ChatGLM2ForConditionalGeneration):
     """Loss and metrics of a batch of packed rows.
 
     Args:
-        config: ChatGLM2Config with one attribute more, `dpo`: the section of the YAML.
+        config: ChatGLM2Config with two attributes more, `dpo` and `lora`: those sections of the YAML.
     """
 
     def __init__(self, config):
@@ -27,7 +27,7 @@ class Glm4DPO(ChatGLM2ForConditionalGeneration):
         self.mask_dtype = backend.attention_mask_dtype(config)
         shards = 1 if plan.vocab_emb_dp else plan.data_parallel * plan.model_parallel
         self.sequence_logps = SequenceLogps(self.transformer.output_layer, config.vocab_size, vocab_shards=shards,
-                                            chunk_size=dpo.logps_chunk_size)
+                                            chunk_size=dpo.logps_chunk_size, trained=not config.lora)
         self.transformer.output_layer.weight.name = OUTPUT_WEIGHT  # its second parent gave it another
 
     def attention_mask(self, segment_ids):
