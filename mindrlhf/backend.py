@@ -101,7 +101,7 @@ class SumOverWorkers(nn.Cell):
 
 def evaluation_network(network):
     """A network as it must be called outside of training: in semi-auto parallel mode the batch is split first."""
-    if ms.get_auto_parallel_context("parallel_mode") not in ("semi_auto_parallel", "auto_parallel"):
+    if not is_sharded():
         return network
     from mindspore.nn.wrap.cell_wrapper import _VirtualDatasetCell
     return _VirtualDatasetCell(network)

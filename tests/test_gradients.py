@@ -8,6 +8,7 @@ from conftest import GOLDEN, load_model
 from safetensors.numpy import load_file
 from test_glm4_dpo import columns, token_pairs
 
+from mindrlhf import backend
 from mindrlhf.models.glm4 import weights
 
 PLACES = ((0, 1), (2, 3, 4), (5,), (6, 7))  # which pairs stand in which row
@@ -32,8 +33,10 @@ def batch(expected, pytorch):
     return [*columns([[pairs[k] for k in place] for place in PLACES], references), weights]
 
 
-@pytest.mark.parametrize(("sft_weight", "chunk"), [(0.0, 0), (1.0, 200)])  # 2560 positions: the last chunk is shorter
-def test_gradient_of_every_parameter_is_pytorchs(golden, expected, pytorch, sft_weight, chunk):
+@pytest.mark.parametrize(("sft_weight", "chunk", "plan"), [  # 2560 positions: the last chunk is shorter
+    (0.0, 0, False), (1.0, 200, False), (1.0, 200, True)], ids=["plain", "blocks", "cells of a parallel plan"])
+def test_gradient_of_every_parameter_is_pytorchs(golden, expected, pytorch, sft_weight, chunk, plan, monkeypatch):
+    monkeypatch.setattr(backend, "is_sharded", lambda: plan)  # MindFormers' own cells, log-probs for a spread vocabulary
     network = load_model(golden, "finetune", {"dpo.sft_weight": sft_weight, "dpo.logps_chunk_size": chunk})
     parameters = network.set_train().trainable_params()
     (loss, _, _), gradients = ms.value_and_grad(network, None, parameters, has_aux=True)(*batch(expected, pytorch))
