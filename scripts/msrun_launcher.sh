@@ -5,7 +5,8 @@
 #   msrun_launcher.sh "script.py ..." WORKERS LOCAL_WORKERS MASTER_ADDR PORT NODE_RANK LOG_DIR JOIN TIMEOUT
 #
 # It sets what msrun sets (MindSpore's dynamic cluster), but does not keep a core busy while it waits, and hands on the
-# exit status of a worker that fails. With one worker there is no cluster: the command runs by itself.
+# exit status of a worker that fails. With one worker there is no cluster: the command runs by itself. On several
+# machines run it on each; launcher_link.py joins the launchers, so that all end when one does.
 set -u
 
 usage() {
@@ -16,7 +17,7 @@ usage: msrun_launcher.sh "COMMAND" [WORKERS [PORT LOG_DIR JOIN TIMEOUT]]
   WORKERS        processes in all, one per NPU (default: 8)
   LOCAL_WORKERS  processes on this machine
   MASTER_ADDR    IP address of the machine with NODE_RANK 0
-  PORT           of the scheduler; 0: a free one (default)
+  PORT           of the scheduler; 0: a free one (default). Several machines also use PORT + 1
   NODE_RANK      number of this machine, from 0
   LOG_DIR        folder for worker_N.log (default: output/msrun_log/, a new folder for each launch)
   JOIN           True: wait for the workers (default); False: leave them running in the background
@@ -43,6 +44,12 @@ for entry in "WORKERS=$workers" "LOCAL_WORKERS=$local_workers" "NODE_RANK=$node"
 done
 [[ $workers -ge 1 && $local_workers -ge 1 && $local_workers -le $workers ]] ||
   fail "WORKERS is $workers, LOCAL_WORKERS $local_workers; from 1 to WORKERS expected"
+machines=$((workers / local_workers))
+[[ $((machines * local_workers)) == "$workers" && $node -lt $machines ]] ||
+  fail "WORKERS $workers with LOCAL_WORKERS $local_workers and NODE_RANK $node: each machine must run as many workers, and
+NODE_RANK count the machines from 0"
+[[ $machines == 1 || (${port:-0} -ge 1 && $port -lt 65535) ]] ||
+  fail "PORT is ${port:-0}; several machines need the same one, from 1 to 65534"
 [[ $join == True || $join == False ]] || fail "JOIN is '$join'; True or False expected"
 python=${PYTHON:-python}
 command -v "$python" > /dev/null || fail "no $python on the PATH; activate the virtual environment first"
@@ -55,7 +62,8 @@ port=${port:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0))
 log_dir=${log_dir:-output/msrun_log/$(date +%Y%m%d-%H%M%S)-$$}
 mkdir -p "$log_dir" || fail "$log_dir: cannot be made; give another LOG_DIR"
 
-pids=() scheduler=
+pids=() scheduler= link=
+tell() { (trap '' PIPE; [[ -z $link ]] || echo "$1" >&"$to_link") 2> /dev/null; } # the launchers of the other machines
 stop_all() { # [SECONDS]: ask the workers to end; after so many seconds (default: 5) end those that have not
   local pid alive
   for pid in "${pids[@]}"; do kill -TERM "$pid" 2> /dev/null; done
@@ -68,8 +76,9 @@ stop_all() { # [SECONDS]: ask the workers to end; after so many seconds (default
   for pid in "${pids[@]}" $scheduler; do kill -KILL "$pid" 2> /dev/null; done
   wait "${pids[@]}" $scheduler 2> /dev/null
 }
-trap 'stop_all; exit 130' INT
-trap 'stop_all "$timeout"; show; exit 143' TERM HUP # training saves its state first, which takes time
+trap 'tell "end 130 the launcher of machine $node was interrupted"; stop_all; exit 130' INT
+# training saves its state first, which takes time
+trap 'tell "end 143 the launcher of machine $node was terminated"; stop_all "$timeout"; show; exit 143' TERM HUP
 
 export MS_WORKER_NUM=$workers RANK_SIZE=$workers GLOG_v=${GLOG_v:-3}
 [[ -t 2 ]] && export MINDRLHF_TERMINAL=1 # a person watches: draw progress bars
@@ -92,6 +101,21 @@ if [[ $join == False ]]; then
   echo "$local_workers worker(s) run in the background; logs: $log_dir/worker_*.log"
   exit 0
 fi
+if [[ $machines -gt 1 ]]; then
+  coproc LINK { exec "$python" -S "${BASH_SOURCE%/*}/launcher_link.py" "$node" "$machines" "$workers" "$address" \
+    $((port + 1)) "$timeout" "${pids[@]}" $scheduler; }
+  link=$LINK_PID
+  exec {to_link}>&"${LINK[1]}"
+fi
+heed_link() { # when another machine ended, or cannot be reached, its link has said so; end here too
+  [[ -n $link ]] && ! kill -0 "$link" 2> /dev/null || return
+  wait "$link"
+  local status=$?
+  [[ $status == 143 ]] && stop_all "$timeout" || stop_all
+  show
+  exit "$status"
+}
+
 shown=0
 show() { # what the first worker's log has that was not shown yet
   local size
@@ -106,6 +130,7 @@ left=("${!pids[@]}")
 while [[ ${#left[@]} -gt 0 ]]; do
   sleep 0.2
   show
+  heed_link
   still=()
   for i in "${left[@]}"; do
     if kill -0 "${pids[i]}" 2> /dev/null; then
@@ -115,9 +140,14 @@ while [[ ${#left[@]} -gt 0 ]]; do
     wait "${pids[i]}"
     status=$?
     [[ $status == 0 ]] && continue
+    log=$log_dir/worker_$((first + i)).log
+    if [[ -n $link ]]; then # is it a cause, or does it follow from another machine's end?
+      sleep 1
+      heed_link
+      tell "end $status worker $((first + i)) on machine $node ended with status $status; its log ends: $(tail -n 1 "$log" | cut -c 1-300)"
+    fi
     stop_all
     show
-    log=$log_dir/worker_$((first + i)).log
     echo "worker $((first + i)) ended with status $status; the others were stopped. Its log: $log" >&2
     if [[ $i -gt 0 ]]; then # the first worker's log was shown already
       echo "the end of it:" >&2
@@ -128,6 +158,12 @@ while [[ ${#left[@]} -gt 0 ]]; do
   left=("${still[@]}")
 done
 show
+if [[ -n $link ]]; then
+  tell done
+  wait "$link" # until the workers of all machines are done
+  heed=$?
+  [[ $heed == 0 ]] || { stop_all; exit "$heed"; }
+fi
 if [[ -n $scheduler ]]; then
   kill -TERM "$scheduler" 2> /dev/null # the workers have met for the last time: nobody is left to serve
   wait "$scheduler" 2> /dev/null

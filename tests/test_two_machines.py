@@ -1,0 +1,168 @@
+"""A job on two machines: two network namespaces joined by a virtual cable, each with its own host name and one worker.
+
+They share the file system, as two machines share a network disk. `ip netns` needs root.
+"""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import EXAMPLE, GOLDEN, ROOT
+from test_launcher import SCRIPT
+from test_training import arguments, records, training_yaml
+
+from mindrlhf import checkpoint
+
+LAUNCHER = ROOT / "scripts" / "msrun_launcher.sh"
+PORT = 23456
+
+
+class Network:
+    """Two namespaces with the addresses 10.77.0.1 and 10.77.0.2, one cable between them."""
+
+    names = [f"machine{number}-{os.getpid()}" for number in range(2)]
+    addresses = ["10.77.0.1", "10.77.0.2"]
+
+    def __init__(self):
+        ends = [f"veth{number}-{os.getpid()}" for number in range(2)]
+        for name in self.names:
+            ip("netns", "add", name)
+        ip("link", "add", ends[0], "netns", self.names[0], "type", "veth", "peer", "name", ends[1], "netns", self.names[1])
+        for name, end, address in zip(self.names, ends, self.addresses):
+            ip("-n", name, "address", "add", f"{address}/24", "dev", end)
+            ip("-n", name, "link", "set", end, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        self.cable = ("-n", self.names[0], "link", "set", ends[0])
+
+    def remove(self):
+        for name in self.names:
+            subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
+
+    def start(self, folder, command, *, timeout=120, workers=2, nodes=(0, 1)):
+        """Run the launcher on each machine: list of processes. Logs go to folder/logs0 and logs1."""
+        return [subprocess.Popen(
+            ["ip", "netns", "exec", self.names[node], "unshare", "--uts", "sh", "-c", f'hostname machine{node}; exec "$@"',
+             "sh", "bash", str(LAUNCHER), command, str(workers), str(workers // 2), self.addresses[0], str(PORT), str(node),
+             f"logs{node}", "True", str(timeout)],
+            cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+            env={**os.environ, "PYTHON": sys.executable}) for node in nodes]
+
+
+def ip(*words):
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def network():
+    if not shutil.which("ip") or not shutil.which("unshare"):
+        pytest.skip("needs the commands ip and unshare (packages iproute2, util-linux)")
+    network = None
+    try:
+        network = Network()
+        yield network
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"network namespaces are not allowed here: {error.stderr.strip()}")
+    finally:
+        Network.remove(network or Network)
+
+
+def ends(processes, seconds=60):
+    """Wait for both launchers: list of (exit status, output)."""
+    deadline = time.monotonic() + seconds
+    return [(process.returncode, out) for process, out in
+            [(process, process.communicate(timeout=max(1, deadline - time.monotonic()))[0]) for process in processes]]
+
+
+def running(folder):
+    """Command lines of the processes that were started in a folder, or work for them: dict, pid -> words."""
+    found = {}
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if os.readlink(f"/proc/{pid}/cwd") == str(folder):
+                found[int(pid)] = open(f"/proc/{pid}/cmdline").read().split("\0")
+        except OSError:
+            continue
+    return found
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def wait_until_met(folder):
+    """Until both workers run, and the launchers' links have found each other."""
+    logs = [folder / f"logs{node}/worker_{node}.log" for node in range(2)]
+    wait_for(lambda: all(log.exists() and log.read_text() for log in logs))
+    wait_for(lambda: sum("launcher_link" in "".join(words) for words in running(folder).values()) == 2)
+    time.sleep(2)  # they try to meet every half a second
+
+
+def gone(folder):
+    """Whether nothing of a job is left, a moment after its launchers ended."""
+    wait_for(lambda: not running(folder), 10)
+    return True
+
+
+# the launchers, with a script that needs no MindSpore
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    return tmp_path
+
+
+def test_a_failing_worker_is_named_on_both_machines(network, folder):
+    (first, here), (second, there) = ends(network.start(folder, "script.py --fail 3", workers=4))
+    assert (first, second) == (7, 7)
+    assert "machine 0 stops: worker 3 on machine 1 ended with status 7; its log ends: reason of rank 3" in here
+    assert "worker 3 ended with status 7" in there
+    assert gone(folder)
+
+
+def test_a_machine_whose_launcher_is_killed_ends_both(network, folder):
+    processes = network.start(folder, "script.py --wait")
+    wait_until_met(folder)
+    os.kill(processes[1].pid, signal.SIGKILL)
+    (first, here), _ = ends(processes)
+    assert first == 137
+    assert "machine 0 stops: the launcher of machine 1 was killed" in here
+    assert gone(folder)
+
+
+def test_a_cut_cable_ends_both(network, folder):
+    processes = network.start(folder, "script.py --wait")
+    wait_until_met(folder)
+    ip(*network.cable, "down")
+    try:
+        for node, (status, out) in enumerate(ends(processes)):
+            assert status == 1
+            assert f"machine {node} stops: machine {1 - node} gives no sign of life" in out
+    finally:
+        ip(*network.cable, "up")
+    assert gone(folder)
+
+
+def test_a_machine_that_never_comes_is_named(network, folder):
+    for node, sentence in ((0, "machine 1 did not come"), (1, "this machine, 1, did not come")):
+        (status, out), = ends(network.start(folder, "script.py --wait", timeout=3, nodes=[node]))
+        assert status == 1
+        assert f"{sentence} to 10.77.0.1:{PORT + 1}" in out
+    assert gone(folder)
+
+
+def test_a_terminated_launcher_takes_the_other_along(network, folder):
+    processes = network.start(folder, "script.py --wait")
+    wait_until_met(folder)
+    os.kill(processes[0].pid, signal.SIGTERM)
+    (first, _), (second, there) = ends(processes)
+    assert (first, second) == (143, 143)
+    assert "machine 1 stops: the launcher of machine 0 was terminated" in there
+    assert gone(folder)
