@@ -9,6 +9,7 @@ the other workers would wait for it in a collective, on NPUs for half an hour.
 
 Exit status: 0 when the workers of all machines have finished, otherwise that of what ended first.
 """
+import contextlib
 import os
 import queue
 import signal
@@ -28,10 +29,8 @@ KILLED = f"the launcher of machine {NODE} was killed"
 
 def say(connection, line):
     """Send a line. Where that fails, the connection's reader notices too."""
-    try:
+    with contextlib.suppress(OSError):
         connection.sendall(line.encode() + b"\n")
-    except OSError:
-        pass
 
 
 def lines_of(connection):
@@ -69,7 +68,7 @@ def listen(events):
     try:
         server = socket.create_server((ADDRESS, PORT))
     except OSError as error:
-        events.put((0, f"end 2 machine 0 cannot listen on {ADDRESS}:{PORT} ({error.strerror}); MASTER_ADDR must be an "
+        events.put((None, f"end 2 machine 0 cannot listen on {ADDRESS}:{PORT} ({error.strerror}); MASTER_ADDR must be an "
                        "address of machine 0, and PORT + 1 free"))
         return
     while True:
@@ -88,7 +87,7 @@ def greet(connection, events):
         return
     events.put((int(number), connection))
     if plan != PLAN:
-        events.put((0, f"end 2 machine 0 was started for {PLAN}, machine {number} for {plan}"))
+        events.put((None, f"end 2 machine 0 was started for {PLAN}, machine {number} for {plan}"))
     read(lines, int(number), events)
 
 
@@ -127,10 +126,8 @@ def end_workers():
     for tenth in range(51):
         left = [pid for pid in PIDS if os.path.exists(f"/proc/{pid}")]
         for pid in left if tenth in (0, 50) else ():
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL if tenth else signal.SIGTERM)
-            except ProcessLookupError:
-                pass
         if not left:
             break
         time.sleep(0.1)
@@ -140,7 +137,7 @@ def main():
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the launcher says when to end
         signal.signal(number, signal.SIG_IGN)
     events, connections = queue.Queue(), {}
-    threading.Thread(target=read, args=(open(0, **TEXT), NODE, events), daemon=True).start()
+    threading.Thread(target=read, args=(os.fdopen(0, **TEXT), NODE, events), daemon=True).start()
     threading.Thread(target=listen if NODE == 0 else join, args=(events,), daemon=True).start()
     status, reason, told_by = outcome(events, connections)
     for number, connection in connections.items():

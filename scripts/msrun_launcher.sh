@@ -46,8 +46,8 @@ done
   fail "WORKERS is $workers, LOCAL_WORKERS $local_workers; from 1 to WORKERS expected"
 machines=$((workers / local_workers))
 [[ $((machines * local_workers)) == "$workers" && $node -lt $machines ]] ||
-  fail "WORKERS $workers with LOCAL_WORKERS $local_workers and NODE_RANK $node: each machine must run as many workers, and
-NODE_RANK count the machines from 0"
+  fail "WORKERS $workers with LOCAL_WORKERS $local_workers and NODE_RANK $node: each machine must run as \
+many workers, and NODE_RANK be below the number of machines"
 [[ $machines == 1 || (${port:-0} -ge 1 && $port -lt 65535) ]] ||
   fail "PORT is ${port:-0}; several machines need the same one, from 1 to 65534"
 [[ $join == True || $join == False ]] || fail "JOIN is '$join'; True or False expected"

@@ -68,11 +68,26 @@ def test_workers_get_ranks_and_the_first_is_shown(folder):
     assert not left_over(folder)
 
 
-def test_nine_arguments_number_the_workers_of_a_second_machine(folder):
-    status, out, _ = launch(folder, "script.py", "4", "2", "127.0.0.1", "12345", "1", "logs", "True", "60")
-    assert status == 0
-    assert out.strip() == "rank 2 of 4 device 0 MS_WORKER []"
-    assert sorted(os.listdir(folder / "logs")) == ["worker_2.log", "worker_3.log"]  # the scheduler is on machine 0
+def test_nine_arguments_number_the_workers_of_each_machine(folder):
+    both = [start(folder, "script.py", "4", "2", "127.0.0.1", "12345", node, f"logs{node}", "True", "60") for node in "01"]
+    for node, process in enumerate(both):
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+        assert out.strip() == f"rank {2 * node} of 4 device 0 MS_WORKER []"
+    assert sorted(os.listdir(folder / "logs0")) == ["scheduler.log", "worker_0.log", "worker_1.log"]
+    assert sorted(os.listdir(folder / "logs1")) == ["worker_2.log", "worker_3.log"]  # the scheduler is on machine 0
+    assert not left_over(folder)
+
+
+def test_machines_that_were_started_otherwise_are_refused(folder):
+    both = [start(folder, "script.py --wait", workers, "2", "127.0.0.1", "12355", str(node), f"logs{node}", "True", "60")
+            for node, workers in enumerate(("4", "6"))]
+    for node, process in enumerate(both):
+        err = process.communicate(timeout=60)[1]
+        assert process.returncode == 2
+        assert (f"machine {node} stops: machine 0 was started for 4 workers on 2 machines, machine 1 for 6 workers on 3 "
+                "machines") in err
+    assert not left_over(folder)
 
 
 def test_eight_workers_are_the_default(folder):
@@ -124,6 +139,9 @@ def test_join_false_leaves_the_workers_running(folder):
     (("script.py", "0"), "from 1 to WORKERS"), (("none.py", "1"), "none.py: no such script"), (("", "1"), "usage:"),
     (("script.py", "1", "0", "logs", "maybe", "60"), "JOIN is 'maybe'"),
     (("script.py", "1", "2", "h", "1", "0", "logs", "True", "60"), "LOCAL_WORKERS 2"),
+    (("script.py", "4", "3", "h", "1", "0", "logs", "True", "60"), "each machine must run as many workers"),
+    (("script.py", "4", "2", "h", "1", "2", "logs", "True", "60"), "NODE_RANK 2"),
+    (("script.py", "4", "2", "h", "0", "0", "logs", "True", "60"), "PORT is 0; several machines"),
     (("script.py 'x", "1"), "quotes"),
 ])
 def test_wrong_arguments_are_named(folder, arguments, part):

@@ -2,7 +2,6 @@
 
 They share the file system, as two machines share a network disk. `ip netns` needs root.
 """
-import json
 import os
 import shutil
 import signal
@@ -17,6 +16,7 @@ from test_launcher import SCRIPT
 from test_training import arguments, records, training_yaml
 
 from mindrlhf import checkpoint
+from mindrlhf.data import mindrecord
 
 LAUNCHER = ROOT / "scripts" / "msrun_launcher.sh"
 PORT = 23456
@@ -166,3 +166,74 @@ def test_a_terminated_launcher_takes_the_other_along(network, folder):
     assert (first, second) == (143, 143)
     assert "machine 1 stops: the launcher of machine 0 was terminated" in there
     assert gone(folder)
+
+
+# the commands, with MindSpore
+
+@pytest.fixture(scope="module")
+def data(network, golden, tmp_path_factory):
+    """The golden pairs twice, 16 of them in two parts, one for each machine."""
+    folder = tmp_path_factory.mktemp("preprocess")
+    pairs = folder / "pairs.jsonl"
+    pairs.write_bytes(2 * (GOLDEN / "pairs.jsonl").read_bytes())
+    words = ["--src", pairs, "--dst", folder / "pairs.mindrecord", "--config", golden.process, "--tokenizer",
+             golden.tokenizer, "--load_checkpoint", golden.checkpoint]
+    processes = network.start(folder, command(EXAMPLE / "dpo_preprocess_glm4_parallel.py", *words))
+    for status, out in ends(processes, 300):
+        assert status == 0, out
+    return folder / "pairs.mindrecord"
+
+
+def command(script, *words):
+    return " ".join(map(str, (script, *words)))
+
+
+def test_pairs_are_preprocessed_by_both(data, expected):
+    """Each machine scored a part; the log-probs are PyTorch's."""
+    wanted = dict(enumerate(2 * expected["pairs"]))
+    for row in mindrecord.read(data):
+        for place, number in enumerate(row["pair_ids"]):
+            if number >= 0:
+                pair = wanted.pop(int(number))
+                for side in ("chosen", "rejected"):
+                    assert row[f"{side}_ref_logps"][place] == pytest.approx(pair[f"ref_{side}_logps"], abs=3e-4)
+    assert not wanted
+
+
+def training(golden, data, output, epochs=2):
+    """The command line of a training."""
+    config = training_yaml(output.parent, output.name, shuffle=False, sft_weight=1.0)
+    config.write_text(config.read_text().replace("epochs: 2", f"epochs: {epochs}"))
+    return command(EXAMPLE / "run_dpo.py", *arguments(golden, config, output, data=data))
+
+
+def test_two_machines_train_as_one_with_two_workers(network, golden, data, tmp_path):
+    processes = network.start(tmp_path, training(golden, data, tmp_path / "two"))
+    for status, out in ends(processes, 300):
+        assert status == 0, out
+    environment = {**os.environ, "PYTHON": sys.executable}
+    subprocess.run(["bash", str(LAUNCHER), training(golden, data, tmp_path / "one"), "2"], cwd=tmp_path, check=True,
+                   env=environment, timeout=300, capture_output=True)
+    names = ("step", "pairs", "loss", "dpo_loss", "sft_loss", "margin", "grad_norm", "learning_rate")
+    two, one = ([[step[name] for name in names] for step in records(tmp_path / name)] for name in ("two", "one"))
+    assert len(one) > 3
+    assert two == one
+    for rank in ("rank_0", "rank_1"):
+        files = [list((tmp_path / name / "checkpoint_network" / rank).glob("*.ckpt")) for name in ("two", "one")]
+        (two, one) = (checkpoint.read(file) for file, in files)
+        assert list(two) == list(one)
+        assert all(np.array_equal(two[name].array(), one[name].array()) for name in one)
+
+
+def test_a_worker_killed_in_training_ends_both_machines(network, golden, data, tmp_path):
+    processes = network.start(tmp_path, training(golden, data, tmp_path / "killed", epochs=10000))
+    metrics = tmp_path / "killed/metrics.jsonl"
+    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 3, 300)
+    (worker,) = [pid for pid, words in running(tmp_path).items() if "run_dpo.py" in "".join(words[:3])
+                 and "MS_NODE_ID=1\0" in open(f"/proc/{pid}/environ").read()]
+    os.kill(worker, signal.SIGKILL)
+    (first, here), (second, there) = ends(processes, 60)
+    assert (first, second) == (137, 137)
+    assert "machine 0 stops: worker 1 on machine 1 ended with status 137" in here
+    assert "worker 1 ended with status 137; the others were stopped" in there
+    assert gone(tmp_path)
