@@ -86,13 +86,17 @@ class SumOverWorkers(nn.Cell):
     In semi-auto parallel mode a sum over the batch is global already, and with one worker there is nothing to add.
 
     Attributes:
-        replicas: number of workers whose gradients MindSpore averages.
+        factor: what a loss is multiplied by, so that the gradients are those of one worker. MindSpore takes the mean of
+            the gradients of data-parallel workers. In a semi-auto parallel plan every card holds the loss and is a
+            start of the backward pass; MindSpore adds these up, and divides only where the loss is returned alone
+            (loss_repeated_mean), not beside metrics.
     """
 
     def __init__(self):
         super().__init__()
-        alone = ms.get_auto_parallel_context("parallel_mode") != "data_parallel" or cli.workers() == 1
-        self.replicas = 1 if alone else cli.workers()
+        mode, workers = ms.get_auto_parallel_context("parallel_mode"), cli.workers()
+        alone = mode != "data_parallel" or workers == 1
+        self.factor = workers if mode == "data_parallel" else 1 / workers if mode == "semi_auto_parallel" else 1
         self.all_reduce = nn.Identity() if alone else ops.AllReduce()
 
     def construct(self, tensor):

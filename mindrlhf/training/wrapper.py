@@ -1,7 +1,7 @@
 """One training step."""
 from mindformers import MFTrainOneStepCell
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
-from mindspore import ops
+from mindspore import nn, ops
 
 from mindrlhf.backend import SumOverWorkers, unwrap
 from mindrlhf.data.mindrecord import COLUMNS
@@ -14,6 +14,39 @@ add_gradients = ops.MultitypeFuncGraph("add_gradients")
 @add_gradients.register("Tensor", "Tensor")
 def _add(left, right):
     return left + right
+
+
+class PartLoss(nn.Cell):
+    """What is differentiated: the loss of a part of the rows, as its share in that of the global batch.
+
+    Whatever reads the data stands in here, behind the split of a semi-auto parallel plan. MindSpore does not follow
+    layouts from a cell that calls value_and_grad into the function that is differentiated: data that were split outside
+    would be whole rows to some operators and a card's share to others, without an error.
+
+    Args:
+        network: Glm4DPO.
+        split: Cell that splits a batch over the cards of a plan, or None.
+        sum_over_workers: SumOverWorkers.
+    """
+
+    def __init__(self, network, split, sum_over_workers):
+        super().__init__(auto_prefix=False)
+        self.network, self.split, self.sum_over_workers = network, split, sum_over_workers
+
+    def construct(self, chosen_input_ids, chosen_labels, chosen_loss_mask, chosen_segment_ids, chosen_ref_logps,
+                  rejected_input_ids, rejected_labels, rejected_loss_mask, rejected_segment_ids, rejected_ref_logps,
+                  pair_ids, all_pair_ids, all_chosen_loss_mask):
+        """Columns of the part, then pair_ids and chosen_loss_mask of the whole batch -> what Glm4DPO returns."""
+        columns = (chosen_input_ids, chosen_labels, chosen_loss_mask, chosen_segment_ids, chosen_ref_logps,
+                   rejected_input_ids, rejected_labels, rejected_loss_mask, rejected_segment_ids, rejected_ref_logps,
+                   pair_ids, all_pair_ids, all_chosen_loss_mask)
+        if self.split is not None:
+            columns = self.split(*columns)
+        pairs = (columns[11] >= 0).astype("float32").sum()
+        tokens = columns[12].astype("float32").sum()
+        totals = self.sum_over_workers(ops.stack((pairs, tokens)))
+        weights = ops.stop_gradient(self.sum_over_workers.factor / ops.maximum(totals, 1.0))
+        return self.network(*columns[:11], weights.reshape((1, 2)))
 
 
 @MindFormerRegister.register(MindFormerModuleType.WRAPPER)
@@ -36,36 +69,26 @@ class DPOTrainOneStepCell(MFTrainOneStepCell):
         network, split = unwrap(network)
         super().__init__(network, optimizer, use_clip_grad=True, max_grad_norm=max_grad_norm,
                          parallel_config=parallel_config)
-        self.accumulation, self.split = accumulation, split
+        self.accumulation = accumulation
         self.sum_over_workers = SumOverWorkers()
-        self.replicas = self.sum_over_workers.replicas
-
-    def loss_weights(self, columns):
-        """float32 (rows, 2): 1 / pairs and 1 / chosen tokens of the global batch, times the number of workers, whose
-        gradients MindSpore averages."""
-        pairs = (columns[PAIR_IDS] >= 0).astype("float32").sum()
-        tokens = columns[CHOSEN_LOSS_MASK].astype("float32").sum()
-        totals = self.sum_over_workers(ops.stack((pairs, tokens)))
-        weights = self.replicas / ops.maximum(totals, 1.0)
-        return ops.tile(weights.reshape((1, 2)), (columns[PAIR_IDS].shape[0], 1))
+        self.part_loss = PartLoss(network, split, self.sum_over_workers)
 
     def part(self, columns, number):
-        """One part of the rows."""
+        """Inputs of PartLoss for one part of the rows."""
         size = columns[PAIR_IDS].shape[0] // self.accumulation
         rows = ()
         for column in columns:
             rows += (column[number * size:(number + 1) * size],)
-        return rows if self.split is None else self.split(*rows)
+        return rows + (columns[PAIR_IDS], columns[CHOSEN_LOSS_MASK])
 
     def construct(self, *columns):
         """Columns of a batch -> (loss, overflow, loss scale, learning rate, gradient norm before clipping, sums over the
         global batch, pair_ids (rows, P), finite bool (rows, P): whether each pair's loss is a number)."""
-        inputs = columns + (self.loss_weights(columns),)
         # one function for all parts: MindSpore 2.7 loses the values of the earlier ones when each makes its own
-        forward_backward = ops.value_and_grad(self.network, None, self.weights, has_aux=True)
-        (loss, sums, finite), gradients = forward_backward(*self.part(inputs, 0))
+        forward_backward = ops.value_and_grad(self.part_loss, None, self.weights, has_aux=True)
+        (loss, sums, finite), gradients = forward_backward(*self.part(columns, 0))
         for number in range(1, self.accumulation):
-            later = (ops.depend(inputs[0], gradients),) + inputs[1:]  # one part's activations at a time
+            later = (ops.depend(columns[0], gradients),) + columns[1:]  # one part's activations at a time
             values, more = forward_backward(*self.part(later, number))
             gradients = self.hyper_map(add_gradients, gradients, more)
             loss, sums, finite = loss + values[0], sums + values[1], ops.concat((finite, values[2]))

@@ -59,7 +59,7 @@ class Glm4DPO(ChatGLM2ForConditionalGeneration):
         """Columns of a batch, in the order of mindrecord.COLUMNS, and weights, to (loss, sums, finite).
 
         Args:
-            weights: float32 (B, 2), for each row the weight of a pair's loss and of a chosen token's negative
+            weights: float32 (B or 1, 2), for each row the weight of a pair's loss and of a chosen token's negative
                 log-likelihood: 1 / pairs and 1 / chosen tokens of the global batch. So the losses and the gradients of
                 its parts (workers, accumulation) add up to those of the whole, however the pairs are spread over rows.
 
