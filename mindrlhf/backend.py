@@ -43,8 +43,10 @@ def start(config, *, parallel):
         parallel: False where each worker computes alone, or there is only one.
     """
     from mindformers import build_context
+    from mindformers.tools.utils import set_output_path
     quiet()
     tensors_off_heap()
+    set_output_path(config.output_dir)  # where the strategy of a plan goes; the Trainer sets it too late for that
     config.use_parallel = parallel
     config.context.device_id = int(os.environ.get("DEVICE_ID", 0))
     build_context(config)
