@@ -216,8 +216,8 @@ def open_device(device):
         ms.set_context(device_target=device)
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0].split(". ")[0]
-        raise cli.UserError(f"{device}: this MindSpore cannot use it ({reason}); install the vendor's for your "
-                            "NPU, or give --device_target CPU") from None
+        raise cli.UserError(f"{device}: this MindSpore cannot use it ({reason}); install the vendor's for "
+                            "your NPU, or give --device_target CPU") from None
 
 
 def parser():

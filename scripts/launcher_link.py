@@ -1,11 +1,12 @@
-"""Joins the launchers of a job's machines, so that all end when one does, and each says why. msrun_launcher.sh starts it.
+"""Joins the launchers of a job's machines, so that all end when one does, and each says why.
 
-    launcher_link.py NODE MACHINES WORKERS ADDRESS PORT TIMEOUT PID ...     PIDs: the launcher's processes here
+    launcher_link.py NODE MACHINES WORKERS ADDRESS PORT TIMEOUT PID ...
 
-Machine 0 listens on ADDRESS:PORT; each other machine holds one connection to it. Lines go over it, and come from the
-launcher on stdin: `done` (the workers of a machine have finished), `end STATUS REASON`, and `alive` every few seconds.
-A machine that is silent, and a launcher that is gone without a word, have ended. A lost worker is known here at once;
-the other workers would wait for it in a collective, on NPUs for half an hour.
+msrun_launcher.sh starts it; the PIDs are those of its processes. Machine 0 listens on ADDRESS:PORT; each other machine holds one connection to it.
+Lines go over it, and come from the launcher on stdin: `done` (the workers of a machine have finished), `end
+STATUS REASON`, and `alive` every few seconds. A machine that is silent, and a launcher that is gone without a
+word, have ended. So a lost worker is known at once; the other workers would wait for it in a collective, on
+NPUs for half an hour.
 
 Exit status: 0 when the workers of all machines have finished, otherwise that of what ended first.
 """
@@ -68,8 +69,8 @@ def listen(events):
     try:
         server = socket.create_server((ADDRESS, PORT))
     except OSError as error:
-        events.put((None, f"end 2 machine 0 cannot listen on {ADDRESS}:{PORT} ({error.strerror}); MASTER_ADDR must be an "
-                       "address of machine 0, and PORT + 1 free"))
+        events.put((None, f"end 2 machine 0 cannot listen on {ADDRESS}:{PORT} ({error.strerror}); "
+                          "MASTER_ADDR must be an address of machine 0, and PORT + 1 free"))
         return
     while True:
         threading.Thread(target=greet, args=(server.accept()[0], events), daemon=True).start()
@@ -92,7 +93,7 @@ def greet(connection, events):
 
 
 def outcome(events, connections):
-    """Wait until all machines are done or one has ended: (exit status, reason, number of the machine that told it)."""
+    """Wait until all machines are done or one has ended: (exit status, reason, the machine that told it)."""
     deadline, done = time.monotonic() + TIMEOUT, set()
     while True:
         try:
@@ -115,8 +116,9 @@ def outcome(events, connections):
         missing = sorted(OTHERS - set(connections))
         if missing and time.monotonic() > deadline:
             who = f"machine {', '.join(map(str, missing))}" if NODE == 0 else f"this machine, {NODE},"
-            return 1, (f"{who} did not come to {ADDRESS}:{PORT} of machine 0 within {TIMEOUT} s: start the launcher on each "
-                       f"machine with the same MASTER_ADDR and PORT, and open ports {PORT - 1} and {PORT} there"), None
+            return 1, (f"{who} did not come to {ADDRESS}:{PORT} of machine 0 within {TIMEOUT} s: start the "
+                       "launcher on each machine with the same MASTER_ADDR and PORT, and open ports "
+                       f"{PORT - 1} and {PORT} of machine 0"), None
         for connection in connections.values():
             say(connection, "done" if NODE in done and NODE else "alive")
 

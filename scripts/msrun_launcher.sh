@@ -4,9 +4,9 @@
 #   msrun_launcher.sh "script.py --option value ..." [WORKERS [PORT LOG_DIR JOIN TIMEOUT]]
 #   msrun_launcher.sh "script.py ..." WORKERS LOCAL_WORKERS MASTER_ADDR PORT NODE_RANK LOG_DIR JOIN TIMEOUT
 #
-# It sets what msrun sets (MindSpore's dynamic cluster), but does not keep a core busy while it waits, and hands on the
-# exit status of a worker that fails. With one worker there is no cluster: the command runs by itself. On several
-# machines run it on each; launcher_link.py joins the launchers, so that all end when one does.
+# It sets what msrun sets (MindSpore's dynamic cluster), but does not keep a core busy while it waits, and hands
+# on the exit status of a worker that fails. With one worker there is no cluster: the command runs by itself.
+# Several machines each run it; launcher_link.py joins the launchers, so that all end when one does.
 set -u
 
 usage() {
@@ -63,7 +63,9 @@ log_dir=${log_dir:-output/msrun_log/$(date +%Y%m%d-%H%M%S)-$$}
 mkdir -p "$log_dir" || fail "$log_dir: cannot be made; give another LOG_DIR"
 
 pids=() scheduler= link=
-tell() { (trap '' PIPE; [[ -z $link ]] || echo "$1" >&"$to_link") 2> /dev/null; } # the launchers of the other machines
+tell() { # LINE: to the launchers of the other machines
+  [[ -z $link ]] || (trap '' PIPE; echo "$1" >&"$to_link") 2> /dev/null
+}
 stop_all() { # [SECONDS]: ask the workers to end; after so many seconds (default: 5) end those that have not
   local pid alive
   for pid in "${pids[@]}"; do kill -TERM "$pid" 2> /dev/null; done
@@ -77,8 +79,13 @@ stop_all() { # [SECONDS]: ask the workers to end; after so many seconds (default
   wait "${pids[@]}" $scheduler 2> /dev/null
 }
 trap 'tell "end 130 the launcher of machine $node was interrupted"; stop_all; exit 130' INT
-# training saves its state first, which takes time
-trap 'tell "end 143 the launcher of machine $node was terminated"; stop_all "$timeout"; show; exit 143' TERM HUP
+terminate() { # training saves its state first, which takes time
+  tell "end 143 the launcher of machine $node was terminated"
+  stop_all "$timeout"
+  show
+  exit 143
+}
+trap terminate TERM HUP
 
 export MS_WORKER_NUM=$workers RANK_SIZE=$workers GLOG_v=${GLOG_v:-3}
 [[ -t 2 ]] && export MINDRLHF_TERMINAL=1 # a person watches: draw progress bars
@@ -102,8 +109,10 @@ if [[ $join == False ]]; then
   exit 0
 fi
 if [[ $machines -gt 1 ]]; then
-  coproc LINK { exec "$python" -S "${BASH_SOURCE%/*}/launcher_link.py" "$node" "$machines" "$workers" "$address" \
-    $((port + 1)) "$timeout" "${pids[@]}" $scheduler; }
+  coproc LINK {
+    exec "$python" -S "${BASH_SOURCE%/*}/launcher_link.py" "$node" "$machines" "$workers" "$address" \
+      $((port + 1)) "$timeout" "${pids[@]}" $scheduler
+  }
   link=$LINK_PID
   exec {to_link}>&"${LINK[1]}"
 fi
@@ -144,7 +153,8 @@ while [[ ${#left[@]} -gt 0 ]]; do
     if [[ -n $link ]]; then # is it a cause, or does it follow from another machine's end?
       sleep 1
       heed_link
-      tell "end $status worker $((first + i)) on machine $node ended with status $status; its log ends: $(tail -n 1 "$log" | cut -c 1-300)"
+      end=$(tail -n 1 "$log" | cut -c 1-300)
+      tell "end $status worker $((first + i)) on machine $node ended with status $status; its log ends: $end"
     fi
     stop_all
     show
@@ -161,8 +171,8 @@ show
 if [[ -n $link ]]; then
   tell done
   wait "$link" # until the workers of all machines are done
-  heed=$?
-  [[ $heed == 0 ]] || { stop_all; exit "$heed"; }
+  status=$?
+  [[ $status == 0 ]] || { stop_all; exit "$status"; }
 fi
 if [[ -n $scheduler ]]; then
   kill -TERM "$scheduler" 2> /dev/null # the workers have met for the last time: nobody is left to serve

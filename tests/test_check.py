@@ -14,7 +14,7 @@ from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
 
 
 def run(capsys, monkeypatch, *, training=False):
-    """Lines of the screen and whether it passed; the training steps, which cost most, are left out unless asked for."""
+    """Lines of the screen and the exit status. The training steps, which cost most, only if asked for."""
     if not training:
         monkeypatch.setattr(check, "check_training", lambda *_: None)
     try:

@@ -69,24 +69,25 @@ def test_workers_get_ranks_and_the_first_is_shown(folder):
 
 
 def test_nine_arguments_number_the_workers_of_each_machine(folder):
-    both = [start(folder, "script.py", "4", "2", "127.0.0.1", "12345", node, f"logs{node}", "True", "60") for node in "01"]
+    both = [start(folder, "script.py", "4", "2", "127.0.0.1", "12345", node, f"logs{node}", "True", "60")
+            for node in "01"]
     for node, process in enumerate(both):
         out, err = process.communicate(timeout=60)
         assert process.returncode == 0, err
         assert out.strip() == f"rank {2 * node} of 4 device 0 MS_WORKER []"
     assert sorted(os.listdir(folder / "logs0")) == ["scheduler.log", "worker_0.log", "worker_1.log"]
-    assert sorted(os.listdir(folder / "logs1")) == ["worker_2.log", "worker_3.log"]  # the scheduler is on machine 0
+    assert sorted(os.listdir(folder / "logs1")) == ["worker_2.log", "worker_3.log"]  # no scheduler there
     assert not left_over(folder)
 
 
 def test_machines_that_were_started_otherwise_are_refused(folder):
-    both = [start(folder, "script.py --wait", workers, "2", "127.0.0.1", "12355", str(node), f"logs{node}", "True", "60")
-            for node, workers in enumerate(("4", "6"))]
+    both = [start(folder, "script.py --wait", workers, "2", "127.0.0.1", "12355", node, f"logs{node}", "True", "60")
+            for node, workers in (("0", "4"), ("1", "6"))]
     for node, process in enumerate(both):
         err = process.communicate(timeout=60)[1]
         assert process.returncode == 2
-        assert (f"machine {node} stops: machine 0 was started for 4 workers on 2 machines, machine 1 for 6 workers on 3 "
-                "machines") in err
+        assert (f"machine {node} stops: machine 0 was started for 4 workers on 2 machines, "
+                "machine 1 for 6 workers on 3 machines") in err
     assert not left_over(folder)
 
 

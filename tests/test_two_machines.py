@@ -1,4 +1,4 @@
-"""A job on two machines: two network namespaces joined by a virtual cable, each with its own host name and one worker.
+"""A job on two machines: two network namespaces joined by a virtual cable, each with its own host name.
 
 They share the file system, as two machines share a network disk. `ip netns` needs root.
 """
@@ -19,6 +19,7 @@ from mindrlhf import checkpoint
 from mindrlhf.data import mindrecord
 
 LAUNCHER = ROOT / "scripts" / "msrun_launcher.sh"
+ENVIRONMENT = {**os.environ, "PYTHON": sys.executable}
 PORT = 23456
 
 
@@ -32,7 +33,8 @@ class Network:
         ends = [f"veth{number}-{os.getpid()}" for number in range(2)]
         for name in self.names:
             ip("netns", "add", name)
-        ip("link", "add", ends[0], "netns", self.names[0], "type", "veth", "peer", "name", ends[1], "netns", self.names[1])
+        ip("link", "add", ends[0], "netns", self.names[0], "type", "veth",
+           "peer", "name", ends[1], "netns", self.names[1])
         for name, end, address in zip(self.names, ends, self.addresses):
             ip("-n", name, "address", "add", f"{address}/24", "dev", end)
             ip("-n", name, "link", "set", end, "up")
@@ -45,12 +47,16 @@ class Network:
 
     def start(self, folder, command, *, timeout=120, workers=2, nodes=(0, 1)):
         """Run the launcher on each machine: list of processes. Logs go to folder/logs0 and logs1."""
-        return [subprocess.Popen(
-            ["ip", "netns", "exec", self.names[node], "unshare", "--uts", "sh", "-c", f'hostname machine{node}; exec "$@"',
-             "sh", "bash", str(LAUNCHER), command, str(workers), str(workers // 2), self.addresses[0], str(PORT), str(node),
-             f"logs{node}", "True", str(timeout)],
-            cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-            env={**os.environ, "PYTHON": sys.executable}) for node in nodes]
+        processes = []
+        for node in nodes:
+            machine = ["ip", "netns", "exec", self.names[node], "unshare", "--uts", "sh", "-c",
+                       f'hostname machine{node}; exec "$@"', "sh"]
+            launcher = ["bash", LAUNCHER, command, workers, workers // 2, self.addresses[0], PORT, node,
+                        f"logs{node}", True, timeout]
+            processes.append(subprocess.Popen(
+                [*machine, *map(str, launcher)], cwd=folder, text=True, stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT, start_new_session=True, env=ENVIRONMENT))
+        return processes
 
 
 def ip(*words):
@@ -74,8 +80,8 @@ def network():
 def ends(processes, seconds=60):
     """Wait for both launchers: list of (exit status, output)."""
     deadline = time.monotonic() + seconds
-    return [(process.returncode, out) for process, out in
-            [(process, process.communicate(timeout=max(1, deadline - time.monotonic()))[0]) for process in processes]]
+    outputs = [process.communicate(timeout=max(1, deadline - time.monotonic()))[0] for process in processes]
+    return list(zip([process.returncode for process in processes], outputs))
 
 
 def running(folder):
@@ -122,7 +128,7 @@ def folder(tmp_path):
 def test_a_failing_worker_is_named_on_both_machines(network, folder):
     (first, here), (second, there) = ends(network.start(folder, "script.py --fail 3", workers=4))
     assert (first, second) == (7, 7)
-    assert "machine 0 stops: worker 3 on machine 1 ended with status 7; its log ends: reason of rank 3" in here
+    assert "stops: worker 3 on machine 1 ended with status 7; its log ends: reason of rank 3" in here
     assert "worker 3 ended with status 7" in there
     assert gone(folder)
 
@@ -196,7 +202,8 @@ def test_pairs_are_preprocessed_by_both(data, expected):
             if number >= 0:
                 pair = wanted.pop(int(number))
                 for side in ("chosen", "rejected"):
-                    assert row[f"{side}_ref_logps"][place] == pytest.approx(pair[f"ref_{side}_logps"], abs=3e-4)
+                    found = row[f"{side}_ref_logps"][place]
+                    assert found == pytest.approx(pair[f"ref_{side}_logps"], abs=3e-4)
     assert not wanted
 
 
@@ -211,16 +218,15 @@ def test_two_machines_train_as_one_with_two_workers(network, golden, data, tmp_p
     processes = network.start(tmp_path, training(golden, data, tmp_path / "two"))
     for status, out in ends(processes, 300):
         assert status == 0, out
-    environment = {**os.environ, "PYTHON": sys.executable}
-    subprocess.run(["bash", str(LAUNCHER), training(golden, data, tmp_path / "one"), "2"], cwd=tmp_path, check=True,
-                   env=environment, timeout=300, capture_output=True)
+    subprocess.run(["bash", str(LAUNCHER), training(golden, data, tmp_path / "one"), "2"], cwd=tmp_path,
+                   check=True, env=ENVIRONMENT, timeout=300, capture_output=True)
     names = ("step", "pairs", "loss", "dpo_loss", "sft_loss", "margin", "grad_norm", "learning_rate")
-    two, one = ([[step[name] for name in names] for step in records(tmp_path / name)] for name in ("two", "one"))
+    two, one = ([[step[name] for name in names] for step in records(tmp_path / run)] for run in ("two", "one"))
     assert len(one) > 3
     assert two == one
     for rank in ("rank_0", "rank_1"):
-        files = [list((tmp_path / name / "checkpoint_network" / rank).glob("*.ckpt")) for name in ("two", "one")]
-        (two, one) = (checkpoint.read(file) for file, in files)
+        folders = [tmp_path / run / "checkpoint_network" / rank for run in ("two", "one")]
+        two, one = (checkpoint.read(next(folder.glob("*.ckpt"))) for folder in folders)
         assert list(two) == list(one)
         assert all(np.array_equal(two[name].array(), one[name].array()) for name in one)
 
