@@ -1,170 +1,191 @@
-"""Trained checkpoints of several workers to one checkpoint, verified after it is written."""
-import math
-import re
+"""Trained checkpoints to one file, or to the shards of another parallel plan; verified before they take their name.
+
+Shards and strategy of a parallel run become one file, one file becomes shards (--dst_strategy), shards become those of
+another plan (both). Ranks of a data-parallel run, which are equal, become one without a strategy.
+"""
+import os
 import shutil
-import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from mindrlhf import checkpoint, cli
+from mindrlhf import checkpoint, cli, layouts, reshard, shards
 from mindrlhf.cli import UserError
+from mindrlhf.files import check_room, workshop
+from mindrlhf.formats import SUFFIXES
 from mindrlhf.models.glm4 import lora, sidecar
 
 EXAMPLE = """  python transform_checkpoint.py --src_checkpoint=output/checkpoint_network \\
-    --src_strategy=output/strategy --dst_checkpoint=merged"""
-WEIGHTS = "transformer."  # every weight's name starts so; the rest of a training state belongs to the optimizer
+    --src_strategy=output/strategy --dst_checkpoint=merged
+  python transform_checkpoint.py --src_checkpoint=glm4_9b.ckpt --dst_strategy=output/strategy --dst_checkpoint=shards"""
 
 
 def parser():
     parse = cli.Parser(__doc__, EXAMPLE)
-    parse.add_argument("--src_checkpoint", required=True, help="folder with rank_0, rank_1, ...: output/checkpoint_network")
+    parse.add_argument("--src_checkpoint", required=True,
+                       help="folder with rank_0, rank_1, ...: output/checkpoint_network, or output/checkpoint, of whose "
+                            "training states the weights are taken; or one whole file")
     parse.add_argument("--src_strategy", help="folder with the strategy files of the run: output/strategy; "
                                               "empty or absent after data-parallel training")
+    parse.add_argument("--dst_strategy", help="the same of a run with the plan to share the weights out by; absent: one file")
     parse.add_argument("--base_checkpoint", help="after LoRA training: the base weights, to which the adapters are added")
     parse.add_argument("--dst_checkpoint", required=True,
-                       help="folder for merged.ckpt, or a name that ends in .ckpt or .safetensors")
+                       help="folder for merged.ckpt, or a name that ends in .ckpt or .safetensors; with --dst_strategy the "
+                            "new folder for rank_0, rank_1, ...")
+    parse.add_argument("--step", type=cli.positive, help="number of training steps, where checkpoints of several are there "
+                                                         "(default: the last that all ranks have whole)")
+    parse.add_argument("--format", choices=[suffix[1:] for suffix in SUFFIXES],
+                       help="of files that --dst_checkpoint does not name (default: ckpt)")
     return parse
 
 
-def find_ranks(folder):
-    """The newest checkpoint of each rank: list of paths, rank 0 first. `Newest` goes by the number of steps in it."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; --src_checkpoint takes output/checkpoint_network of a training run")
-    ranks = {int(match[1]): path for path in folder.iterdir() if (match := re.fullmatch(r"rank_(\d+)", path.name))}
-    if not ranks:
-        raise UserError(f"{folder}: holds no rank_0, rank_1, ...; --src_checkpoint takes output/checkpoint_network")
-    missing = sorted(set(range(max(ranks) + 1)) - set(ranks))
-    if missing:
-        raise UserError(f"{folder}: rank_{missing[0]} is missing; copy it from the machine that trained it")
-    return [_newest(ranks[number]) for number in range(len(ranks))]
+@dataclass(frozen=True)
+class Source:
+    """What is transformed.
+
+    Attributes:
+        place: the file or folder.
+        ranks: of each rank name -> StoredTensor; only one where the ranks are equal, or where it is one whole file.
+        strategy: path of the strategy file that the ranks are sharded by, or None.
+        tensors: name -> tensor, whole.
+        files: of the ranks that were read.
+    """
+    place: Path
+    ranks: list
+    strategy: Path | None
+    tensors: dict
+    files: list
 
 
-def _newest(folder):
-    files = sorted([*folder.glob("*.ckpt"), *folder.glob("*.safetensors")])
-    if not files:
-        raise UserError(f"{folder}: holds no .ckpt or .safetensors; training saves one at its end")
-    return files[0] if len(files) == 1 else max(files, key=checkpoint.steps_done)
+def open_source(place, strategy=None, step=None):
+    """Find a checkpoint, and make sure that its parts belong together.
+
+    Args:
+        place: a whole file, or a folder of rank_0, rank_1, ...
+        strategy: folder or file of strategies, or None.
+        step: number of training steps, or None: the last that all ranks have whole.
+    """
+    place, strategy = Path(place), layouts.find(strategy)
+    if not place.is_dir():
+        if strategy or step:
+            raise UserError(f"{place}: is no folder of rank_0, rank_1, ...; leave --src_strategy and --step out for one file")
+        tensors = shards.weights_of(place)
+        shards.check_model({name: tensor.shape for name, tensor in tensors.items()}, place)
+        return Source(place, [tensors], None, tensors, [place])
+    files, step = shards.choose(place, step, skipped=print)
+    ranks = [shards.weights_of(path) for path in files]
+    if step is not None:
+        print(f"{place}: step {step}")
+    if strategy:
+        tensors = shards.join(ranks, strategy, place)
+        shards.check_replicas(tensors)
+    else:
+        tensors, ranks = merge_replicas(files, ranks), ranks[:1]
+    described = sidecar.find(place)
+    shards.check_model({name: tensor.shape for name, tensor in tensors.items()}, files[0],
+                       sidecar.read_sidecar(described)[0] if described else None)
+    return Source(place, ranks, strategy, tensors, files)
 
 
-def find_strategies(folder):
-    """The strategy files of a run; none after data-parallel training."""
-    if folder is None:
-        return []
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; --src_strategy takes output/strategy of the same run")
-    return sorted(folder.glob("*.ckpt"))
-
-
-def weights_of(path):
-    """The weights in a checkpoint: dict, name -> StoredTensor."""
-    tensors = {name: tensor for name, tensor in checkpoint.read(path).items() if name.startswith(WEIGHTS)}
-    if not tensors:
-        raise UserError(f"{path}: holds no weights of a GLM-4")
-    return tensors
-
-
-def merge_replicas(files):
+def merge_replicas(files, ranks):
     """Weights of a data-parallel run: every rank holds all of them, and the same.
 
     Raises:
         UserError: two ranks differ, so they are no replicas.
     """
-    first = weights_of(files[0])
-    identity = checkpoint.fingerprint(first)
-    for path in files[1:]:
-        if checkpoint.fingerprint(weights_of(path)) != identity:
+    identity = checkpoint.fingerprint(ranks[0])
+    for path, tensors in zip(files[1:], ranks[1:]):
+        if checkpoint.fingerprint(tensors) != identity:
             raise UserError(f"{path}: differs from {files[0]}; weights of a model-parallel run need --src_strategy, "
                             "replicas of a data-parallel run are equal: are these of one run?")
-    return first
+    return ranks[0]
 
 
-def merge_shards(files, strategies, folder):
-    """Weights of a model-parallel run, joined by MindSpore, rank files and strategies together.
-
-    Args:
-        files: one checkpoint of each rank.
-        strategies: strategy files of the ranks.
-        folder: for MindSpore's intermediate files.
-    """
-    import mindspore as ms
-    for rank, path in enumerate(files):
-        target = Path(folder) / "shards" / f"rank_{rank}"
-        target.mkdir(parents=True)
-        (target / path.name).symlink_to(path.resolve())
-    merged = Path(folder) / "merged"
-    try:
-        ms.transform_checkpoints(str(Path(folder) / "shards"), str(merged), "merged", str(strategies[0]), None)
-        (result,) = merged.glob("rank_0/*.ckpt")
-    except (ValueError, RuntimeError, KeyError, OSError) as error:
-        raise UserError(f"{strategies[0]}: MindSpore cannot join the shards by it "
-                        f"({str(error).strip().splitlines()[0]}); take the strategy of the same run") from None
-    return weights_of(result)
-
-
-def add_adapters(base_path, stored, place):
-    """Base weights and LoRA adapters to full weights, in the dtype of the base: items as checkpoint.write takes them."""
-    base = weights_of(base_path)
-    changed = lora.merged(base, stored, place)
+def add_adapters(source, adapters, base_path):
+    """Base weights and whole LoRA adapters to full weights, in the dtype of the base: items as checkpoint.write takes them."""
+    base = shards.weights_of(base_path)
+    first = source.files[0]
+    about = {name: tensor for name, tensor in checkpoint.read(first).items() if name.startswith("lora_")}
+    changed = lora.merged(base, {**adapters, **about}, first)
     return [(t.name, t.dtype, t.shape, (lambda t=t: checkpoint.narrow(changed[t.name](), t.dtype)) if t.name in changed
-             else t.array) for t in base.values()]
+             else t.chunks) for t in base.values()]
 
 
-def collect(arguments, files, folder):
-    """The weights to write: list of (name, dtype, shape, make).
-
-    Raises:
-        UserError: adapters without base weights, or base weights for what has no adapters.
-    """
-    strategies = find_strategies(arguments.src_strategy)
-    tensors = merge_shards(files, strategies, folder) if strategies else merge_replicas(files)
-    adapted = any(lora.is_adapter(name) for name in tensors)
-    if adapted and not arguments.base_checkpoint:
-        raise UserError(f"{files[0]}: holds LoRA adapters; --base_checkpoint names the weights that they belong to")
-    if arguments.base_checkpoint and not adapted:
-        raise UserError(f"{files[0]}: holds full weights, no adapters; leave --base_checkpoint out")
-    if adapted:
-        about = {name: tensor for name, tensor in checkpoint.read(files[0]).items() if name.startswith("lora_")}
-        return add_adapters(arguments.base_checkpoint, {**tensors, **about}, files[0])
-    return [(t.name, t.dtype, t.shape, t.array) for t in tensors.values()]
+def check_adapters(source, base_path):
+    """Raise UserError for adapters without base weights, and for base weights to what has no adapters."""
+    adapted = any(lora.is_adapter(name) for name in source.tensors)
+    if adapted and not base_path:
+        raise UserError(f"{source.place}: holds LoRA adapters; --base_checkpoint names the weights that they belong to")
+    if base_path and not adapted:
+        raise UserError(f"{source.place}: holds full weights, no adapters; leave --base_checkpoint out")
 
 
-def verify(path, items):
-    """Raise UserError unless a file holds what was to be written; it is deleted then."""
-    stored = checkpoint.read(path)
-    good = list(stored) == [name for name, *_ in items] and all(
-        stored[name].dtype == dtype and np.array_equal(stored[name].array(), make(), equal_nan=dtype != "BF16")
-        for name, dtype, _, make in items)
-    if not good:
-        path.unlink()
-        raise UserError(f"{path}: what was read back is not what was written; check the disk, then try again")
-    return checkpoint.fingerprint(stored)
+def name_files(arguments, cards):
+    """(path that is to appear, names of the files in it, one a card)."""
+    target, suffix = Path(arguments.dst_checkpoint), f".{arguments.format or 'ckpt'}"
+    if arguments.dst_strategy:
+        if target.suffix in SUFFIXES:
+            raise UserError(f"{target}: with --dst_strategy, --dst_checkpoint is a folder; --format says what its files are")
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise UserError(f"{target}: exists; remove it, or give the name of a new folder")
+        return target, [f"rank_{rank}/sharded{suffix}" for rank in range(cards)]
+    if target.suffix not in SUFFIXES:
+        target = target / f"merged{suffix}"
+    elif arguments.format and target.suffix != suffix:
+        raise UserError(f"{target}: is not --format {arguments.format}; leave one of them out")
+    if target.is_dir():
+        raise UserError(f"{target}: is a folder; give the name of a file")
+    return target, [target.name]
 
 
 def main(argv=None):
     arguments = parser().parse_args(argv)
-    files = find_ranks(arguments.src_checkpoint)
-    target = Path(arguments.dst_checkpoint)
-    if target.suffix not in (".ckpt", ".safetensors"):
-        target = target / "merged.ckpt"
-    with tempfile.TemporaryDirectory(prefix=".merge-", dir=_existing_parent(target)) as folder:
-        items = collect(arguments, files, folder)
-        size = sum(math.prod(shape) * checkpoint.DTYPES[dtype][1].itemsize for _, dtype, shape, _ in items)
-        if shutil.disk_usage(_existing_parent(target)).free < size:
-            raise UserError(f"{target}: {size / 1e9:.1f} GB do not fit on this disk; give another --dst_checkpoint")
+    strategy = layouts.find(arguments.dst_strategy)
+    if arguments.dst_strategy and not strategy:
+        raise UserError(f"{arguments.dst_strategy}: holds no strategy file; a parallel run writes them to output/strategy")
+    source = open_source(arguments.src_checkpoint, arguments.src_strategy, arguments.step)
+    check_adapters(source, arguments.base_checkpoint)
+    if arguments.base_checkpoint and strategy:
+        raise UserError("--base_checkpoint and --dst_strategy: merge the adapters first, then share the merged file out")
+    wanted = reshard.targets(source.tensors, strategy)
+    target, names = name_files(arguments, len(wanted))
+    with workshop(target) as folder:
+        made = [folder / "out" / name for name in names]
+        identity, wanted = make(source, strategy, wanted, made, arguments.base_checkpoint)
+        if strategy:
+            (folder / "out" / "strategy").mkdir()
+            shutil.copy(strategy, folder / "out" / "strategy" / "ckpt_strategy_rank_0.ckpt")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(folder / "out" if strategy else made[0], target)
+    described = sidecar.carry(source.place, target, dtype=wanted[0][0][1], fingerprint=identity)
+    size = reshard.size_on_disk(wanted) / 1e9
+    unknown = "" if described else f"; without the numbers of the model, as the run left no {sidecar.MODEL}"
+    print(f"{target}: {len(wanted[0])} parameters, {size:.2f} GB, from {len(source.files)} rank(s)"
+          f"{f' to {len(names)}' if strategy else ''}; read back and verified, fingerprint {identity[:12]}{unknown}")
+
+
+def make(source, strategy, wanted, made, base):
+    """Write and verify the files of all cards. Returns (fingerprint of the whole weights, wanted)."""
+    folder, by_mindspore = made[0].parents[1 if strategy is None else 2], source.strategy or strategy
+    size = reshard.size_on_disk(wanted)
+    check_room(made[0], size + (3 * reshard.GROUP if by_mindspore else 0))
+    tensors = source.tensors
+    if by_mindspore:
+        files = [folder / "adapters.ckpt"] if base else made
+        with cli.progress(size, "transform", "B", unit_scale=True) as bar:
+            reshard.transform(source.ranks, (source.strategy, strategy), wanted, files, folder, bar.update)
+        identity = checkpoint.fingerprint(tensors)
+        reshard.verify(identity, files, strategy)
+        tensors = checkpoint.read(files[0])
+    if base or not by_mindspore:
+        items = [(t.name, t.dtype, t.shape, t.chunks) for t in tensors.values()]
+        items = add_adapters(source, tensors, base) if base else items
+        wanted = [[item[:3] for item in items]]
+        size = reshard.size_on_disk(wanted)
+        check_room(made[0], size)
         with cli.progress(size, "write", "B", unit_scale=True) as bar:
-            checkpoint.write(target, items, bar.update)
-        identity = verify(target, items)
-    described = sidecar.carry(arguments.src_checkpoint, target, dtype=items[0][1], fingerprint=identity)
-    print(f"{target}: {len(items)} parameters, {size / 1e9:.2f} GB, from {len(files)} rank(s); "
-          f"read back and verified, fingerprint {identity[:12]}"
-          + ("" if described else f"; without {sidecar.path_of(target).name}, as the run left no {sidecar.MODEL}"))
-
-
-def _existing_parent(path):
-    return next(parent for parent in path.absolute().parents if parent.exists())
+            identity = checkpoint.write(made[0], items, bar.update)
+        reshard.verify(identity, made, None)
+    return identity, wanted
 
 
 if __name__ == "__main__":

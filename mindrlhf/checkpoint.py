@@ -14,12 +14,13 @@ __all__ = ["DTYPES", "StoredTensor", "atomic_file", "difference", "fingerprint",
            "read", "steps_done", "write", "write_json"]
 
 
-def fingerprint(tensors, *, sample=False):
+def fingerprint(tensors, *, sample=False, inspect=None):
     """Identity of a set of weights, as formats.Fingerprint defines it: of names, dtypes, shapes and values.
 
     Args:
         tensors: dict, name -> StoredTensor, of one file or of several.
         sample: only the first piece of each tensor: tells whether two checkpoints can be the same, at once.
+        inspect: called with each tensor and the stored values of each of its pieces, from several threads.
 
     Returns:
         64 hex digits. Pieces are hashed side by side, about 2 GB/s a core where the processor knows SHA-256.
@@ -27,9 +28,14 @@ def fingerprint(tensors, *, sample=False):
     def some(tensor):
         return pieces(tensor.elements)[:1 if sample else None]
 
+    def look(tensor, *piece):
+        values = tensor.read(*piece)
+        if inspect:
+            inspect(tensor, values)
+        return digest(values)
+
     identity = Fingerprint()
-    digests = in_order(lambda tensor, *piece: digest(tensor.read(*piece)),
-                       ((tensor, *piece) for tensor in tensors.values() for piece in some(tensor)))
+    digests = in_order(look, ((tensor, *piece) for tensor in tensors.values() for piece in some(tensor)))
     for tensor in tensors.values():
         identity.add(tensor.name, tensor.dtype, tensor.shape, [next(digests) for _ in some(tensor)])
     return identity.hexdigest()

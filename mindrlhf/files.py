@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import socket
+from contextlib import contextmanager
 from pathlib import Path
 
 from mindrlhf.cli import UserError
@@ -98,6 +99,20 @@ class atomic_folder(_Atomic):
     def remove(self):
         """Take back what was written."""
         shutil.rmtree(self.temporary, ignore_errors=True)
+
+
+@contextmanager
+def workshop(path):
+    """`with workshop(path) as folder`: a folder on the disk of a path, for what is made before it takes that name."""
+    try:
+        folder = _temporary(existing_parent(path) / Path(path).name)
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); nothing was left") from None
 
 
 def write_json(path, content):

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import mmap
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -136,6 +137,26 @@ def _varint(content, position):
             raise ValueError("a number does not end")
 
 
+def check_whole(path):
+    """Raise UserError unless a checkpoint file is whole: structure and, where MindSpore left one, checksum."""
+    read(path)
+    if Path(path).suffix != ".ckpt":
+        return
+    with open(path, "rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(size - len(CLOSING) - 10, 0))
+        tail = file.read()
+        if tail[:-10] != CLOSING:
+            return
+        found, left = 0, size - len(tail)
+        file.seek(0)
+        while left:
+            block = file.read(min(left, RECORD))
+            found, left = zlib.crc32(block, found), left - len(block)
+    if found != int.from_bytes(tail[-10:], "big"):
+        raise UserError(f"{path}: its checksum does not fit; it was damaged after it was written")
+
+
 # identity
 
 class Fingerprint:
@@ -193,22 +214,56 @@ def write(path, tensors, progress=None, *, framework="np", hashed=True):
     """
     path = Path(path)
     check_name(path)
-    identity = Fingerprint()
-    with atomic_file(path) as file, ThreadPoolExecutor(WORKERS) as pool:
-        if path.suffix == ".safetensors":
+    with atomic_file(path) as file, Writer(file, path.suffix, [item[:3] for item in tensors],
+                                           framework=framework, hashed=hashed) as writer:
+        for *_, make in tensors:
+            writer.add(make(), progress)
+    return writer.identity.hexdigest() if hashed else None
+
+
+class Writer:
+    """Writes the tensors of a checkpoint into an open file, one add() after another.
+
+    Args:
+        file: binary, empty.
+        suffix: ".ckpt" or ".safetensors".
+        tensors: list of (name, dtype, shape), in the order in which they are added.
+        framework, hashed: as in write().
+    """
+
+    def __init__(self, file, suffix, tensors, *, framework="np", hashed=True):
+        self.file, self.suffix, self.hashed = file, suffix, hashed
+        self.left, self.identity = list(reversed(tensors)), Fingerprint()
+        if suffix == ".safetensors":
             file.write(_safetensors_header(tensors, framework))
-        for name, dtype, shape, make in tensors:
-            sink = file if path.suffix == ".safetensors" else _RecordWriter(file, name, dtype, shape)
-            digests = []
-            for data in _data(make(), dtype, math.prod(shape)):
-                if hashed:
-                    digests.append(pool.submit(digest, data))  # beside the writing
-                    digests[max(len(digests) - 2 * WORKERS, 0)].result()  # no more pieces in memory than that
-                sink.write(data)
-                if progress:
-                    progress(len(data))
-            identity.add(name, dtype, shape, [future.result() for future in digests])
-    return identity.hexdigest() if hashed else None
+
+    def __enter__(self):
+        self.pool = ThreadPoolExecutor(WORKERS)
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.pool.shutdown()
+        if kind is None and self.left:
+            raise ValueError(f"{len(self.left)} tensors were not added")
+
+    def add(self, made, progress=None):
+        """Write the next tensor.
+
+        Args:
+            made: the stored array, or an iterable of its pieces, as in write().
+            progress: called with the number of bytes after each piece.
+        """
+        name, dtype, shape = self.left.pop()
+        sink = self.file if self.suffix == ".safetensors" else _RecordWriter(self.file, name, dtype, shape)
+        digests = []
+        for data in _data(made, dtype, math.prod(shape)):
+            if self.hashed:
+                digests.append(self.pool.submit(digest, data))  # beside the writing
+                digests[max(len(digests) - 2 * WORKERS, 0)].result()  # no more pieces in memory than that
+            sink.write(data)
+            if progress:
+                progress(len(data))
+        self.identity.add(name, dtype, shape, [future.result() for future in digests])
 
 
 def _data(made, dtype, elements):
@@ -227,7 +282,7 @@ def _data(made, dtype, elements):
 
 def _safetensors_header(tensors, framework):
     header, offset = {"__metadata__": {"format": framework}}, 0
-    for name, dtype, shape, _ in tensors:
+    for name, dtype, shape in tensors:
         end = offset + size_of(dtype, shape)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end

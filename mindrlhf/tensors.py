@@ -82,6 +82,14 @@ class StoredTensor:
         """All stored values, NumPy; bfloat16 as uint16."""
         return self.read(0, self.elements).reshape(self.shape)
 
+    def block(self, slices):
+        """The stored values of a block, NumPy: slices is a tuple of slice(start, stop), one a dimension."""
+        if not slices:
+            return self.array()
+        rows, inner = slices[0], math.prod(self.shape[1:])
+        read = self.read(rows.start * inner, (rows.stop - rows.start) * inner)
+        return read.reshape(-1, *self.shape[1:])[(slice(None), *slices[1:])]
+
     def chunks(self):
         """All stored values in order, a piece at a time."""
         for piece in pieces(self.elements):

@@ -1,10 +1,10 @@
 """Training states on disk: weights, optimizer and step of one rank, from which a run goes on exactly."""
 import re
-import zlib
 from pathlib import Path
 
 from mindrlhf import checkpoint, cli
 from mindrlhf.cli import UserError
+from mindrlhf.formats import check_whole
 
 NAME = re.compile(r"-step_(\d{8})\.ckpt$")
 
@@ -36,9 +36,7 @@ def check(path):
     step = checkpoint.steps_done(path)
     if step_of(path) not in (None, step):
         raise UserError(f"{path}: holds step {step}; rename it back")
-    content = Path(path).read_bytes()
-    if content[-17:-10] == b"crc_num" and zlib.crc32(content[:-17]) != int.from_bytes(content[-10:], "big"):
-        raise UserError(f"{path}: its checksum does not fit; it was damaged after it was written")
+    check_whole(path)
 
 
 def find(output_dir, resume):

@@ -28,16 +28,24 @@ def path_of(checkpoint):
 
 
 def find(checkpoint):
-    """The sidecar of a checkpoint, or that of the run whose rank_* folder it lies in; None without either."""
-    places = [path_of(checkpoint)]
-    if _of_a_rank(checkpoint):
-        places.append(Path(checkpoint).absolute().parents[2] / MODEL)
+    """The sidecar of a checkpoint; for the shards of several cards, a folder or a file of one, that of their run."""
+    path = Path(checkpoint).absolute()
+    if path.is_dir() or not path.suffix:
+        places = [path / MODEL, path.parent / MODEL]
+    elif _of_a_rank(path):
+        places = [path_of(checkpoint), path.parents[1] / MODEL, path.parents[2] / MODEL]
+    else:
+        places = [path_of(checkpoint)]
     return next((place for place in places if place.is_file()), None)
 
 
 def _of_a_rank(checkpoint):
     """Whether a file may hold one card's share of the weights: those go into rank_* folders."""
     return re.fullmatch(r"rank_\d+", Path(checkpoint).absolute().parent.name) is not None
+
+
+def _name_for(checkpoint):
+    return MODEL if Path(checkpoint).is_dir() else path_of(checkpoint).name
 
 
 def write(checkpoint, numbers, *, dtype, fingerprint, source, **about):
@@ -101,7 +109,7 @@ def read_for(checkpoint):
     if path is None:
         return None, None
     numbers, about = read_sidecar(path)
-    if about.get("sample_fingerprint") not in (None, sample_of(checkpoint)):
+    if about.get("sample_fingerprint") and about["sample_fingerprint"] != sample_of(checkpoint):
         raise UserError(f"{path}: describes another checkpoint than the one beside it; fetch or convert both "
                         "again, or remove it if you know that the numbers in the YAML are right")
     return numbers, path
@@ -116,13 +124,13 @@ def check(checkpoint, settings):
     """Refuse a checkpoint whose numbers are not those of the YAML; warn of what cannot be compared.
 
     Args:
-        checkpoint: path of the file, as load_checkpoint gives it. None and folders are left to load_strictly.
+        checkpoint: path of the file, or of the folder of shards, as load_checkpoint gives it; None is left to the loader.
         settings: of config.load().
 
     Raises:
         UserError: with every difference.
     """
-    if not checkpoint or Path(checkpoint).is_dir():
+    if not checkpoint:
         return
     model = settings["model"]["model_config"]
     numbers, source = read_for(checkpoint)
@@ -130,13 +138,13 @@ def check(checkpoint, settings):
     if numbers:
         numbers = {name: getattr(numbers, name) for name in IN_YAML}
     else:
-        shapes = {} if _of_a_rank(checkpoint) else {name: t.shape for name, t in read(checkpoint).items()}
+        shapes = {} if _of_a_rank(checkpoint) or Path(checkpoint).is_dir() else {name: t.shape for name, t in read(checkpoint).items()}
         source, numbers = checkpoint, weights.measure(shapes)
         yaml |= {f"{name} * kv_channels": model.get(name, 0) * model.get("kv_channels", 0)
                  for name in ("num_attention_heads", "multi_query_group_num")}
         if cli.rank() == 0:
             stream = sys.stderr if settings["run_mode"] == "predict" else sys.stdout  # there the answer goes
-            print(f"warning: {checkpoint}: has no {path_of(checkpoint).name} beside it, so {UNCHECKED}; "
+            print(f"warning: {checkpoint}: has no {_name_for(checkpoint)} beside it, so {UNCHECKED}; "
                   "convert_weight.py writes one", file=stream, flush=True)
     wrong = differences(yaml, numbers)
     if wrong:
@@ -158,20 +166,24 @@ def keep(checkpoint, output_dir):
                             "source_fingerprint": about.get("fingerprint")})
 
 
-def carry(run_folder, checkpoint, *, dtype, fingerprint):
-    """Write the sidecar of a merged checkpoint from what its run left.
+def carry(source, target, *, dtype, fingerprint):
+    """Write the sidecar of a checkpoint that was merged or shared out.
 
     Args:
-        run_folder: the checkpoint or checkpoint_network folder of the run.
-        checkpoint: path of the merged file.
-        dtype, fingerprint: of the merged file.
+        source: what it was made from: a file, or the checkpoint or checkpoint_network folder of a run.
+        target: path of the new file, or of the folder of the new shards.
+        dtype, fingerprint: of the new weights as a whole.
 
     Returns:
         whether there was anything to carry.
     """
-    source = Path(run_folder).absolute().parent / MODEL
-    if not source.is_file():
-        forget(checkpoint)
-        return False
-    write(checkpoint, read_sidecar(source)[0], dtype=dtype, fingerprint=fingerprint, source=run_folder)
-    return True
+    described = find(source)
+    if Path(target).is_dir():
+        if described:
+            write_json(Path(target) / MODEL, {"numbers": asdict(read_sidecar(described)[0]), "source": str(source),
+                                              "source_fingerprint": fingerprint})
+    elif described:
+        write(target, read_sidecar(described)[0], dtype=dtype, fingerprint=fingerprint, source=source)
+    else:
+        forget(target)
+    return described is not None

@@ -1,0 +1,134 @@
+"""Checkpoints from one sharding to another, by MindSpore's own transformation, and the proof that nothing went astray.
+
+MindSpore holds all cards' files in memory at once. So it is given a few tensors at a time: memory is that of the
+largest tensor, three times, and not that of the model.
+"""
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+from mindrlhf import checkpoint, layouts, shards
+from mindrlhf.cli import UserError
+from mindrlhf.formats import Writer, read, write
+from mindrlhf.tensors import finite, size_of
+
+GROUP = 1 << 28  # bytes of tensors that MindSpore is given at once
+
+
+def targets(source, strategy):
+    """What each card is to hold: list, one a card, of (name, dtype, shape) in order.
+
+    Args:
+        source: dict, name -> tensor, whole ones.
+        strategy: path of the strategy file to share them out by; None: one file of whole tensors.
+
+    Raises:
+        UserError: the strategy is of another model.
+    """
+    if strategy is None:
+        return [[(tensor.name, tensor.dtype, tuple(tensor.shape)) for tensor in source.values()]]
+    plan = layouts.read(strategy)
+    lacking = [name for name in source if name not in plan]
+    lost = [name for name in plan if name.startswith(shards.WEIGHTS) and name not in source]
+    odd = [name for name, tensor in source.items() if name in plan and
+           (len(plan[name].splits) != len(tensor.shape) or any(np.remainder(tensor.shape, plan[name].splits)))]
+    if lacking or lost or odd:
+        raise UserError(f"{strategy}: does not fit the checkpoint, see {(lacking + lost + odd)[0]}; give the strategy of "
+                        "a run of the same model")
+    shapes = [(tensor.name, tensor.dtype, tuple(np.floor_divide(tensor.shape, plan[tensor.name].splits).tolist()))
+              for tensor in source.values()]
+    return [shapes] * plan[next(iter(source))].cards
+
+
+def transform(ranks, strategies, wanted, files, folder, progress):
+    """Write the file of each card.
+
+    Args:
+        ranks: for each card of the source a dict, name -> StoredTensor; one dict where the source is whole.
+        strategies: (of the source, of the target), paths or None where whole.
+        wanted: as targets() gives it.
+        files: path of the file of each card of the target.
+        folder: for MindSpore's intermediate files.
+        progress: called with the number of bytes after each piece.
+    """
+    import mindspore as ms
+    strategies = tuple(path and str(path) for path in strategies)
+    with ExitStack() as stack:
+        writers = []
+        for path, shapes in zip(files, wanted):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            writers.append(stack.enter_context(Writer(stack.enter_context(open(path, "wb")), path.suffix, shapes)))
+        needed = [sorted(ms.rank_list_for_transform(rank, *strategies)) for rank in range(len(files))]
+        for names in _groups(ranks):
+            work = Path(folder) / "group"
+            for rank in sorted(set().union(*needed)):
+                write(work / f"rank_{rank}.ckpt", [_as_bits(ranks[rank][name]) for name in names], hashed=False)
+            for rank, writer in enumerate(writers):
+                parts = {part: str(work / f"rank_{part}.ckpt") for part in needed[rank]}
+                ms.transform_checkpoint_by_rank(rank, parts, str(work / "out.ckpt"), *strategies)
+                made = read(work / "out.ckpt")
+                for name in names:
+                    writer.add(_bits(made[name], ranks[0][name].dtype), progress)
+            shutil.rmtree(work)
+
+
+def _groups(ranks):
+    """Names of tensors that are handled together."""
+    group, size = [], 0
+    for name, tensor in ranks[0].items():
+        if group and size + tensor.nbytes * len(ranks) > GROUP:
+            yield group
+            group, size = [], 0
+        group.append(name)
+        size += tensor.nbytes * len(ranks)
+    yield group
+
+
+def _as_bits(tensor):
+    """An item for write(). A CPU has no bfloat16 in MindSpore: its bits pass as float16, for elements only move."""
+    dtype = "F16" if tensor.dtype == "BF16" else tensor.dtype
+    return tensor.name, dtype, tensor.shape, tensor.chunks if dtype == tensor.dtype else \
+        (lambda: (values.view(np.float16) for values in tensor.chunks()))
+
+
+def _bits(tensor, dtype):
+    """The pieces of a tensor that passed as bits."""
+    return (values.view(np.uint16) for values in tensor.chunks()) if dtype == "BF16" else tensor.chunks()
+
+
+def verify(identity, files, strategy):
+    """Compare what was written, read back, with the source.
+
+    The blocks are put together by Layout's arithmetic, which knows nothing of how MindSpore moved them; all cards' blocks
+    are looked at. Equal fingerprints mean equal names, dtypes, shapes and values.
+
+    Args:
+        identity: fingerprint of the source, 64 hex digits.
+        files: paths of what was written, one a card.
+        strategy: path of the strategy file by which they are sharded, or None.
+
+    Raises:
+        UserError: a difference, or values that are not finite.
+    """
+    ranks, bad = [read(path) for path in files], set()
+    written = shards.join(ranks, strategy, files[0].parents[1]) if strategy else ranks[0]
+
+    def inspect(tensor, values):
+        if tensor.dtype in ("F32", "F16", "BF16", "F64") and not finite(values, tensor.dtype).all():
+            bad.add(tensor.name)
+
+    found = checkpoint.fingerprint(written, inspect=inspect)
+    if strategy:
+        shards.check_replicas(written)
+    if identity != found:
+        raise UserError("what was read back is not what was to be written; check the disk, then try again")
+    if bad:
+        raise UserError(f"{sorted(bad)[0]} and {len(bad) - 1} more hold NaN or infinite values: the training diverged; "
+                        "take an earlier --step")
+
+
+def size_on_disk(wanted):
+    """Bytes that the files of all cards take."""
+    return sum(size_of(dtype, shape) for shapes in wanted for _, dtype, shape in shapes)

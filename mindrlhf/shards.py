@@ -1,0 +1,242 @@
+"""The checkpoints of several cards as one: rank_0, rank_1, ... with the strategy of their run."""
+import math
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from mindrlhf import layouts
+from mindrlhf.cli import UserError
+from mindrlhf.formats import SUFFIXES, check_whole, read
+from mindrlhf.models.glm4 import weights
+from mindrlhf.tensors import DTYPES, StoredTensor, pieces, size_of
+
+WEIGHTS = "transformer."  # every weight's name starts so; the rest of a training state belongs to the optimizer
+
+
+@dataclass(frozen=True)
+class ShardedTensor(StoredTensor):
+    """A tensor whose blocks lie in the files of several cards. It reads as a StoredTensor does.
+
+    Attributes:
+        layout: Layout.
+        parts: the StoredTensor of each card, rank 0 first.
+    """
+    layout: layouts.Layout = None
+    parts: tuple = ()
+
+    @property
+    def nbytes(self):
+        """Size of the whole in bytes."""
+        return size_of(self.dtype, self.shape)
+
+    @cached_property
+    def holders(self):
+        """Each block of the tensor with the cards that hold it: dict, index -> list of StoredTensor."""
+        found = {index: [] for index in np.ndindex(self.layout.splits)}
+        for rank, part in enumerate(self.parts):
+            found[self.layout.index(rank)].append(part)
+        return found
+
+    def block(self, slices):
+        """As StoredTensor.block; every element comes from exactly one block, of the first card that holds it."""
+        out = np.empty([each.stop - each.start for each in slices], DTYPES[self.dtype][1])
+        for index, (holder, *_) in self.holders.items():
+            place = self.layout.block(index, self.shape)
+            common = [slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(place, slices)]
+            if all(each.start < each.stop for each in common):
+                out[_moved(common, slices)] = holder.block(_moved(common, place))
+        return out
+
+    def read(self, first, count):
+        """As StoredTensor.read."""
+        if not self.shape:
+            return self.parts[0].read(first, count)
+        inner = math.prod(self.shape[1:])
+        rows = slice(first // inner, -(-(first + count) // inner))
+        block = self.block((rows, *(slice(0, size) for size in self.shape[1:])))
+        return block.reshape(-1)[first - rows.start * inner:][:count]
+
+    def array(self):
+        """As StoredTensor.array."""
+        return self.block(tuple(slice(0, size) for size in self.shape))
+
+
+def _moved(slices, origins):
+    return tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(slices, origins))
+
+
+def join(ranks, strategy, place):
+    """The tensors of all cards as whole ones.
+
+    Args:
+        ranks: for each card a dict, name -> StoredTensor.
+        strategy: path of the strategy file of their run.
+        place: what to name in errors: the folder of the shards.
+
+    Returns:
+        dict, name -> ShardedTensor.
+
+    Raises:
+        UserError: cards and strategy are not of one run.
+    """
+    plan = layouts.read(strategy)
+    cards = next(iter(plan.values())).cards
+    if cards != len(ranks):
+        raise UserError(f"{strategy}: is of a run on {cards} card(s), {place} holds {len(ranks)} rank folder(s); give the "
+                        "strategy of the same run" + (f", or copy rank_{len(ranks)} too" if cards > len(ranks) else ""))
+    for tensors in ranks[1:]:
+        _alike(ranks[0], tensors)
+    expected = {name for name in plan if name.startswith(WEIGHTS)}
+    if any(".mindpet_delta_lora" in name for name in ranks[0]):  # the frozen weights are not saved then
+        expected = {name for name in expected if ".mindpet_delta_lora" in name}
+    _same_names(expected, ranks[0], strategy)
+    return {name: _joined(name, [tensors[name] for tensors in ranks], plan[name], strategy) for name in ranks[0]}
+
+
+def _alike(first, other):
+    """Raise UserError unless two cards hold blocks of one size of the same tensors."""
+    for name in {**first, **other}:
+        one, two = first.get(name), other.get(name)
+        if not one or not two or (one.shape, one.dtype) != (two.shape, two.dtype):
+            files = [next(iter(tensors.values())).file.name for tensors in (first, other)]
+            raise UserError(f"{files[1]}: {name} is there otherwise than in {files[0]}; it is cut short, or of another run")
+
+
+def _same_names(expected, found, strategy):
+    wrong = sorted(expected ^ set(found))
+    if wrong:
+        raise UserError(f"{strategy}: is of another model: {wrong[0]} and {len(wrong) - 1} more stand only in "
+                        f"{'it' if wrong[0] in expected else 'the checkpoint'}; give the strategy of the same run")
+
+
+def _joined(name, parts, layout, strategy):
+    if len(parts[0].shape) != len(layout.splits):
+        raise UserError(f"{strategy}: {name} has {len(layout.splits)} dimension(s) in it, {len(parts[0].shape)} in the "
+                        "checkpoint; give the strategy of the same run")
+    tensor = ShardedTensor(name, parts[0].dtype, layout.whole(parts[0].shape), None, (), layout, tuple(parts))
+    if not all(tensor.holders.values()):
+        raise UserError(f"{strategy}: leaves a part of {name} to no card; it is damaged, copy it again")
+    return tensor
+
+
+def check_replicas(tensors):
+    """Raise UserError unless cards that hold the same block hold the same values in it."""
+    for tensor in tensors.values():
+        for first, *others in tensor.holders.values():
+            for other in others:
+                if any(first.read(*piece).tobytes() != other.read(*piece).tobytes() for piece in pieces(first.elements)):
+                    raise UserError(f"{other.file.name}: {tensor.name} differs from its copy in {first.file.name}; the files "
+                                    "are of different runs or steps, or the strategy is of another run")
+
+
+def check_model(found, place, numbers=None):
+    """Raise UserError unless the shapes are those of a whole GLM-4: shards without their strategy are not.
+
+    Args:
+        found: dict, name -> shape.
+        place: what to name in the error.
+        numbers: Numbers of the model; None: whatever the tensors tell.
+    """
+    if any(".mindpet_delta_lora" in name for name in found):
+        return  # adapters are checked against their base
+    told = weights.measure(found)
+    if told and numbers is None:
+        qkv = found["transformer.encoder.layers.0.self_attention.query_key_value.weight"][0]
+        heads, hidden = told["num_attention_heads * kv_channels"], told["hidden_size"]
+        numbers = weights.Numbers(told["num_layers"], told["padded_vocab_size"], hidden, told["ffn_hidden_size"],
+                                  heads, (qkv - heads) // 2, 1, 1e-5, 1, (), 0)
+    expected = weights.shapes(numbers) if numbers else {}
+    wrong = [name for name in {**expected, **found} if expected.get(name) != tuple(found.get(name, ()))]
+    if wrong:
+        name = wrong[0]
+        raise UserError(f"{place}: is no whole GLM-4: {name} is {list(found.get(name, ()))}, not "
+                        f"{list(expected.get(name, ()))}. Shards need --src_strategy, the output/strategy of their own run")
+
+
+# files
+
+def weights_of(path):
+    """The weights in a checkpoint file, without the optimizer's part of a training state: name -> StoredTensor."""
+    tensors = {name: tensor for name, tensor in read(path).items() if name.startswith(WEIGHTS)}
+    if not tensors:
+        raise UserError(f"{path}: holds no weights of a GLM-4")
+    return tensors
+
+
+def rank_folders(folder):
+    """rank_0, rank_1, ... in a folder: list of paths.
+
+    Raises:
+        UserError: there are none, or one is missing.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such file or folder; give a checkpoint, or output/checkpoint_network of a run")
+    ranks = {int(match[1]): path for path in folder.iterdir() if (match := re.fullmatch(r"rank_(\d+)", path.name))}
+    if not ranks:
+        raise UserError(f"{folder}: holds no rank_0, rank_1, ...; give output/checkpoint_network of a run")
+    missing = sorted(set(range(max(ranks) + 1)) - set(ranks))
+    if missing:
+        raise UserError(f"{folder}: rank_{missing[0]} is missing; copy it from the machine that trained it")
+    return [ranks[number] for number in range(len(ranks))]
+
+
+def _steps(folder):
+    """The checkpoints in a rank's folder: dict, number of training steps, or None where it says none -> path."""
+    found = {}
+    for path in sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES):
+        match = re.search(r"-step_(\d+)$", path.stem)
+        try:
+            tensors = {} if match else read(path)
+        except UserError:
+            tensors = {}  # said when it is chosen
+        step = int(match[1]) if match else int(tensors["step_num"].array()) if "step_num" in tensors else None
+        if step in found:
+            raise UserError(f"{path}: and {found[step].name} are both of step {step}; leave one of them" if step else
+                            f"{path}: and {found[step].name} say no step; leave one of them")
+        found[step] = path
+    if not found:
+        raise UserError(f"{folder}: holds no .ckpt or .safetensors; copy it from the machine that trained it")
+    return found
+
+
+def choose(folder, step=None, skipped=lambda text: None):
+    """One whole checkpoint file of each rank, all of the same step.
+
+    Args:
+        folder: holds rank_0, rank_1, ...
+        step: which; None: the last that every rank has whole.
+        skipped: called with a line about each later step that is not whole.
+
+    Returns:
+        (list of paths, step or None where the files say none).
+
+    Raises:
+        UserError: no step is whole on all ranks, or not the one asked for.
+    """
+    folders = rank_folders(folder)
+    found = [_steps(each) for each in folders]
+    wanted = {step} if step is not None else set().union(*found)
+    problems = []
+    for number in sorted(wanted, key=lambda number: -1 if number is None else number, reverse=True):
+        try:
+            files = [_of_step(each, steps, number, found) for each, steps in zip(folders, found)]
+            for path in files:
+                check_whole(path)
+        except UserError as error:
+            problems.append(error)
+            continue
+        for problem in problems:
+            skipped(f"skipped: {problem}")
+        return files, number
+    raise problems[0]
+
+
+def _of_step(folder, steps, number, found):
+    if number not in steps:
+        there = ", ".join(str(each) for each in sorted(filter(None, set().union(*found)))) or "none"
+        raise UserError(f"{folder}: has no checkpoint of step {number}; steps found: {there}")
+    return steps[number]
