@@ -3,15 +3,14 @@
 MindSpore's own readers hold a whole file in memory and load what fits, by name, without a word about the
 rest. Here nothing loads unless every name and every shape agrees. Reading and writing the files is in formats.py.
 """
-from pathlib import Path
-
 from mindrlhf.cli import UserError
 from mindrlhf.files import atomic_file, write_json
 from mindrlhf.formats import Fingerprint, digest, read, write
+from mindrlhf.shards import open_weights
 from mindrlhf.tensors import DTYPES, StoredTensor, in_order, narrow, pieces
 
 __all__ = ["DTYPES", "StoredTensor", "atomic_file", "difference", "fingerprint", "load_strictly", "narrow",
-           "read", "steps_done", "write", "write_json"]
+           "open_weights", "read", "steps_done", "write", "write_json"]
 
 
 def fingerprint(tensors, *, sample=False, inspect=None):
@@ -54,14 +53,17 @@ def difference(expected, found, *, limit=3):
     return "; ".join(f"{title}: {named(names)}" for title, names in parts if names)
 
 
-def load_strictly(network, path, *, training_state=False, names=None):
+def load_strictly(network, path, *, training_state=False, names=None, strategy=None):
     """Load every parameter of a network from a file, and every tensor of the file into the network.
+
+    A network that is spread over cards reads its part of each tensor when it is compiled, so files must stay until then.
 
     Args:
         network: a Cell; its parameters' names and shapes decide.
-        path: a .ckpt or .safetensors file with the whole (unsharded) weights.
+        path: a .ckpt or .safetensors file with the whole (unsharded) weights, or a folder of shards.
         training_state: allow the optimizer's and the trainer's own tensors in the file (a resumed run).
         names: function from a name to whether this file is responsible for it; None: for all.
+        strategy: of the shards, as shards.open_weights takes it.
 
     Returns:
         dict, name -> StoredTensor, what was loaded.
@@ -69,13 +71,8 @@ def load_strictly(network, path, *, training_state=False, names=None):
     Raises:
         UserError: naming each kind of difference; nothing was loaded then.
     """
-    from mindspore import Tensor
-    if not path:
-        raise UserError("no weights given; --load_checkpoint names the checkpoint that convert_weight.py made")
-    if Path(path).is_dir():
-        raise UserError(f"{path}: is a folder; --load_checkpoint takes one file. Trained weights in rank_* folders "
-                        "become one file with transform_checkpoint.py")
-    stored = read(path)
+    from mindrlhf.slices import FileTensor
+    stored = open_weights(path, strategy)
     parameters = {parameter.name: parameter for parameter in network.get_parameters()
                   if names is None or names(parameter.name)}
     if training_state:
@@ -85,7 +82,7 @@ def load_strictly(network, path, *, training_state=False, names=None):
     if problem:
         raise UserError(f"{path}: does not fit the model of this YAML. {problem}")
     for name, parameter in parameters.items():
-        parameter.set_data(Tensor(stored[name].float32(), parameter.dtype))
+        parameter.set_data(FileTensor(stored[name], parameter.dtype))
     return stored
 
 

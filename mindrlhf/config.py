@@ -88,7 +88,8 @@ def _callbacks(value):
 # Every key that somebody reads. MindFormers reads all but `dpo`; what it would read but GLM-4 fixes is not offered.
 SCHEMA = {
     "seed": _whole(0, 2**32 - 1), "run_mode": _one_of(*RUN_MODES), "output_dir": _text, "load_checkpoint": _text,
-    "auto_trans_ckpt": _boolean, "resume_training": lambda value: None if value is False else _text(value),
+    "src_strategy": _text, "auto_trans_ckpt": _boolean,
+    "resume_training": lambda value: None if value is False else _text(value),
     "context": {"mode": _one_of(0), "device_target": _one_of("Ascend", "CPU"), "max_device_memory": _text,
                 "max_call_depth": _whole(1), "memory_optimize_level": _one_of("O0", "O1"),
                 "jit_config": {"jit_level": _one_of("O0", "O1", "O2")}, "save_graphs": _boolean, "save_graphs_path": _text},
@@ -285,6 +286,16 @@ def check_workers(settings, workers):
                         "give the launcher that number, or change parallel_config")
 
 
+def check_weights(settings):
+    """Raise UserError where no weights are named, or shards of several cards are not to be shared out anew."""
+    path = settings.get("load_checkpoint")
+    if not path:
+        raise UserError("no weights given; --load_checkpoint names the checkpoint that convert_weight.py made")
+    if Path(path).is_dir() and not settings.get("auto_trans_ckpt"):
+        raise UserError(f"{path}: is a folder; shards of several cards, rank_0, rank_1, ..., need --auto_trans_ckpt True and "
+                        "--src_strategy, the output/strategy of their run")
+
+
 def to_mindformers(settings):
     """Settings as MindFormers takes them: a MindFormerConfig, with the keys that it insists on."""
     from mindformers.tools.register import MindFormerConfig
@@ -293,7 +304,7 @@ def to_mindformers(settings):
     if "parallel_config" in settings:
         insisted["parallel_config"] = {"pipeline_stage": 1, "micro_batch_num": 1}
     merged = merge(settings, insisted)
-    for key in ("eval_dataset", "load_checkpoint", "resume_training"):  # run_dpo.py does these itself
+    for key in ("eval_dataset", "load_checkpoint", "src_strategy", "resume_training"):  # run_dpo.py does these itself
         merged.pop(key, None)
     merged["callbacks"] = []
     if "runner_wrapper" in merged:  # MindFormers accumulates in semi-auto parallel mode only, our step everywhere

@@ -35,7 +35,7 @@ class Layout:
     def splits(self):
         """Into how many parts each dimension is split."""
         parts = [math.prod(self.devices[place] for place in places) for places in self.axes]
-        return tuple([parts[0] * self.shards, *parts[1:]]) if parts else ()
+        return (parts[0] * self.shards, *parts[1:]) if parts else ()
 
     def index(self, rank):
         """Which part of each dimension a card holds."""

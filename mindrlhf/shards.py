@@ -158,6 +158,35 @@ def check_model(found, place, numbers=None):
 
 # files
 
+def open_weights(path, strategy=None):
+    """Find the weights that a run starts from; their values stay in the files.
+
+    Args:
+        path: a whole file, or a folder of rank_0, rank_1, ...
+        strategy: folder or file of strategies of the run that saved the shards; None where the ranks are equal.
+
+    Returns:
+        dict, name -> StoredTensor, whole ones.
+
+    Raises:
+        UserError: the shards and the strategy do not belong together, or the newest step is not whole.
+    """
+    if not path:
+        raise UserError("no weights given; --load_checkpoint names the checkpoint that convert_weight.py made")
+    if not Path(path).is_dir():
+        if strategy:
+            raise UserError(f"{path}: is one file; --src_strategy belongs to a folder of rank_0, rank_1, ...")
+        return read(path)
+    files, _ = choose(path)
+    ranks, strategy = [weights_of(file) for file in files], layouts.find(strategy)
+    if strategy:
+        return join(ranks, strategy, path)
+    for tensors in ranks[1:]:
+        _alike(ranks[0], tensors)
+    check_model({name: tensor.shape for name, tensor in ranks[0].items()}, files[0])
+    return ranks[0]
+
+
 def weights_of(path):
     """The weights in a checkpoint file, without the optimizer's part of a training state: name -> StoredTensor."""
     tensors = {name: tensor for name, tensor in read(path).items() if name.startswith(WEIGHTS)}
@@ -203,13 +232,13 @@ def _steps(folder):
     return found
 
 
-def choose(folder, step=None, skipped=lambda text: None):
+def choose(folder, step=None, *, skipped=None):
     """One whole checkpoint file of each rank, all of the same step.
 
     Args:
         folder: holds rank_0, rank_1, ...
         step: which; None: the last that every rank has whole.
-        skipped: called with a line about each later step that is not whole.
+        skipped: called with a line about each later step that is not whole; None: such a step is an error.
 
     Returns:
         (list of paths, step or None where the files say none).
@@ -228,6 +257,8 @@ def choose(folder, step=None, skipped=lambda text: None):
                 check_whole(path)
         except UserError as error:
             problems.append(error)
+            if skipped is None:
+                break
             continue
         for problem in problems:
             skipped(f"skipped: {problem}")

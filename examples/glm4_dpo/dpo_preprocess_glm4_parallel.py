@@ -32,7 +32,9 @@ def parser():
     parse.add_argument("--tokenizer", help="tokenizer.model of the model")
     parse.add_argument("--load_checkpoint", help="the weights to be trained: what convert_weight.py wrote")
     parse.add_argument("--auto_trans_ckpt", type=cli.boolean, metavar="True|False",
-                       help="share one whole checkpoint out over the cards of a model-parallel plan")
+                       help="share the checkpoint, one whole file or shards, out over the cards of the parallel plan")
+    parse.add_argument("--src_strategy", help="where load_checkpoint is a folder of shards, rank_0, rank_1, ...: "
+                                              "output/strategy of the run that saved them")
     parse.add_argument("--seq_len", type=cli.positive, help="positions (tokens) of a row")
     parse.add_argument("--dataset_type", default="auto", choices=preference.DATASET_TYPES,
                        help="fields of a row (default: auto). cvalues: prompt, pos_resp, neg_resp; dpo: "
@@ -69,10 +71,10 @@ def share(text):
 def load_settings(arguments):
     settings = config.load(arguments.config, run_mode="preprocess", overrides={
         "load_checkpoint": arguments.load_checkpoint, "auto_trans_ckpt": arguments.auto_trans_ckpt,
+        "src_strategy": arguments.src_strategy,
         "model.model_config.seq_length": arguments.seq_len,
         "processor.tokenizer.vocab_file": arguments.tokenizer})
-    if not settings.get("load_checkpoint"):
-        raise cli.UserError("no weights given; --load_checkpoint names what convert_weight.py made")
+    config.check_weights(settings)
     config.check_workers(settings, cli.workers())
     if together(settings) and not settings["parallel"].get("full_batch"):
         raise cli.UserError(f"{arguments.config}: preprocessing by parallel_config needs parallel.full_batch "
@@ -103,7 +105,7 @@ def describe(arguments, settings, source, tokenizer):
     """(what the sidecar says of the data's origin, identity of the run: all that the data depend on)."""
     from mindrlhf import backend
     hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in source.files]
-    weights = checkpoint.fingerprint(checkpoint.read(settings["load_checkpoint"]))
+    weights = checkpoint.fingerprint(checkpoint.open_weights(settings["load_checkpoint"], settings.get("src_strategy")))
     about = {"seq_len": settings["model"]["model_config"]["seq_length"], "template": template.VERSION,
              "dataset_type": source.dataset_type, "versions": backend.versions(),
              "options": {name: getattr(arguments, name) for name in OPTIONS}}
@@ -132,7 +134,7 @@ def open_scorer(settings, tokenizer, *, packed):
     run = config.to_mindformers(settings)
     backend.start(run, parallel=together(settings) and cli.workers() > 1)
     model = backend.build_network(run)
-    checkpoint.load_strictly(model, settings["load_checkpoint"])
+    checkpoint.load_strictly(model, settings["load_checkpoint"], strategy=settings.get("src_strategy"))
     return reference.Scorer(model, seq_len=settings["model"]["model_config"]["seq_length"], packed=packed,
                             batch_size=settings["runner_config"]["batch_size"], pad_id=tokenizer.pad_id)
 

@@ -20,7 +20,9 @@ def parser():
     parse.add_argument("--vocab_file", help="tokenizer.model of the model")
     parse.add_argument("--load_checkpoint", help="finetune: the weights that preprocessed the data; predict: any")
     parse.add_argument("--auto_trans_ckpt", type=cli.boolean, metavar="True|False",
-                       help="share one whole checkpoint out over the cards of a parallel plan")
+                       help="share the checkpoint, one whole file or shards, out over the cards of the parallel plan")
+    parse.add_argument("--src_strategy", help="where load_checkpoint is a folder of shards, rank_0, rank_1, ...: "
+                                              "output/strategy of the run that saved them")
     parse.add_argument("--adapter_checkpoint", help="predict: LoRA adapters of a training, from output/checkpoint_network, "
                        "on top of load_checkpoint")
     parse.add_argument("--predict_data", metavar="TEXT", help="predict: what the user says")
@@ -33,6 +35,7 @@ def parser():
 def load_settings(arguments):
     return config.load(arguments.config, run_mode=("finetune", "predict"), overrides={
         "load_checkpoint": arguments.load_checkpoint, "auto_trans_ckpt": arguments.auto_trans_ckpt,
+        "src_strategy": arguments.src_strategy,
         "train_dataset.data_loader.dataset_dir": arguments.train_dataset,
         "eval_dataset.data_loader.dataset_dir": arguments.eval_dataset,
         "processor.tokenizer.vocab_file": arguments.vocab_file, "output_dir": arguments.output_dir,
@@ -48,6 +51,8 @@ def finetune(settings):
     config.check_workers(settings, cli.workers())
     data = run.open_data(settings)  # says what is wrong before the workers meet
     resumed = run.find_state(settings)
+    if not resumed:
+        config.check_weights(settings)
     sidecar.check(resumed or settings.get("load_checkpoint"), settings)
     run_config = config.to_mindformers(settings)
     backend.start(run_config, parallel=cli.workers() > 1)
@@ -68,6 +73,7 @@ def predict(settings, text, adapters=None):
     if text is None:
         raise cli.UserError("run_mode predict needs --predict_data TEXT")
     backend.quiet()
+    config.check_weights(settings)
     sidecar.check(settings.get("load_checkpoint"), settings)
     tokenizer = Glm4Tokenizer(settings["processor"]["tokenizer"]["vocab_file"])
     numbers = settings["model"]["model_config"]
@@ -79,7 +85,7 @@ def predict(settings, text, adapters=None):
     run_config = config.to_mindformers(settings)
     backend.start(run_config, parallel=False)
     model = backend.build_network(run_config)
-    base = checkpoint.load_strictly(model, settings.get("load_checkpoint"))
+    base = checkpoint.load_strictly(model, settings.get("load_checkpoint"), strategy=settings.get("src_strategy"))
     if adapters:
         backend.set_values(model, lora.merged(base, checkpoint.read(adapters), adapters))
     output = model.generate([prompt], max_new_tokens=min(numbers.get("max_decode_length", 512), room),

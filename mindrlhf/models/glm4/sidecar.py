@@ -138,7 +138,8 @@ def check(checkpoint, settings):
     if numbers:
         numbers = {name: getattr(numbers, name) for name in IN_YAML}
     else:
-        shapes = {} if _of_a_rank(checkpoint) or Path(checkpoint).is_dir() else {name: t.shape for name, t in read(checkpoint).items()}
+        sharded = _of_a_rank(checkpoint) or Path(checkpoint).is_dir()
+        shapes = {} if sharded else {name: t.shape for name, t in read(checkpoint).items()}
         source, numbers = checkpoint, weights.measure(shapes)
         yaml |= {f"{name} * kv_channels": model.get(name, 0) * model.get("kv_channels", 0)
                  for name in ("num_attention_heads", "multi_query_group_num")}

@@ -1,0 +1,63 @@
+"""Weights that are read from their file only as far as this card holds them.
+
+In a parallel plan, MindSpore knows a card's part of a parameter when it has compiled the network, and asks the
+parameter's initial value for it then. Here that value is a tensor in a file, or one spread over files.
+"""
+import math
+
+import numpy as np
+from mindspore import Tensor
+from mindspore.common.initializer import Zero
+from mindspore.communication import get_group_size, get_rank
+
+from mindrlhf.tensors import convert
+
+
+class FileTensor(Tensor):
+    """A Tensor whose values lie in a file until MindSpore wants them.
+
+    Args:
+        stored: StoredTensor, whole.
+        dtype: the parameter's.
+    """
+
+    def __init__(self, stored, dtype):
+        super().__init__(dtype=dtype, shape=stored.shape, init=Zero())  # an init marks it as not there yet
+        self.stored = stored
+
+    def init_data(self, slice_index=None, shape=None, opt_shard_group=None):
+        """The part that this card holds, as MindSpore's Tensor.init_data describes it; all of it without arguments."""
+        whole = self.stored.shape
+        block = tuple(slice(0, size) for size in whole)
+        if slice_index is not None and whole:
+            group = (get_group_size(opt_shard_group), get_rank(opt_shard_group)) if opt_shard_group else (1, 0)
+            block = find_block(whole, tuple(shape), slice_index, cards=get_group_size(), group=group)
+        values = np.ascontiguousarray(self.stored.block(block))
+        return Tensor(convert(values, self.stored.dtype, "F32"), self.dtype)
+
+
+def find_block(whole, shape, index, *, cards, group=(1, 0)):
+    """Which block of a tensor a card holds.
+
+    Args:
+        whole: shape of the tensor.
+        shape: of the card's part; before or after optimizer sharding, which differs between versions of MindSpore.
+        index: number of the part, counted row by row over the parts that model parallelism makes. With optimizer
+            sharding, the number of cards and the place in the group are added to it.
+        cards: number of cards.
+        group: (cards that hold the same part and share it out again along the first dimension, this card's place in them).
+
+    Returns:
+        tuple of slices.
+    """
+    size, place = group
+    if size > 1:
+        index -= cards + place
+        if math.prod(whole) == math.prod(shape) * cards:  # shared out already: all cards hold different parts
+            shape = (shape[0] * size, *shape[1:])
+    splits = [all_ // part for all_, part in zip(whole, shape)]
+    starts = [number * part for number, part in zip(np.unravel_index(index, splits), shape)]
+    block = [slice(int(start), int(start) + part) for start, part in zip(starts, shape)]
+    rows = shape[0] // size
+    block[0] = slice(block[0].start + place * rows, block[0].start + (place + 1) * rows)
+    return tuple(block)
