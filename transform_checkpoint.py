@@ -1,7 +1,8 @@
-"""Trained checkpoints to one file, or to the shards of another parallel plan; verified before they take their name.
+"""Trained checkpoints to one file, or to the shards of another plan, verified before they take their name.
 
-Shards and strategy of a parallel run become one file, one file becomes shards (--dst_strategy), shards become those of
-another plan (both). Ranks of a data-parallel run, which are equal, become one without a strategy.
+Shards and strategy of a parallel run become one file, one file becomes shards (--dst_strategy), shards
+become those of another plan (both). Ranks of a data-parallel run, which are equal, become one without a
+strategy.
 """
 import os
 import shutil
@@ -13,26 +14,31 @@ from mindrlhf.cli import UserError
 from mindrlhf.files import check_room, workshop
 from mindrlhf.formats import SUFFIXES
 from mindrlhf.models.glm4 import lora, sidecar
+from mindrlhf.ranks import choose, weights_of
 
 EXAMPLE = """  python transform_checkpoint.py --src_checkpoint=output/checkpoint_network \\
     --src_strategy=output/strategy --dst_checkpoint=merged
-  python transform_checkpoint.py --src_checkpoint=glm4_9b.ckpt --dst_strategy=output/strategy --dst_checkpoint=shards"""
+  python transform_checkpoint.py --src_checkpoint=glm4_9b.ckpt \\
+    --dst_strategy=output/strategy --dst_checkpoint=shards"""
 
 
 def parser():
     parse = cli.Parser(__doc__, EXAMPLE)
     parse.add_argument("--src_checkpoint", required=True,
-                       help="folder with rank_0, rank_1, ...: output/checkpoint_network, or output/checkpoint, of whose "
-                            "training states the weights are taken; or one whole file")
+                       help="folder with rank_0, rank_1, ...: output/checkpoint_network, or "
+                            "output/checkpoint, whose training states hold them too; or one whole file")
     parse.add_argument("--src_strategy", help="folder with the strategy files of the run: output/strategy; "
                                               "empty or absent after data-parallel training")
-    parse.add_argument("--dst_strategy", help="the same of a run with the plan to share the weights out by; absent: one file")
-    parse.add_argument("--base_checkpoint", help="after LoRA training: the base weights, to which the adapters are added")
+    parse.add_argument("--dst_strategy", help="the same of a run with the plan to share the weights out by "
+                                              "(default: one file)")
+    parse.add_argument("--base_checkpoint", help="after LoRA training: the base weights, to which the "
+                                                 "adapters are added")
     parse.add_argument("--dst_checkpoint", required=True,
-                       help="folder for merged.ckpt, or a name that ends in .ckpt or .safetensors; with --dst_strategy the "
-                            "new folder for rank_0, rank_1, ...")
-    parse.add_argument("--step", type=cli.positive, help="number of training steps, where checkpoints of several are there "
-                                                         "(default: the last that all ranks have whole)")
+                       help="folder for merged.ckpt, or a name that ends in .ckpt or .safetensors; with "
+                            "--dst_strategy the new folder for rank_0, rank_1, ...")
+    parse.add_argument("--step", type=cli.positive,
+                       help="number of training steps, where checkpoints of several are there (default: the "
+                            "last that all ranks have whole)")
     parse.add_argument("--format", choices=[suffix[1:] for suffix in SUFFIXES],
                        help="of files that --dst_checkpoint does not name (default: ckpt)")
     return parse
@@ -44,7 +50,7 @@ class Source:
 
     Attributes:
         place: the file or folder.
-        ranks: of each rank name -> StoredTensor; only one where the ranks are equal, or where it is one whole file.
+        ranks: of each rank name -> StoredTensor; only one where all are equal, or for one whole file.
         strategy: path of the strategy file that the ranks are sharded by, or None.
         tensors: name -> tensor, whole.
         files: of the ranks that were read.
@@ -67,12 +73,13 @@ def open_source(place, strategy=None, step=None):
     place, strategy = Path(place), layouts.find(strategy)
     if not place.is_dir():
         if strategy or step:
-            raise UserError(f"{place}: is no folder of rank_0, rank_1, ...; leave --src_strategy and --step out for one file")
-        tensors = shards.weights_of(place)
+            raise UserError(f"{place}: is no folder of rank_0, rank_1, ...; leave --src_strategy and "
+                            "--step out for one file")
+        tensors = weights_of(place)
         shards.check_model({name: tensor.shape for name, tensor in tensors.items()}, place)
         return Source(place, [tensors], None, tensors, [place])
-    files, step = shards.choose(place, step, skipped=print)
-    ranks = [shards.weights_of(path) for path in files]
+    files, step = choose(place, step, skipped=print)
+    ranks = [weights_of(path) for path in files]
     if step is not None:
         print(f"{place}: step {step}")
     if strategy:
@@ -95,26 +102,30 @@ def merge_replicas(files, ranks):
     identity = checkpoint.fingerprint(ranks[0])
     for path, tensors in zip(files[1:], ranks[1:]):
         if checkpoint.fingerprint(tensors) != identity:
-            raise UserError(f"{path}: differs from {files[0]}; weights of a model-parallel run need --src_strategy, "
-                            "replicas of a data-parallel run are equal: are these of one run?")
+            raise UserError(f"{path}: differs from {files[0]}; weights of a model-parallel run need "
+                            "--src_strategy, replicas of a data-parallel run are equal: is this one run?")
     return ranks[0]
 
 
 def add_adapters(source, adapters, base_path):
-    """Base weights and whole LoRA adapters to full weights, in the dtype of the base: items as checkpoint.write takes them."""
-    base = shards.weights_of(base_path)
+    """Base weights and whole LoRA adapters to full weights, in the base's dtype: items for write()."""
+    base = weights_of(base_path)
     first = source.files[0]
     about = {name: tensor for name, tensor in checkpoint.read(first).items() if name.startswith("lora_")}
     changed = lora.merged(base, {**adapters, **about}, first)
-    return [(t.name, t.dtype, t.shape, (lambda t=t: checkpoint.narrow(changed[t.name](), t.dtype)) if t.name in changed
-             else t.chunks) for t in base.values()]
+
+    def make(tensor):
+        return lambda: checkpoint.narrow(changed[tensor.name](), tensor.dtype)
+
+    return [(t.name, t.dtype, t.shape, make(t) if t.name in changed else t.chunks) for t in base.values()]
 
 
 def check_adapters(source, base_path):
     """Raise UserError for adapters without base weights, and for base weights to what has no adapters."""
     adapted = any(lora.is_adapter(name) for name in source.tensors)
     if adapted and not base_path:
-        raise UserError(f"{source.place}: holds LoRA adapters; --base_checkpoint names the weights that they belong to")
+        raise UserError(f"{source.place}: holds LoRA adapters; --base_checkpoint names the weights that "
+                        "they belong to")
     if base_path and not adapted:
         raise UserError(f"{source.place}: holds full weights, no adapters; leave --base_checkpoint out")
 
@@ -124,7 +135,8 @@ def name_files(arguments, cards):
     target, suffix = Path(arguments.dst_checkpoint), f".{arguments.format or 'ckpt'}"
     if arguments.dst_strategy:
         if target.suffix in SUFFIXES:
-            raise UserError(f"{target}: with --dst_strategy, --dst_checkpoint is a folder; --format says what its files are")
+            raise UserError(f"{target}: with --dst_strategy, --dst_checkpoint is a folder; --format says "
+                            "what its files are")
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise UserError(f"{target}: exists; remove it, or give the name of a new folder")
         return target, [f"rank_{rank}/sharded{suffix}" for rank in range(cards)]
@@ -141,11 +153,13 @@ def main(argv=None):
     arguments = parser().parse_args(argv)
     strategy = layouts.find(arguments.dst_strategy)
     if arguments.dst_strategy and not strategy:
-        raise UserError(f"{arguments.dst_strategy}: holds no strategy file; a parallel run writes them to output/strategy")
+        raise UserError(f"{arguments.dst_strategy}: holds no strategy file; a parallel run writes them to "
+                        "output/strategy")
     source = open_source(arguments.src_checkpoint, arguments.src_strategy, arguments.step)
     check_adapters(source, arguments.base_checkpoint)
     if arguments.base_checkpoint and strategy:
-        raise UserError("--base_checkpoint and --dst_strategy: merge the adapters first, then share the merged file out")
+        raise UserError("--base_checkpoint and --dst_strategy: merge the adapters first, then share the "
+                        "merged file out")
     wanted = reshard.targets(source.tensors, strategy)
     target, names = name_files(arguments, len(wanted))
     with workshop(target) as folder:
@@ -160,7 +174,8 @@ def main(argv=None):
     size = reshard.size_on_disk(wanted) / 1e9
     unknown = "" if described else f"; without the numbers of the model, as the run left no {sidecar.MODEL}"
     print(f"{target}: {len(wanted[0])} parameters, {size:.2f} GB, from {len(source.files)} rank(s)"
-          f"{f' to {len(names)}' if strategy else ''}; read back and verified, fingerprint {identity[:12]}{unknown}")
+          f"{f' to {len(names)}' if strategy else ''}; read back and verified, fingerprint "
+          f"{identity[:12]}{unknown}")
 
 
 def make(source, strategy, wanted, made, base):

@@ -103,7 +103,7 @@ class atomic_folder(_Atomic):
 
 @contextmanager
 def workshop(path):
-    """`with workshop(path) as folder`: a folder on the disk of a path, for what is made before it takes that name."""
+    """`with workshop(path) as folder`: on the disk of a path, for what is made before it takes that name."""
     try:
         folder = _temporary(existing_parent(path) / Path(path).name)
         folder.mkdir()

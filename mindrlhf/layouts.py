@@ -1,8 +1,8 @@
 """How a parallel plan lays weights out over cards: strategy files, and which block of a tensor a card holds.
 
-MindSpore describes it by a matrix of devices, in which cards are numbered row by row, and for each dimension of a
-tensor the axes of that matrix which split it; axis 0 is the matrix's last. Cards that would hold the same block may
-split it further along its first dimension (optimizer sharding).
+MindSpore describes it by a matrix of devices, in which cards are numbered row by row, and for each
+dimension of a tensor the axes of that matrix which split it; axis 0 is the matrix's last. Cards that would
+hold the same block may split it further along its first dimension (optimizer sharding).
 """
 import math
 from dataclasses import dataclass
@@ -92,8 +92,8 @@ def find(folder):
     first = read(files[0])
     for path in files[1:]:
         if read(path) != first:
-            raise UserError(f"{path}: differs from {files[0].name}; one folder holds the strategies of one run, without "
-                            "pipeline stages: remove those of other runs")
+            raise UserError(f"{path}: differs from {files[0].name}; one folder holds the strategies of one "
+                            "run, without pipeline stages: remove those of other runs")
     return files[0]
 
 
@@ -106,14 +106,16 @@ def read(path):
     import mindspore as ms
     path = Path(path)
     if not path.is_file() or not path.stat().st_size:
-        raise UserError(f"{path}: is missing or empty; a parallel run writes output/strategy/ckpt_strategy_rank_N.ckpt")
+        raise UserError(f"{path}: is missing or empty; a parallel run writes "
+                        "output/strategy/ckpt_strategy_rank_N.ckpt")
     try:
         found = ms.build_searched_strategy(str(path))
         layouts = {name: _layout(entry) for name, entry in found.items()}
     except (TypeError, ValueError, KeyError, IndexError, AttributeError):
         layouts = {}
     if not layouts or len({layout.cards for layout in layouts.values()}) > 1:
-        raise UserError(f"{path}: no strategy file; a parallel run writes output/strategy/ckpt_strategy_rank_N.ckpt")
+        raise UserError(f"{path}: no strategy file; a parallel run writes "
+                        "output/strategy/ckpt_strategy_rank_N.ckpt")
     return layouts
 
 

@@ -1,7 +1,7 @@
-"""Checkpoints from one sharding to another, by MindSpore's own transformation, and the proof that nothing went astray.
+"""Checkpoints from one sharding to another by MindSpore's own transformation, and the proof that it is right.
 
-MindSpore holds all cards' files in memory at once. So it is given a few tensors at a time: memory is that of the
-largest tensor, three times, and not that of the model.
+MindSpore holds all cards' files in memory at once. So it is given a few tensors at a time: memory is that
+of the largest tensor, three times, and not that of the model.
 """
 import shutil
 from contextlib import ExitStack
@@ -12,6 +12,7 @@ import numpy as np
 from mindrlhf import checkpoint, layouts, shards
 from mindrlhf.cli import UserError
 from mindrlhf.formats import Writer, read, write
+from mindrlhf.ranks import WEIGHTS
 from mindrlhf.tensors import finite, size_of
 
 GROUP = 1 << 28  # bytes of tensors that MindSpore is given at once
@@ -31,15 +32,21 @@ def targets(source, strategy):
         return [[(tensor.name, tensor.dtype, tuple(tensor.shape)) for tensor in source.values()]]
     plan = layouts.read(strategy)
     lacking = [name for name in source if name not in plan]
-    lost = [name for name in plan if name.startswith(shards.WEIGHTS) and name not in source]
-    odd = [name for name, tensor in source.items() if name in plan and
-           (len(plan[name].splits) != len(tensor.shape) or any(np.remainder(tensor.shape, plan[name].splits)))]
+    lost = [name for name in plan if name.startswith(WEIGHTS) and name not in source]
+    odd = [name for name, tensor in source.items()
+           if name in plan and not _divides(plan[name].splits, tensor.shape)]
     if lacking or lost or odd:
-        raise UserError(f"{strategy}: does not fit the checkpoint, see {(lacking + lost + odd)[0]}; give the strategy of "
-                        "a run of the same model")
-    shapes = [(tensor.name, tensor.dtype, tuple(np.floor_divide(tensor.shape, plan[tensor.name].splits).tolist()))
-              for tensor in source.values()]
+        raise UserError(f"{strategy}: does not fit the checkpoint, see {(lacking + lost + odd)[0]}; give "
+                        "the strategy of a run of the same model")
+    def held(tensor):
+        return tuple(size // parts for size, parts in zip(tensor.shape, plan[tensor.name].splits))
+
+    shapes = [(name, tensor.dtype, held(tensor)) for name, tensor in source.items()]
     return [shapes] * plan[next(iter(source))].cards
+
+
+def _divides(splits, shape):
+    return len(splits) == len(shape) and not any(size % parts for size, parts in zip(shape, splits))
 
 
 def transform(ranks, strategies, wanted, files, folder, progress):
@@ -59,12 +66,14 @@ def transform(ranks, strategies, wanted, files, folder, progress):
         writers = []
         for path, shapes in zip(files, wanted):
             path.parent.mkdir(parents=True, exist_ok=True)
-            writers.append(stack.enter_context(Writer(stack.enter_context(open(path, "wb")), path.suffix, shapes)))
+            file = stack.enter_context(open(path, "wb"))
+            writers.append(stack.enter_context(Writer(file, path.suffix, shapes, hashed=False)))
         needed = [sorted(ms.rank_list_for_transform(rank, *strategies)) for rank in range(len(files))]
         for names in _groups(ranks):
             work = Path(folder) / "group"
             for rank in sorted(set().union(*needed)):
-                write(work / f"rank_{rank}.ckpt", [_as_bits(ranks[rank][name]) for name in names], hashed=False)
+                items = [_as_bits(ranks[rank][name]) for name in names]
+                write(work / f"rank_{rank}.ckpt", items, hashed=False)
             for rank, writer in enumerate(writers):
                 parts = {part: str(work / f"rank_{part}.ckpt") for part in needed[rank]}
                 ms.transform_checkpoint_by_rank(rank, parts, str(work / "out.ckpt"), *strategies)
@@ -87,7 +96,7 @@ def _groups(ranks):
 
 
 def _as_bits(tensor):
-    """An item for write(). A CPU has no bfloat16 in MindSpore: its bits pass as float16, for elements only move."""
+    """An item for write(). On a CPU MindSpore has no bfloat16, so its bits pass as float16."""
     dtype = "F16" if tensor.dtype == "BF16" else tensor.dtype
     return tensor.name, dtype, tensor.shape, tensor.chunks if dtype == tensor.dtype else \
         (lambda: (values.view(np.float16) for values in tensor.chunks()))
@@ -101,8 +110,8 @@ def _bits(tensor, dtype):
 def verify(identity, files, strategy):
     """Compare what was written, read back, with the source.
 
-    The blocks are put together by Layout's arithmetic, which knows nothing of how MindSpore moved them; all cards' blocks
-    are looked at. Equal fingerprints mean equal names, dtypes, shapes and values.
+    The blocks are put together by Layout's arithmetic, which knows nothing of how MindSpore moved them;
+    all cards' blocks are looked at. Equal fingerprints mean equal names, dtypes, shapes and values.
 
     Args:
         identity: fingerprint of the source, 64 hex digits.
@@ -125,8 +134,8 @@ def verify(identity, files, strategy):
     if identity != found:
         raise UserError("what was read back is not what was to be written; check the disk, then try again")
     if bad:
-        raise UserError(f"{sorted(bad)[0]} and {len(bad) - 1} more hold NaN or infinite values: the training diverged; "
-                        "take an earlier --step")
+        raise UserError(f"{sorted(bad)[0]} and {len(bad) - 1} more hold NaN or infinite values: the "
+                        "training diverged; take an earlier --step")
 
 
 def size_on_disk(wanted):

@@ -1,6 +1,5 @@
 """The checkpoints of several cards as one: rank_0, rank_1, ... with the strategy of their run."""
 import math
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,11 +8,10 @@ import numpy as np
 
 from mindrlhf import layouts
 from mindrlhf.cli import UserError
-from mindrlhf.formats import SUFFIXES, check_whole, read
+from mindrlhf.formats import read
 from mindrlhf.models.glm4 import weights
+from mindrlhf.ranks import WEIGHTS, choose, weights_of
 from mindrlhf.tensors import DTYPES, StoredTensor, pieces, size_of
-
-WEIGHTS = "transformer."  # every weight's name starts so; the rest of a training state belongs to the optimizer
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class ShardedTensor(StoredTensor):
         return found
 
     def block(self, slices):
-        """As StoredTensor.block; every element comes from exactly one block, of the first card that holds it."""
+        """As StoredTensor.block; each element comes from one block, of the first card that holds it."""
         out = np.empty([each.stop - each.start for each in slices], DTYPES[self.dtype][1])
         for index, (holder, *_) in self.holders.items():
             place = self.layout.block(index, self.shape)
@@ -85,15 +83,17 @@ def join(ranks, strategy, place):
     plan = layouts.read(strategy)
     cards = next(iter(plan.values())).cards
     if cards != len(ranks):
-        raise UserError(f"{strategy}: is of a run on {cards} card(s), {place} holds {len(ranks)} rank folder(s); give the "
-                        "strategy of the same run" + (f", or copy rank_{len(ranks)} too" if cards > len(ranks) else ""))
+        cure = f", or copy rank_{len(ranks)} too" if cards > len(ranks) else ""
+        raise UserError(f"{strategy}: is of a run on {cards} card(s), {place} holds {len(ranks)} rank "
+                        f"folder(s); give the strategy of the same run{cure}")
     for tensors in ranks[1:]:
         _alike(ranks[0], tensors)
     expected = {name for name in plan if name.startswith(WEIGHTS)}
     if any(".mindpet_delta_lora" in name for name in ranks[0]):  # the frozen weights are not saved then
         expected = {name for name in expected if ".mindpet_delta_lora" in name}
     _same_names(expected, ranks[0], strategy)
-    return {name: _joined(name, [tensors[name] for tensors in ranks], plan[name], strategy) for name in ranks[0]}
+    return {name: _joined(name, [tensors[name] for tensors in ranks], plan[name], strategy)
+            for name in ranks[0]}
 
 
 def _alike(first, other):
@@ -102,20 +102,22 @@ def _alike(first, other):
         one, two = first.get(name), other.get(name)
         if not one or not two or (one.shape, one.dtype) != (two.shape, two.dtype):
             files = [next(iter(tensors.values())).file.name for tensors in (first, other)]
-            raise UserError(f"{files[1]}: {name} is there otherwise than in {files[0]}; it is cut short, or of another run")
+            raise UserError(f"{files[1]}: {name} is there otherwise than in {files[0]}; it is cut short, "
+                            "or of another run")
 
 
 def _same_names(expected, found, strategy):
     wrong = sorted(expected ^ set(found))
     if wrong:
-        raise UserError(f"{strategy}: is of another model: {wrong[0]} and {len(wrong) - 1} more stand only in "
-                        f"{'it' if wrong[0] in expected else 'the checkpoint'}; give the strategy of the same run")
+        where = "it" if wrong[0] in expected else "the checkpoint"
+        raise UserError(f"{strategy}: is of another model: {wrong[0]} and {len(wrong) - 1} more stand only "
+                        f"in {where}; give the strategy of the same run")
 
 
 def _joined(name, parts, layout, strategy):
     if len(parts[0].shape) != len(layout.splits):
-        raise UserError(f"{strategy}: {name} has {len(layout.splits)} dimension(s) in it, {len(parts[0].shape)} in the "
-                        "checkpoint; give the strategy of the same run")
+        raise UserError(f"{strategy}: {name} has {len(layout.splits)} dimension(s) in it, "
+                        f"{len(parts[0].shape)} in the checkpoint; give the strategy of the same run")
     tensor = ShardedTensor(name, parts[0].dtype, layout.whole(parts[0].shape), None, (), layout, tuple(parts))
     if not all(tensor.holders.values()):
         raise UserError(f"{strategy}: leaves a part of {name} to no card; it is damaged, copy it again")
@@ -124,12 +126,17 @@ def _joined(name, parts, layout, strategy):
 
 def check_replicas(tensors):
     """Raise UserError unless cards that hold the same block hold the same values in it."""
+    def differ(one, other):
+        return any(one.read(*piece).tobytes() != other.read(*piece).tobytes()
+                   for piece in pieces(one.elements))
+
     for tensor in tensors.values():
         for first, *others in tensor.holders.values():
             for other in others:
-                if any(first.read(*piece).tobytes() != other.read(*piece).tobytes() for piece in pieces(first.elements)):
-                    raise UserError(f"{other.file.name}: {tensor.name} differs from its copy in {first.file.name}; the files "
-                                    "are of different runs or steps, or the strategy is of another run")
+                if differ(first, other):
+                    raise UserError(f"{other.file.name}: {tensor.name} differs from its copy in "
+                                    f"{first.file.name}; the files are of different runs or steps, "
+                                    "or the strategy is of another run")
 
 
 def check_model(found, place, numbers=None):
@@ -146,24 +153,23 @@ def check_model(found, place, numbers=None):
     if told and numbers is None:
         qkv = found["transformer.encoder.layers.0.self_attention.query_key_value.weight"][0]
         heads, hidden = told["num_attention_heads * kv_channels"], told["hidden_size"]
-        numbers = weights.Numbers(told["num_layers"], told["padded_vocab_size"], hidden, told["ffn_hidden_size"],
-                                  heads, (qkv - heads) // 2, 1, 1e-5, 1, (), 0)
+        numbers = weights.Numbers(told["num_layers"], told["padded_vocab_size"], hidden,
+                                  told["ffn_hidden_size"], heads, (qkv - heads) // 2, 1, 1e-5, 1, (), 0)
     expected = weights.shapes(numbers) if numbers else {}
     wrong = [name for name in {**expected, **found} if expected.get(name) != tuple(found.get(name, ()))]
     if wrong:
         name = wrong[0]
         raise UserError(f"{place}: is no whole GLM-4: {name} is {list(found.get(name, ()))}, not "
-                        f"{list(expected.get(name, ()))}. Shards need --src_strategy, the output/strategy of their own run")
+                        f"{list(expected.get(name, ()))}. Shards need --src_strategy, the output/strategy "
+                        "of their own run")
 
-
-# files
 
 def open_weights(path, strategy=None):
     """Find the weights that a run starts from; their values stay in the files.
 
     Args:
         path: a whole file, or a folder of rank_0, rank_1, ...
-        strategy: folder or file of strategies of the run that saved the shards; None where the ranks are equal.
+        strategy: folder or file of strategies of the run that saved the shards; None: the ranks are equal.
 
     Returns:
         dict, name -> StoredTensor, whole ones.
@@ -172,7 +178,8 @@ def open_weights(path, strategy=None):
         UserError: the shards and the strategy do not belong together, or the newest step is not whole.
     """
     if not path:
-        raise UserError("no weights given; --load_checkpoint names the checkpoint that convert_weight.py made")
+        raise UserError("no weights given; --load_checkpoint names the checkpoint that convert_weight.py "
+                        "made")
     if not Path(path).is_dir():
         if strategy:
             raise UserError(f"{path}: is one file; --src_strategy belongs to a folder of rank_0, rank_1, ...")
@@ -185,89 +192,3 @@ def open_weights(path, strategy=None):
         _alike(ranks[0], tensors)
     check_model({name: tensor.shape for name, tensor in ranks[0].items()}, files[0])
     return ranks[0]
-
-
-def weights_of(path):
-    """The weights in a checkpoint file, without the optimizer's part of a training state: name -> StoredTensor."""
-    tensors = {name: tensor for name, tensor in read(path).items() if name.startswith(WEIGHTS)}
-    if not tensors:
-        raise UserError(f"{path}: holds no weights of a GLM-4")
-    return tensors
-
-
-def rank_folders(folder):
-    """rank_0, rank_1, ... in a folder: list of paths.
-
-    Raises:
-        UserError: there are none, or one is missing.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such file or folder; give a checkpoint, or output/checkpoint_network of a run")
-    ranks = {int(match[1]): path for path in folder.iterdir() if (match := re.fullmatch(r"rank_(\d+)", path.name))}
-    if not ranks:
-        raise UserError(f"{folder}: holds no rank_0, rank_1, ...; give output/checkpoint_network of a run")
-    missing = sorted(set(range(max(ranks) + 1)) - set(ranks))
-    if missing:
-        raise UserError(f"{folder}: rank_{missing[0]} is missing; copy it from the machine that trained it")
-    return [ranks[number] for number in range(len(ranks))]
-
-
-def _steps(folder):
-    """The checkpoints in a rank's folder: dict, number of training steps, or None where it says none -> path."""
-    found = {}
-    for path in sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES):
-        match = re.search(r"-step_(\d+)$", path.stem)
-        try:
-            tensors = {} if match else read(path)
-        except UserError:
-            tensors = {}  # said when it is chosen
-        step = int(match[1]) if match else int(tensors["step_num"].array()) if "step_num" in tensors else None
-        if step in found:
-            raise UserError(f"{path}: and {found[step].name} are both of step {step}; leave one of them" if step else
-                            f"{path}: and {found[step].name} say no step; leave one of them")
-        found[step] = path
-    if not found:
-        raise UserError(f"{folder}: holds no .ckpt or .safetensors; copy it from the machine that trained it")
-    return found
-
-
-def choose(folder, step=None, *, skipped=None):
-    """One whole checkpoint file of each rank, all of the same step.
-
-    Args:
-        folder: holds rank_0, rank_1, ...
-        step: which; None: the last that every rank has whole.
-        skipped: called with a line about each later step that is not whole; None: such a step is an error.
-
-    Returns:
-        (list of paths, step or None where the files say none).
-
-    Raises:
-        UserError: no step is whole on all ranks, or not the one asked for.
-    """
-    folders = rank_folders(folder)
-    found = [_steps(each) for each in folders]
-    wanted = {step} if step is not None else set().union(*found)
-    problems = []
-    for number in sorted(wanted, key=lambda number: -1 if number is None else number, reverse=True):
-        try:
-            files = [_of_step(each, steps, number, found) for each, steps in zip(folders, found)]
-            for path in files:
-                check_whole(path)
-        except UserError as error:
-            problems.append(error)
-            if skipped is None:
-                break
-            continue
-        for problem in problems:
-            skipped(f"skipped: {problem}")
-        return files, number
-    raise problems[0]
-
-
-def _of_step(folder, steps, number, found):
-    if number not in steps:
-        there = ", ".join(str(each) for each in sorted(filter(None, set().union(*found)))) or "none"
-        raise UserError(f"{folder}: has no checkpoint of step {number}; steps found: {there}")
-    return steps[number]

@@ -1,7 +1,7 @@
 """Weights that are read from their file only as far as this card holds them.
 
-In a parallel plan, MindSpore knows a card's part of a parameter when it has compiled the network, and asks the
-parameter's initial value for it then. Here that value is a tensor in a file, or one spread over files.
+In a parallel plan, MindSpore knows a card's part of a parameter when it has compiled the network, and asks
+the parameter's initial value for it then. Here that value is a tensor in a file, or one spread over files.
 """
 import math
 
@@ -26,12 +26,13 @@ class FileTensor(Tensor):
         self.stored = stored
 
     def init_data(self, slice_index=None, shape=None, opt_shard_group=None):
-        """The part that this card holds, as MindSpore's Tensor.init_data describes it; all of it without arguments."""
+        """The part that this card holds, as Tensor.init_data describes it; all of it without arguments."""
         whole = self.stored.shape
         block = tuple(slice(0, size) for size in whole)
         if slice_index is not None and whole:
-            group = (get_group_size(opt_shard_group), get_rank(opt_shard_group)) if opt_shard_group else (1, 0)
-            block = find_block(whole, tuple(shape), slice_index, cards=get_group_size(), group=group)
+            group = opt_shard_group and (get_group_size(opt_shard_group), get_rank(opt_shard_group))
+            block = find_block(whole, tuple(shape), slice_index, cards=get_group_size(),
+                               group=group or (1, 0))
         values = np.ascontiguousarray(self.stored.block(block))
         return Tensor(convert(values, self.stored.dtype, "F32"), self.dtype)
 
@@ -41,11 +42,13 @@ def find_block(whole, shape, index, *, cards, group=(1, 0)):
 
     Args:
         whole: shape of the tensor.
-        shape: of the card's part; before or after optimizer sharding, which differs between versions of MindSpore.
-        index: number of the part, counted row by row over the parts that model parallelism makes. With optimizer
-            sharding, the number of cards and the place in the group are added to it.
+        shape: of the card's part; before or after optimizer sharding, which differs between versions of
+            MindSpore.
+        index: number of the part, counted row by row over the parts that model parallelism makes. With
+            optimizer sharding, the number of cards and the place in the group are added to it.
         cards: number of cards.
-        group: (cards that hold the same part and share it out again along the first dimension, this card's place in them).
+        group: (cards that hold the same part and share it out again along the first dimension, this card's
+            place in them).
 
     Returns:
         tuple of slices.

@@ -1,4 +1,4 @@
-"""Weights into a running plan: each card reads its own part, from one file or from the shards of another plan."""
+"""Weights into a running plan: each card reads its part of one file, or of the shards of another plan."""
 import dpo_preprocess_glm4_parallel as preprocess
 import mindspore as ms
 import numpy as np
@@ -21,9 +21,9 @@ PLANS = ("2x2", "1x4", "4x1", "1x2")
 
 @pytest.mark.parametrize("shape", [(5, 7), (10, 7)])
 def test_block_of_a_card_by_hand(shape):
-    """A (30, 14) tensor, 12 cards: model parallelism makes 3 x 2 parts of (10, 7); part 3 is row 1, column 1, so rows 10..19
-    and columns 7..13. Two cards hold it and share its rows: the second has 15..19. MindSpore adds 12 cards and place 1
-    to the number. It gives the shape with or without the sharing."""
+    """A (30, 14) tensor, 12 cards: model parallelism makes 3 x 2 parts of (10, 7); part 3 is row 1, column
+    1, so rows 10..19 and columns 7..13. Two cards hold it and share its rows: the second has 15..19.
+    MindSpore adds 12 cards and place 1 to the number, and gives the shape with or without the sharing."""
     block = slices.find_block((30, 14), shape, 3 + 12 + 1, cards=12, group=(2, 1))
     assert block == (slice(15, 20), slice(7, 14))
     assert slices.find_block((30, 14), (10, 7), 3, cards=6) == (slice(10, 20), slice(7, 14))
@@ -33,7 +33,7 @@ def test_block_of_a_card_by_hand(shape):
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("source", ["file", "shards"])
 def test_every_card_reads_its_part(tmp_path, monkeypatch, plan, source):
-    """As MindSpore asks for it when it compiles; what it asks for is put together by hand from the plan's definition."""
+    """As MindSpore asks for it when it compiles; the questions follow by hand from the plan's definition."""
     arrays = whole()
     if source == "file":
         write(tmp_path / "one.safetensors", arrays)
@@ -80,17 +80,17 @@ def strategy_of_three_layers(folder):
 @pytest.fixture(scope="module")
 def shared(golden):
     """The golden weights in two shards as a run leaves them, and its strategy."""
-    output = golden.folder / "sharded"
+    output, stored = golden.folder / "sharded", checkpoint.read(golden.checkpoint)
     for rank in range(2):
         write(output / f"checkpoint_network/rank_{rank}/glm4_dpo-network.ckpt",
-              {name: by_hand("1x2", name, tensor.array(), rank) for name, tensor in checkpoint.read(golden.checkpoint).items()})
+              {name: by_hand("1x2", name, tensor.array(), rank) for name, tensor in stored.items()})
     sidecar.keep(golden.checkpoint, output)
     return output / "checkpoint_network", strategy_of_three_layers(output / "strategy")
 
 
 def from_shards(golden, shared, destination, *more):
-    return [*arguments(golden, golden.pairs, destination), "--load_checkpoint", str(shared[0]), "--auto_trans_ckpt", "True",
-            "--src_strategy", str(shared[1]), *more]
+    return [*arguments(golden, golden.pairs, destination), "--load_checkpoint", str(shared[0]),
+            "--auto_trans_ckpt", "True", "--src_strategy", str(shared[1]), *more]
 
 
 def test_preprocessing_from_shards_gives_what_one_file_gives(golden, shared, tmp_path):
@@ -100,13 +100,14 @@ def test_preprocessing_from_shards_gives_what_one_file_gives(golden, shared, tmp
     for left, right in zip(rows(golden.data), rows(tmp_path / "x.mindrecord")):
         assert all(np.array_equal(left[name], right[name]) for name in left)
     left = sorted(path.name for path in shared[0].parent.rglob("*"))
-    assert len(left) == 8  # nothing new: 2 x (folder, file), strategy's folder and file, checkpoint_network, model.json
+    assert len(left) == 8  # nothing new: 2 x (folder, file), their folder, strategy, its file, model.json
 
 
 def test_training_from_shards_knows_the_weights_of_the_preprocessing(golden, shared, monkeypatch):
     settings = config.load(golden.finetune, run_mode="finetune", overrides={
         "load_checkpoint": str(shared[0]), "src_strategy": str(shared[1]), "auto_trans_ckpt": True,
-        "processor.tokenizer.vocab_file": str(golden.tokenizer), "train_dataset.data_loader.dataset_dir": str(golden.data)})
+        "processor.tokenizer.vocab_file": str(golden.tokenizer),
+        "train_dataset.data_loader.dataset_dir": str(golden.data)})
     data = run.open_data(settings)
     model = load_model(golden, "finetune")
     for parameter in model.get_parameters():
@@ -132,10 +133,11 @@ def test_shards_that_cannot_be_shared_out_are_refused(golden, shared, tmp_path, 
     options = {"--config": golden.process, "--load_checkpoint": shared[0], "--auto_trans_ckpt": "True",
                "--src_strategy": shared[1]}
     if command == "preprocess":
-        options |= {"--src": golden.pairs, "--dst": tmp_path / "x.mindrecord", "--tokenizer": golden.tokenizer}
+        options |= {"--src": golden.pairs, "--dst": tmp_path / "x.mindrecord",
+                    "--tokenizer": golden.tokenizer}
     else:
-        options |= {"--config": golden.finetune, "--train_dataset": golden.data, "--vocab_file": golden.tokenizer,
-                    "--output_dir": tmp_path / "out"}
+        options |= {"--config": golden.finetune, "--train_dataset": golden.data,
+                    "--vocab_file": golden.tokenizer, "--output_dir": tmp_path / "out"}
     options |= change
     if options["--load_checkpoint"] == "whole":
         options["--load_checkpoint"] = golden.checkpoint
@@ -147,7 +149,8 @@ def test_shards_that_cannot_be_shared_out_are_refused(golden, shared, tmp_path, 
 
 def test_shards_of_another_model_do_not_load(golden, shared, tmp_path):
     folder = write_shards(tmp_path, "1x2", whole())
-    with pytest.raises(UserError, match=r"does not fit the model of this YAML. missing: transformer\.encoder\.layers\.2"):
+    with pytest.raises(UserError, match=r"does not fit the model of this YAML. missing: "
+                                        r"transformer\.encoder\.layers\.2"):
         checkpoint.load_strictly(load_model(golden, "predict"), folder, strategy=folder / "strategy")
 
 

@@ -1,4 +1,4 @@
-"""Shards to one file, one file to shards, shards to other shards: values by hand, by strategy files of real runs."""
+"""Shards to one file, one file to shards, shards to other shards: cut by hand, strategies of real runs."""
 import shutil
 from pathlib import Path
 
@@ -12,15 +12,18 @@ from mindrlhf.models.glm4 import sidecar, weights
 
 STRATEGIES = Path(__file__).parent / "golden" / "strategies"
 NUMBERS = weights.Numbers(num_layers=2, padded_vocab_size=256, hidden_size=64, ffn_hidden_size=128,
-                          num_attention_heads=4, multi_query_group_num=2, kv_channels=16, layernorm_epsilon=1e-5,
-                          rope_ratio=1, eos_token_id=(1,), pad_token_id=0)
+                          num_attention_heads=4, multi_query_group_num=2, kv_channels=16,
+                          layernorm_epsilon=1e-5, rope_ratio=1, eos_token_id=(1,), pad_token_id=0)
 
 
 def whole(seed=0, dtype="F32"):
     """Stored values of every weight, no two of a tensor the same in float32."""
     random = np.random.default_rng(seed)
-    return {name: tensors.narrow(random.permutation(np.prod(shape)).astype(np.float32).reshape(shape) + 0.5, dtype)
-            for name, shape in weights.shapes(NUMBERS).items()}
+
+    def values(shape):
+        return random.permutation(np.prod(shape)).astype(np.float32).reshape(shape) + 0.5
+
+    return {name: tensors.narrow(values(shape), dtype) for name, shape in weights.shapes(NUMBERS).items()}
 
 
 def part(array, axis, count, number):
@@ -29,11 +32,11 @@ def part(array, axis, count, number):
 
 
 def by_hand(plan, name, array, rank):
-    """What a card holds, by the definition of the plan: card = data-parallel place x model_parallel + model-parallel place.
+    """What a card holds: card = data-parallel place x model_parallel + model-parallel place.
 
-    Model parallelism splits the rows, of the second matrix of the MLP the columns; the vocabulary's output layer is split
-    over all cards. Optimizer sharding splits the rows of what remains over the cards that would hold the same, but leaves
-    the small bias of the attention whole.
+    Model parallelism splits the rows, of the second matrix of the MLP the columns; the vocabulary's output
+    layer is split over all cards. Optimizer sharding splits the rows of what remains over the cards that
+    would hold the same, but leaves the small bias of the attention whole.
     """
     data, model = map(int, plan.split("x"))
     data_place, model_place = divmod(rank, model)
@@ -52,7 +55,8 @@ def cards(plan):
 
 def write(path, arrays, dtype="F32"):
     path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.write(path, [(name, dtype, array.shape, lambda array=array: array) for name, array in arrays.items()])
+    checkpoint.write(path, [(name, dtype, array.shape, lambda array=array: array)
+                            for name, array in arrays.items()])
 
 
 def write_shards(folder, plan, arrays, *, dtype="F32", file="x.ckpt", more=None):
@@ -71,8 +75,8 @@ def copy_strategy(folder, plan, rank=0):
 
 
 def run(source, target, **options):
-    transform_checkpoint.main(["--src_checkpoint", str(source), "--dst_checkpoint", str(target),
-                               *(text for name, value in options.items() for text in (f"--{name}", str(value)))])
+    more = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    transform_checkpoint.main(["--src_checkpoint", str(source), "--dst_checkpoint", str(target), *more])
 
 
 def assert_holds(path, arrays, dtype="F32"):
@@ -93,9 +97,9 @@ def assert_shards(folder, plan, arrays, dtype="F32", suffix=".ckpt"):
 # layouts
 
 def test_layout_of_a_card_by_hand():
-    """12 cards as a matrix of 3 rows and 4 columns; card 7 is in row 1, column 3. The tensor's second dimension is split
-    by the rows: 3 parts, of which card 7 has part 1. Its first dimension is not split by the plan, so the 4 columns hold
-    the same and optimizer sharding by 2 gives parts 0, 1, 0, 1 to them: part 1."""
+    """12 cards as a matrix of 3 rows and 4 columns; card 7 is in row 1, column 3. The tensor's second
+    dimension is split by the rows: 3 parts, of which card 7 has part 1. Its first dimension is not split by
+    the plan, so the 4 columns hold the same, and optimizer sharding by 2 gives them parts 0, 1, 0, 1."""
     layout = layouts.Layout((3, 4), ((), (0,)), 2)
     assert (layout.cards, layout.splits, layout.index(7)) == (12, (2, 3), (1, 1))
     assert layout.whole((5, 7)) == (10, 21)
@@ -105,7 +109,8 @@ def test_layout_of_a_card_by_hand():
 
 
 @pytest.mark.parametrize(("plan", "name", "splits"), [
-    ("2x2", "transformer.embedding.embedding_weight", (4, 1)), ("2x2", "transformer.output_layer.weight", (4, 1)),
+    ("2x2", "transformer.embedding.embedding_weight", (4, 1)),
+    ("2x2", "transformer.output_layer.weight", (4, 1)),
     ("2x2", "transformer.encoder.layers.1.mlp.dense_4h_to_h.weight", (2, 2)),
     ("1x4", "transformer.encoder.layers.1.mlp.dense_4h_to_h.weight", (1, 4)),
     ("1x2", "transformer.encoder.final_layernorm.weight", (1,))])
@@ -118,7 +123,8 @@ def test_layouts_of_real_runs(plan, name, splits):
 # round trips
 
 @pytest.mark.parametrize(("plan", "suffix", "dtype"), [
-    ("2x2", ".ckpt", "F32"), ("1x4", ".safetensors", "BF16"), ("4x1", ".safetensors", "F32"), ("1x2", ".ckpt", "F16")])
+    ("2x2", ".ckpt", "F32"), ("1x4", ".safetensors", "BF16"), ("4x1", ".safetensors", "F32"),
+    ("1x2", ".ckpt", "F16")])
 def test_shards_become_one(tmp_path, monkeypatch, plan, suffix, dtype):
     monkeypatch.setattr(reshard, "GROUP", 100_000)  # several groups of tensors
     arrays = whole(dtype=dtype)
@@ -137,8 +143,8 @@ def test_one_to_shards_to_other_shards_to_one(tmp_path, capsys, first, second, s
     write(tmp_path / "one.ckpt", arrays, dtype)
     run(tmp_path / "one.ckpt", tmp_path / "a", dst_strategy=STRATEGIES / f"{first}.ckpt", **options)
     assert_shards(tmp_path / "a", first, arrays, dtype, suffix)
-    run(tmp_path / "a", tmp_path / "b", src_strategy=tmp_path / "a/strategy", dst_strategy=STRATEGIES / f"{second}.ckpt",
-        **options)
+    run(tmp_path / "a", tmp_path / "b", src_strategy=tmp_path / "a/strategy",
+        dst_strategy=STRATEGIES / f"{second}.ckpt", **options)
     assert_shards(tmp_path / "b", second, arrays, dtype, suffix)
     run(tmp_path / "b", tmp_path / "back", src_strategy=tmp_path / "b/strategy", **options)
     assert_holds(tmp_path / f"back/merged{suffix}", arrays, dtype)
@@ -184,8 +190,8 @@ def test_a_step_that_is_not_whole_on_all_ranks_is_passed_over(tmp_path, capsys, 
     source = write_states(tmp_path / "checkpoint")
     path = source / "rank_2/glm4_dpo-step_00000004.ckpt"
     if damage == "flipped":  # MindSpore's checksum tells
-        ms.save_checkpoint([{"name": name, "data": ms.Tensor(t.array())} for name, t in checkpoint.read(path).items()],
-                           str(path), crc_check=True)
+        ms.save_checkpoint([{"name": tensor.name, "data": ms.Tensor(tensor.array())}
+                            for tensor in checkpoint.read(path).values()], str(path), crc_check=True)
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.unlink()
@@ -217,12 +223,23 @@ def empty_rank(source):
 
 
 def other_step(source):
-    write(source / "rank_1/x.ckpt", {name: by_hand("2x2", name, array, 1) for name, array in whole(9).items()})
+    write(source / "rank_1/x.ckpt",
+          {name: by_hand("2x2", name, array, 1) for name, array in whole(9).items()})
 
 
 def steps_apart(source):
     for rank in range(4):
         (source / f"rank_{rank}/x.ckpt").rename(source / f"rank_{rank}/x-step_{rank % 2 + 1:08d}.ckpt")
+
+
+def other_step_beside(source):
+    for rank in range(4):
+        (source / f"rank_{rank}/step.json").write_text(f'{{"step": {40 if rank == 1 else 60}}}')
+
+
+def renamed(source):
+    arrays = {"step_num": np.array([3], np.int32)}
+    write(source / "rank_0/x-step_00000002.ckpt", arrays, "I32")
 
 
 def cut(source):
@@ -277,10 +294,14 @@ def two_files(source):
     (lose_rank, "rank_1 is missing"), (lose_last_rank, r"on 4 card\(s\).*holds 3.*copy rank_3 too"),
     (empty_rank, "rank_1: holds no"), (other_step, "differs from its copy.*different runs or steps"),
     (steps_apart, "no checkpoint of step 2; steps found: 1, 2"), (cut, "rank_2/x.ckpt: not a whole"),
+    (renamed, "holds step 3; rename it back"),
+    (other_step_beside, "rank_1: has no checkpoint of step 60; steps found: 40, 60"),
     (fewer_tensors, "rank_2/x.ckpt: transformer.output_layer.weight is there otherwise"),
-    (strategy_of_other_plan, "no whole GLM-4.*src_strategy"), (strategy_of_fewer_cards, r"on 2 card\(s\).*holds 4"),
-    (two_strategies, "rank_2.ckpt: differs from"), (strategy_is_none, "no strategy file"), (cut_strategy, "no strategy file"),
-    (strategy_lost, "strategy: no such folder"), (no_strategies, "--src_strategy"), (two_files, "say no step; leave one")])
+    (strategy_of_other_plan, "no whole GLM-4.*src_strategy"),
+    (strategy_of_fewer_cards, r"on 2 card\(s\).*holds 4"),
+    (two_strategies, "rank_2.ckpt: differs from"), (strategy_is_none, "no strategy file"),
+    (cut_strategy, "no strategy file"), (strategy_lost, "strategy: no such folder"),
+    (no_strategies, "--src_strategy"), (two_files, "say no step; leave one")])
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, damage, said):
     source = write_shards(tmp_path / "source", "2x2", whole())
     damage(source)

@@ -73,7 +73,6 @@ def predict(settings, text, adapters=None):
     if text is None:
         raise cli.UserError("run_mode predict needs --predict_data TEXT")
     backend.quiet()
-    config.check_weights(settings)
     sidecar.check(settings.get("load_checkpoint"), settings)
     tokenizer = Glm4Tokenizer(settings["processor"]["tokenizer"]["vocab_file"])
     numbers = settings["model"]["model_config"]
@@ -82,6 +81,7 @@ def predict(settings, text, adapters=None):
     room = numbers["seq_length"] - len(prompt)
     if room < 1:
         raise cli.UserError(f"--predict_data is {len(prompt)} tokens, seq_length {numbers['seq_length']}; shorten it")
+    config.check_weights(settings)
     run_config = config.to_mindformers(settings)
     backend.start(run_config, parallel=False)
     model = backend.build_network(run_config)

@@ -10,7 +10,9 @@ import mindspore as ms
 from mindspore.train.callback import Callback
 
 from mindrlhf import backend, cli
+from mindrlhf.files import write_json
 from mindrlhf.models.glm4.lora import is_base, remarks
+from mindrlhf.ranks import STEP
 from mindrlhf.training import metrics, state
 
 BEST = {"loss": -1, "dpo_loss": -1, "accuracy": 1, "margin": 1}  # metric -> direction in which it is better
@@ -256,8 +258,10 @@ class DPOCheckpointMonitor(Callback):
                 path.unlink()
 
     def save_weights(self, place, name):
-        """Write the weights alone, for use."""
-        self._save(self.network, self.output / place / f"rank_{cli.rank()}", name, self.remarks)
+        """Write the weights alone, for use, and their step beside them: ranks of different steps do not merge."""
+        folder = self.output / place / f"rank_{cli.rank()}"
+        if self._save(self.network, folder, name, self.remarks):
+            write_json(folder / STEP, {"step": self.progress.step})
 
     def _save(self, cell, folder, name, about):
         workshop = folder / ".writing"
