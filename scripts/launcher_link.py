@@ -2,11 +2,11 @@
 
     launcher_link.py NODE MACHINES WORKERS ADDRESS PORT TIMEOUT PID ...
 
-msrun_launcher.sh starts it; the PIDs are those of its processes. Machine 0 listens on ADDRESS:PORT; each other machine holds one connection to it.
-Lines go over it, and come from the launcher on stdin: `done` (the workers of a machine have finished), `end
-STATUS REASON`, and `alive` every few seconds. A machine that is silent, and a launcher that is gone without a
-word, have ended. So a lost worker is known at once; the other workers would wait for it in a collective, on
-NPUs for half an hour.
+msrun_launcher.sh starts it; the PIDs are those of its processes. Machine 0 listens on ADDRESS:PORT; each other
+machine holds one connection to it. Lines go over it, and come from the launcher on stdin: `done` (the workers
+of a machine have finished), `end STATUS REASON`, and `alive` every few seconds. A machine that is silent, and a
+launcher that is gone without a word, have ended. So a lost worker is known at once; the other workers would
+wait for it in a collective, on NPUs for half an hour.
 
 Exit status: 0 when the workers of all machines have finished, otherwise that of what ended first.
 """
