@@ -82,14 +82,14 @@ def load_weights(model, settings, data, resumed):
     Raises:
         UserError: they are others, unless dpo.check_reference is False.
     """
-    strategy = settings.get("src_strategy")
     if "lora" in settings:
-        loaded = checkpoint.load_strictly(model, settings.get("load_checkpoint"), names=is_base, strategy=strategy)
+        loaded = checkpoint.load_strictly(model, settings.get("load_checkpoint"), names=is_base,
+                                          strategy=settings.get("src_strategy"))
         if resumed:
             checkpoint.load_strictly(model, resumed, training_state=True, names=is_adapter)
     else:
         loaded = checkpoint.load_strictly(model, resumed or settings.get("load_checkpoint"), training_state=bool(resumed),
-                                          strategy=None if resumed else strategy)
+                                          strategy=None if resumed else settings.get("src_strategy"))
     if resumed:
         return
     if not settings["dpo"]["check_reference"]:
