@@ -1,0 +1,151 @@
+"""What a card holds of the weights, the gradients and the optimizer's state, to the byte.
+
+The rules are those of MindFormers' ChatGLM2 (how each weight is split) and of MindSpore's optimizer sharding. They were
+found by compiling plans for real and reading the shapes off every rank; tests/test_plan.py has the record.
+"""
+import math
+from dataclasses import dataclass
+
+from mindrlhf.models.glm4 import lora, weights
+
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+OPTIMIZER_THRESHOLD = 64 * 1024  # bytes; MindSpore shares no smaller weight out (parallel_optimizer_threshold: 64 KB)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the cards share the work. In parallel mode 0 every card holds all.
+
+    Attributes:
+        data, model: data_parallel and model_parallel.
+        whole_vocabulary: vocab_emb_dp: embedding and output layer are not split.
+        optimizer: enable_parallel_optimizer.
+    """
+    data: int = 1
+    model: int = 1
+    whole_vocabulary: bool = False
+    optimizer: bool = False
+
+    @property
+    def cards(self):
+        """Number of cards."""
+        return self.data * self.model
+
+
+@dataclass(frozen=True)
+class Held:
+    """One parameter on one card.
+
+    Attributes:
+        shape: of the whole parameter.
+        gathered: shape of the part that the card computes with; where the optimizer shares it out, gathered for that.
+        slice: shape of the part that it holds between steps.
+        dtype: of its numbers.
+        trained: whether it has a gradient and moments.
+    """
+    shape: tuple
+    gathered: tuple
+    slice: tuple
+    dtype: str
+    trained: bool
+
+    @property
+    def bytes(self):
+        """Bytes of the part that the card holds."""
+        return math.prod(self.slice) * BYTES[self.dtype]
+
+    @property
+    def shared_by(self):
+        """Over how many cards the optimizer shares the part out (1: not at all)."""
+        return math.prod(self.gathered) // math.prod(self.slice)
+
+
+def layout_of(settings, devices):
+    """Layout of the settings of a YAML on a number of cards.
+
+    Args:
+        settings: as config.load() returns them.
+        devices: number of cards.
+    """
+    if settings["parallel"]["parallel_mode"] == 0:
+        return Layout(data=devices, whole_vocabulary=True)
+    plan = settings.get("parallel_config", {})
+    return Layout(plan.get("data_parallel", 1), plan.get("model_parallel", 1), plan.get("vocab_emb_dp", False),
+                  settings["parallel"].get("enable_parallel_optimizer", False))
+
+
+def numbers_of(settings):
+    """The model's sizes as weights.Numbers; what no size depends on is left at zero."""
+    model = settings["model"]["model_config"]
+    sizes = ("num_layers", "padded_vocab_size", "hidden_size", "ffn_hidden_size", "num_attention_heads",
+             "multi_query_group_num", "kv_channels")
+    return weights.Numbers(**{name: model[name] for name in sizes}, layernorm_epsilon=0.0, rope_ratio=0,
+                           eos_token_id=(), pad_token_id=0)
+
+
+def shapes(settings):
+    """Name -> shape of every parameter of the network, adapters included."""
+    table = weights.shapes(numbers_of(settings))
+    if "lora" in settings:
+        rank, targets = settings["lora"]["rank"], "|".join(lora.TARGETS[t] for t in settings["lora"]["target_modules"])
+        for name, shape in list(table.items()):
+            cell = name.removesuffix(".weight")
+            if "encoder.layers" in name and name.endswith(".weight") and cell.rsplit(".", 1)[1] in targets.split("|"):
+                table |= {cell + lora.A: (rank, shape[1]), cell + lora.B: (shape[0], rank)}
+    return table
+
+
+def strategy(name, shape, layout):
+    """Into how many parts each dimension of a parameter is split, without the optimizer's sharding."""
+    model, cell = layout.model, name.rsplit(".", 1)[0]
+    if "layernorm" in name:
+        return (1,)
+    if name == weights.EMBEDDING or cell.endswith("output_layer"):
+        spread = 1 if layout.whole_vocabulary or shape[0] % model else model
+        return (spread if spread == 1 or name == weights.EMBEDDING else layout.cards), 1
+    if name.endswith(lora.A):
+        return 1, model if cell.endswith("dense_4h_to_h") else 1
+    if name.endswith(lora.B):
+        return 1 if cell.endswith("dense_4h_to_h") else model, 1
+    if cell.endswith("dense_4h_to_h"):
+        return 1, model
+    return (model,) if len(shape) == 1 else (model, 1)
+
+
+def held(settings, devices):
+    """Every parameter as one card holds it.
+
+    Args:
+        settings: as config.load() returns them.
+        devices: number of cards.
+
+    Returns:
+        dict, name -> Held.
+    """
+    layout, model = layout_of(settings, devices), settings["model"]["model_config"]
+    table = {}
+    for name, shape in shapes(settings).items():
+        dtype = model.get("layernorm_compute_type", "float32") if "layernorm" in name else model["param_init_type"]
+        parts = strategy(name, shape, layout)
+        part = tuple(size // count for size, count in zip(shape, parts))
+        trained = "lora" not in settings or lora.is_adapter(name)
+        shared = _shared(part, parts, layout, dtype) if not name.endswith("bias") else part
+        table[name] = Held(shape, part, shared, dtype, trained)
+    return table
+
+
+def _shared(part, parts, layout, dtype):
+    """Slice of a part that several cards hold alike, after the optimizer shared it out over them."""
+    copies = layout.cards // math.prod(parts)
+    if (not layout.optimizer or copies == 1 or part[0] % copies
+            or math.prod(part) * BYTES[dtype] < OPTIMIZER_THRESHOLD):
+        return part
+    return (part[0] // copies, *part[1:])
+
+
+def parameter_bytes(settings, devices):
+    """Name -> bytes of every weight and of both of Adam's moments (adam_m.*, adam_v.*, float32) on one card."""
+    table = held(settings, devices)
+    moments = {f"adam_{kind}.{name}": math.prod(part.slice) * 4
+               for kind in "mv" for name, part in table.items() if part.trained}
+    return {name: part.bytes for name, part in table.items()} | (moments if "optimizer" in settings else {})
