@@ -1,0 +1,145 @@
+"""What a YAML costs before anyone rents an NPU: python -m mindrlhf.plan CONFIG. Plain arithmetic, no MindSpore."""
+import re
+
+from mindrlhf import cli, config
+from mindrlhf.plan import hours, memory, traffic
+from mindrlhf.plan.parameters import layout_of, parameter_bytes
+
+EXAMPLE = "  python -m mindrlhf.plan examples/glm4_dpo/finetune_glm4_9b.yaml --devices 8 --memory 64 --data dpo.mindrecord"
+UNITS = {"GB": 1e9, "MB": 1e6}
+
+
+def parser():
+    """The command line."""
+    arguments = cli.Parser("Memory of a card, traffic of a step and hours of a run, by arithmetic, for a finetune or "
+                           "process YAML; and what to change first where it does not fit.", EXAMPLE)
+    arguments.add_argument("config", metavar="CONFIG", help="the YAML of a preprocessing or a training")
+    arguments.add_argument("--devices", type=cli.positive, help="cards; from the YAML's parallel_config, or else 8")
+    arguments.add_argument("--memory", type=cli.positive, default=64, help="of a card, in GB (1e9 bytes); 64")
+    source = arguments.add_mutually_exclusive_group()
+    source.add_argument("--data", metavar="FILE", help="the .mindrecord of the preprocessing: its rows make the hours")
+    source.add_argument("--rows", type=cli.positive, help="rows to train on (of --data, where there is none yet)")
+    return arguments
+
+
+def room(settings, size):
+    """Bytes of a card that may be used: its memory, and max_device_memory where the YAML sets less."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GB|MB)", config.get(settings, "context.max_device_memory", ""))
+    return min(size * 1e9, float(match[1]) * UNITS[match[2]] if match else size * 1e9)
+
+
+def total_with(settings, devices, **changes):
+    """Bytes of a card if some settings, dotted keys with __ for the dots, were others."""
+    changed = config.merge(settings, {})
+    for key, value in changes.items():
+        *sections, last = key.split("__")
+        target = changed
+        for section in sections:
+            target = target.setdefault(section, {})
+        target[last] = value
+    return sum(memory.parts(changed, devices).values())
+
+
+def remedies(settings, devices):
+    """What could be changed, cheapest first: list of (sentence, changes)."""
+    layout, model = layout_of(settings, devices), settings["model"]["model_config"]
+    semi, batch = settings["parallel"]["parallel_mode"] == 1, settings["runner_config"]["batch_size"]
+    shares, length, found = memory.shares_of(settings, devices), model["seq_length"], []
+    sizes = [size for size in (512, 1024, 2048, 4096, 8192, 16384) if size <= shares.everywhere]
+    if sizes:
+        size = min(sizes, key=lambda size: total_with(settings, devices, dpo__logps_chunk_size=size))
+        found.append((f"dpo.logps_chunk_size {size}", {"dpo__logps_chunk_size": size}))
+    if settings["run_mode"] == "finetune":
+        found.append(("recompute_config.recompute True", {"recompute_config__recompute": True}))
+        if semi and layout.data > 1:
+            found.append(("parallel.enable_parallel_optimizer True", {"parallel__enable_parallel_optimizer": True}))
+    if batch > 1:
+        found.append((f"runner_config.batch_size {batch // 2}", {"runner_config__batch_size": batch // 2}))
+    groups = model["multi_query_group_num"] if model.get("use_flash_attention") else model["num_attention_heads"]
+    if semi and layout.data % 2 == 0 and groups % (2 * layout.model) == 0:
+        found.append((f"parallel_config.data_parallel {layout.data // 2}, model_parallel {2 * layout.model}",
+                      {"parallel_config__data_parallel": layout.data // 2,
+                       "parallel_config__model_parallel": 2 * layout.model}))
+    shorter = [length // 2 ** power for power in (1, 2, 3) if length // 2 ** power >= 512]
+    found += [(f"seq_length {size}, and preprocess with --seq_len {size}", {"model__model_config__seq_length": size})
+              for size in shorter]
+    return found
+
+
+def advice(settings, devices, limit):
+    """One line: it fits, or the first change that makes it fit (several at once where one is not enough)."""
+    if sum(memory.parts(settings, devices).values()) <= limit:
+        return "fits"
+    done = {}
+    for sentence, changes in remedies(settings, devices):
+        before = total_with(settings, devices, **{k: v for change in done.values() for k, v in change.items()})
+        alone = total_with(settings, devices, **changes)
+        if alone <= limit:
+            return f"does not fit; change first: {sentence} ({alone / 1e9:.1f} GB)"
+        together = {k: v for change in [*done.values(), changes] for k, v in change.items()}
+        if total_with(settings, devices, **together) < before:
+            done[sentence] = changes
+            if total_with(settings, devices, **together) <= limit:
+                return (f"does not fit; change first: {'; '.join(done)} "
+                        f"({total_with(settings, devices, **together) / 1e9:.1f} GB)")
+    return "does not fit, whatever is changed alone: take more cards, or train LoRA adapters (finetune_glm4_9b_lora.yaml)"
+
+
+def table(title, values, scale, unit):
+    """Lines of a table of numbers, without those that would read 0."""
+    width = max(map(len, values))
+    shown = {name: value for name, value in values.items() if value >= scale / 200}
+    return [title, *(f"  {name:<{width}}  {value / scale:>8.2f} {unit}" for name, value in shown.items())]
+
+
+def report(settings, devices, *, limit, rows):
+    """Lines of the whole report.
+
+    Args:
+        settings: as config.load() returns them.
+        devices: number of cards.
+        limit: bytes of a card that may be used.
+        rows: of the data, or None.
+    """
+    layout, parts = layout_of(settings, devices), memory.parts(settings, devices)
+    shared = "the optimizer's state shared out" if layout.optimizer else "the optimizer's state whole"
+    lines = [f"{devices} cards: data_parallel {layout.data} x model_parallel {layout.model}, {shared}; seq_length "
+             f"{settings['model']['model_config']['seq_length']}"]
+    exact = parameter_bytes(settings, devices)
+    lines += table(f"memory of a card ({len(exact)} weights and moments to the byte; the rest estimated)", parts, 1e9, "GB")
+    lines.append(f"  sum {sum(parts.values()) / 1e9:.1f} GB of {limit / 1e9:.0f} GB: {advice(settings, devices, limit)}")
+    if settings["run_mode"] == "finetune" and devices > 1:
+        volumes = traffic.volumes(settings, devices)
+        lines += table("traffic of a step: bytes that a card receives", volumes, 1e9, "GB")
+    computing, communicating = hours.seconds_per_step(settings, devices)
+    lines.append(f"a step: {computing:.1f} s computing at {hours.EFFICIENCY:.0%} of {hours.PEAK / 1e12:.0f} TFLOPS (assumed)"
+                 + (f", {communicating:.1f} s communication at {hours.BANDWIDTH / 1e9:.0f} GB/s (assumed)"
+                    if communicating else ""))
+    if rows:
+        least, most = hours.hours(settings, devices, rows)
+        span = f"{least:.1f}" if most - least < 0.05 else f"{least:.1f} to {most:.1f}"
+        lines.append(f"{rows} rows: {hours.steps(settings, devices, rows)} steps an epoch, {span} hours in all")
+    return lines
+
+
+def main(argv=None):
+    """Print the report of a YAML."""
+    arguments = parser().parse_args(argv)
+    settings = config.load(arguments.config, run_mode=("finetune", "preprocess"))
+    plan = settings.get("parallel_config", {})
+    planned = plan.get("data_parallel", 1) * plan.get("model_parallel", 1)
+    devices = arguments.devices or (planned if settings["parallel"]["parallel_mode"] == 1 else 8)
+    config.check_workers(settings, devices)
+    rows = arguments.rows
+    if arguments.data:
+        from mindrlhf.data.mindrecord import read_sidecar
+        sidecar = read_sidecar(arguments.data)
+        rows, length = sidecar["rows"], settings["model"]["model_config"]["seq_length"]
+        if sidecar["seq_len"] != length:
+            raise cli.UserError(f"{arguments.data}: has rows of {sidecar['seq_len']}, the YAML seq_length {length}; "
+                                "give the YAML that trains on it")
+    cli.say(*report(settings, devices, limit=room(settings, arguments.memory), rows=rows))
+
+
+if __name__ == "__main__":
+    cli.run(main)

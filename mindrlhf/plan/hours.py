@@ -1,0 +1,66 @@
+"""Time of training and preprocessing, by arithmetic: floating-point operations over what the cards can do."""
+import math
+
+from mindrlhf.plan import traffic
+from mindrlhf.plan.memory import shares_of, widths
+from mindrlhf.plan.parameters import layout_of, numbers_of
+
+PEAK = 376e12  # operations a second of an Ascend 910B in bfloat16, as commonly stated for its larger variant; 313e12: smaller
+EFFICIENCY = 0.45  # assumption: share of the peak, counting operations that recomputation repeats
+BANDWIDTH = 100e9  # assumption: bytes a second that a card receives over HCCS, about half of its 196e9
+
+
+def forward_operations(settings):
+    """Operations of one position in the forward pass: two for each number of every matrix product, and attention over all
+    positions of the row (flash attention computes what the mask hides, too).
+
+    Returns:
+        (of the layers, of the output layer).
+    """
+    numbers, (hidden, query, key, ffn) = numbers_of(settings), widths(settings)
+    matrices = hidden * (query + 2 * key) + query * hidden + 3 * hidden * ffn
+    attention = 4 * settings["model"]["model_config"]["seq_length"] * query
+    return numbers.num_layers * (2 * matrices + attention), 2 * hidden * numbers.padded_vocab_size
+
+
+def step_operations(settings, recomputed=None):
+    """Operations of one position in a training step: forward, twice that backward, once more what is computed again.
+
+    Args:
+        settings: as config.load() returns them.
+        recomputed: share of the layers that are computed again; None: as the YAML says.
+    """
+    layers, output = forward_operations(settings)
+    if recomputed is None:
+        recomputed = float(settings.get("recompute_config", {}).get("recompute", False))
+    backward = 1 if "lora" in settings else 2  # frozen matrices need no gradient of their own
+    again = 1 if settings["dpo"]["logps_chunk_size"] else 0
+    return layers * (1 + backward + recomputed) + output * (1 + backward + again)
+
+
+def tokens_per_second(operations, *, peak=PEAK, efficiency=EFFICIENCY):
+    """Positions a second of one card, from the operations of one."""
+    return peak * efficiency / operations
+
+
+def seconds_per_step(settings, devices):
+    """(seconds of computing, seconds of communication) of a step; parts of an accumulated batch count one by one."""
+    layout, shares = layout_of(settings, devices), shares_of(settings, devices)
+    alone = settings["parallel"]["parallel_mode"] == 0
+    positions = shares.group if alone else shares.rows * settings["model"]["model_config"]["seq_length"] / layout.cards
+    if settings["run_mode"] == "preprocess":
+        return positions / tokens_per_second(sum(forward_operations(settings))), 0.0
+    return (positions / tokens_per_second(step_operations(settings)),
+            sum(traffic.volumes(settings, devices).values()) / BANDWIDTH)
+
+
+def steps(settings, devices, rows):
+    """Steps that a pass over so many rows (of a chosen and a rejected side each) takes, accumulated parts counted."""
+    return math.ceil(rows / (settings["runner_config"]["batch_size"] * layout_of(settings, devices).data))
+
+
+def hours(settings, devices, rows):
+    """(fastest, slowest) hours of a run over so many rows: communication hidden behind computing, or not at all."""
+    computing, communicating = seconds_per_step(settings, devices)
+    count = steps(settings, devices, rows) * settings["runner_config"].get("epochs", 1) / 3600
+    return count * max(computing, communicating), count * (computing + communicating)

@@ -1,0 +1,148 @@
+"""Memory of a card during a step, part by part, in bytes.
+
+Weights, gradients and moments are exact (parameters.py). What is kept from the forward to the backward pass follows the
+graphs that MindSpore 2.7 compiles for these plans, and a layer's work follows runs on the CPU; tests/test_plan.py and
+benchmarks/plan_memory.py compare both. Assumptions are marked.
+"""
+import math
+from dataclasses import dataclass
+
+from mindrlhf.plan.parameters import BYTES, held, layout_of, numbers_of
+
+RESIDUAL = 4  # bytes: the sums between layers and the norms are float32 (layernorm_compute_type)
+BUFFERS = 2e9  # assumption: the communication library's buffers and what fragmentation loses
+LOGITS_COPIES = 7  # float32 at once while a chunk's log-probs are differentiated: logits, shifted, exp, one-hot, 3 gradients
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How the positions of a step are shared out.
+
+    Attributes:
+        rows: rows of both sides in a step, over all cards that work together.
+        spread: over how many cards MindSpore spreads the rows where the model names no strategy (sums, norms, rotary).
+        split: positions of a card where rows are so spread.
+        group: positions of a data-parallel group: those of a card's matrix products.
+        everywhere: positions whose log-probs each card computes, on its part of the vocabulary.
+        vocabulary: over how many cards the vocabulary is split.
+    """
+    rows: int
+    spread: int
+    split: int
+    group: int
+    everywhere: int
+    vocabulary: int
+
+
+def shares_of(settings, devices):
+    """Shares of the settings of a YAML on a number of cards."""
+    layout, length = layout_of(settings, devices), settings["model"]["model_config"]["seq_length"]
+    batch = settings["runner_config"]["batch_size"]
+    if settings["parallel"]["parallel_mode"] == 0:  # each card by itself
+        return Shares(2 * batch, 1, 2 * batch * length, 2 * batch * length, 2 * batch * length, 1)
+    rows = 2 * batch * layout.data
+    spread, whole = math.gcd(rows, layout.cards), layout.whole_vocabulary
+    group = rows // layout.data * length
+    return Shares(rows, spread, rows // spread * length, group, group if whole else rows * length,
+                  1 if whole else layout.cards)
+
+
+def widths(settings):
+    """Numbers of a position: (hidden, all query heads, all key heads, feed-forward)."""
+    numbers = numbers_of(settings)
+    query, key, _ = numbers.qkv_sizes
+    return numbers.hidden_size, query, key, numbers.ffn_hidden_size
+
+
+def layer_kept(settings, shares, model_parallel):
+    """Bytes that a layer keeps for the backward pass under recomputation.
+
+    A MindSpore graph keeps more than the layer's input: the sum before the layer, the attention's output, and the results
+    of both norms; in mixed precision the output's float32 copy and the rotated parts of queries and keys as well, in
+    float32 alone the joint queries, keys and values.
+    """
+    hidden, query, key, _ = widths(settings)
+    compute = BYTES[settings["model"]["model_config"]["compute_dtype"]]
+    if compute == RESIDUAL:
+        return shares.split * 16 * hidden + shares.group * (query + 2 * key) // model_parallel * compute
+    return shares.split * (16 * hidden + compute * hidden + 2 * query + 2 * key)
+
+
+def layer_whole(settings, positions):
+    """Bytes that a layer keeps without recomputation: inputs of norms and matrix products, queries, keys, values, the
+    attention's result, gate, its SiLU, up, their product. Flash attention keeps no scores."""
+    hidden, query, _, ffn = widths(settings)
+    return positions * BYTES[settings["model"]["model_config"]["compute_dtype"]] * (4 * ffn + 6 * hidden + 4 * query)
+
+
+def layer_work(settings, positions):
+    """Bytes of the gradients in a layer where most are alive: of the product, the SiLU, gate and up, and of the last two
+    joined, and four of hidden size."""
+    hidden, _, _, ffn = widths(settings)
+    return positions * BYTES[settings["model"]["model_config"]["compute_dtype"]] * (6 * ffn + 4 * hidden)
+
+
+def chunks(settings, shares):
+    """(positions whose logits exist at once, into how many chunks all positions fall)."""
+    size = settings["dpo"]["logps_chunk_size"] or shares.everywhere
+    return min(size, shares.everywhere), math.ceil(shares.everywhere / size)
+
+
+def chunk_gradients(settings, shares):
+    """Bytes of the chunks' gradients, which a sharded graph adds up only when all are there: for every chunk one of the
+    hidden states of all positions, and one of the output layer's weight on this card."""
+    model = settings["model"]["model_config"]
+    compute, (_, count) = BYTES[model["compute_dtype"]], chunks(settings, shares)
+    one = shares.everywhere * model["hidden_size"] * compute
+    if settings["parallel"]["parallel_mode"] == 0 or count == 1:  # blocks of the vocabulary: one gradient of each
+        return one
+    weight = 0 if "lora" in settings else model["padded_vocab_size"] // shares.vocabulary * model["hidden_size"] * compute
+    return count * (one + weight)
+
+
+def compute_copies(settings, devices):
+    """Bytes of the matrices in the type of the computation, gathered where the optimizer shares them out. They are kept
+    from the forward to the backward pass: MindFormers passes parallel_optimizer_comm_recompute to no layer."""
+    model = settings["model"]["model_config"]
+    return sum(math.prod(part.gathered) * BYTES[model["compute_dtype"]] for name, part in held(settings, devices).items()
+               if "encoder.layers" in name and len(part.shape) == 2
+               and (part.shared_by > 1 or part.dtype != model["compute_dtype"]))
+
+
+def parts(settings, devices):
+    """Memory of a card.
+
+    Args:
+        settings: as config.load() returns them, of run_mode finetune or preprocess.
+        devices: number of cards.
+
+    Returns:
+        dict, name of a part -> bytes.
+    """
+    layout, shares, table = layout_of(settings, devices), shares_of(settings, devices), held(settings, devices)
+    model, compute = settings["model"]["model_config"], BYTES[settings["model"]["model_config"]["compute_dtype"]]
+    hidden, size = model["hidden_size"], chunks(settings, shares)[0]
+    logits = size * model["padded_vocab_size"] // shares.vocabulary * 4
+    mask = (shares.group + 3 * shares.split) * model["seq_length"] * (1 if model.get("use_flash_attention") else 4)
+    found = {"weights": sum(part.bytes for part in table.values())}
+    if settings["run_mode"] == "preprocess":
+        copies = 0 if model["param_init_type"] == model["compute_dtype"] else compute_copies(settings, devices)
+        return found | {"weights in compute type": copies, "one layer at work": layer_whole(settings, shares.group),
+                        "logits of a chunk": 4 * logits, "hidden states": 2 * shares.everywhere * hidden * compute,
+                        "masks": mask, "buffers": BUFFERS}
+    trained = [part for part in table.values() if part.trained]
+    steps = settings["runner_config"].get("gradient_accumulation_steps", 1)
+    gradients = sum(part.bytes for part in trained)
+    recompute = settings.get("recompute_config", {}).get("recompute", False)
+    kept = layer_kept(settings, shares, layout.model) if recompute else layer_whole(settings, shares.group)
+    again = layer_whole(settings, shares.group) if recompute else 0
+    return found | {
+        "Adam's moments": sum(2 * 4 * math.prod(part.slice) for part in trained),
+        "gradients": gradients * (2 if steps > 1 else 1),
+        "weights in compute type": compute_copies(settings, devices),
+        "kept by the layers": model["num_layers"] * kept,
+        "one layer at work": again + layer_work(settings, shares.group),
+        "logits of a chunk": logits * (LOGITS_COPIES if settings["parallel"]["parallel_mode"] else 3),
+        "gradients of chunks": chunk_gradients(settings, shares),
+        "hidden states": shares.everywhere * hidden * compute + 2 * shares.split * hidden * RESIDUAL,
+        "masks": mask, "buffers": BUFFERS}
