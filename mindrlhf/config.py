@@ -256,6 +256,8 @@ def contradictions(settings):
          "num_attention_heads is no multiple of multi_query_group_num"),
         (model.get("num_attention_heads", 1) % plan.get("model_parallel", 1),
          "model_parallel does not divide num_attention_heads"),
+        (model.get("use_flash_attention") and model.get("multi_query_group_num", 1) % plan.get("model_parallel", 1),
+         "model_parallel does not divide multi_query_group_num, and flash attention cannot split a key-value head"),
         (semi and not plan.get("vocab_emb_dp") and model.get("padded_vocab_size", 0) % shards,
          "padded_vocab_size is no multiple of data_parallel * model_parallel"),
         (not semi and plan.get("model_parallel", 1) > 1, "model_parallel needs parallel.parallel_mode 1"),

@@ -127,7 +127,7 @@ def test_yaml_of_another_command_is_refused():
 
 
 def test_plan_must_fit_the_number_of_workers():
-    settings = load(EXAMPLE / "finetune_glm4_9b.yaml")  # data_parallel 2 x model_parallel 4
+    settings = load(EXAMPLE / "finetune_glm4_9b.yaml")  # data_parallel 4 x model_parallel 2
     config.check_workers(settings, 8)
     with pytest.raises(UserError, match="= 8, but 4 worker"):
         config.check_workers(settings, 4)

@@ -37,7 +37,7 @@ def total_with(settings, devices, **changes):
         for section in sections:
             target = target.setdefault(section, {})
         target[last] = value
-    return sum(memory.parts(changed, devices).values())
+    return memory.peak(changed, devices)[1]
 
 
 def remedies(settings, devices):
@@ -68,7 +68,7 @@ def remedies(settings, devices):
 
 def advice(settings, devices, limit):
     """One line: it fits, or the first change that makes it fit (several at once where one is not enough)."""
-    if sum(memory.parts(settings, devices).values()) <= limit:
+    if memory.peak(settings, devices)[1] <= limit:
         return "fits"
     done = {}
     for sentence, changes in remedies(settings, devices):
@@ -101,13 +101,15 @@ def report(settings, devices, *, limit, rows):
         limit: bytes of a card that may be used.
         rows: of the data, or None.
     """
-    layout, parts = layout_of(settings, devices), memory.parts(settings, devices)
+    layout, (where, most) = layout_of(settings, devices), memory.peak(settings, devices)
     shared = "the optimizer's state shared out" if layout.optimizer else "the optimizer's state whole"
     lines = [f"{devices} cards: data_parallel {layout.data} x model_parallel {layout.model}, {shared}; seq_length "
              f"{settings['model']['model_config']['seq_length']}"]
     exact = parameter_bytes(settings, devices)
-    lines += table(f"memory of a card ({len(exact)} weights and moments to the byte; the rest estimated)", parts, 1e9, "GB")
-    lines.append(f"  sum {sum(parts.values()) / 1e9:.1f} GB of {limit / 1e9:.0f} GB: {advice(settings, devices, limit)}")
+    lines += table(f"memory of a card ({len(exact)} weights and moments to the byte; the rest estimated)",
+                   memory.parts(settings, devices), 1e9, "GB")
+    lines.append(f"  at most {most / 1e9:.1f} GB at once, in the {where}, of {limit / 1e9:.0f} GB: "
+                 f"{advice(settings, devices, limit)}")
     if settings["run_mode"] == "finetune" and devices > 1:
         volumes = traffic.volumes(settings, devices)
         lines += table("traffic of a step: bytes that a card receives", volumes, 1e9, "GB")

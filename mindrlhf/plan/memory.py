@@ -54,18 +54,27 @@ def widths(settings):
     return numbers.hidden_size, query, key, numbers.ffn_hidden_size
 
 
-def layer_kept(settings, shares, model_parallel):
-    """Bytes that a layer keeps for the backward pass under recomputation.
+def layer_kept(settings, shares):
+    """Bytes that a layer keeps for the backward pass under recomputation: the sum that enters it, and queries, keys and
+    values before rotation, where MindSpore's recomputation starts. A sharded graph in mixed precision keeps float32 copies
+    as well: of the attention's output, and of those parts of queries and keys that are rotated."""
+    model, (hidden, query, key, _) = settings["model"]["model_config"], widths(settings)
+    compute = BYTES[model["compute_dtype"]]
+    kept = RESIDUAL * hidden + compute * (query + 2 * key)
+    if compute != RESIDUAL and settings["parallel"]["parallel_mode"] == 1:
+        kept += RESIDUAL * hidden + RESIDUAL * (query + key) // 2
+    return shares.split * kept
 
-    A MindSpore graph keeps more than the layer's input: the sum before the layer, the attention's output, and the results
-    of both norms; in mixed precision the output's float32 copy and the rotated parts of queries and keys as well, in
-    float32 alone the joint queries, keys and values.
-    """
-    hidden, query, key, _ = widths(settings)
-    compute = BYTES[settings["model"]["model_config"]["compute_dtype"]]
-    if compute == RESIDUAL:
-        return shares.split * 16 * hidden + shares.group * (query + 2 * key) // model_parallel * compute
-    return shares.split * (16 * hidden + compute * hidden + 2 * query + 2 * key)
+
+def head_kept(settings, shares, model_parallel):
+    """Bytes that stay besides: the hidden states of all positions whose log-probs are computed here, the last norm's input,
+    the embedding (of a whole group, if its vocabulary is split), and the output layer's weight in another type."""
+    model = settings["model"]["model_config"]
+    hidden, compute = model["hidden_size"], BYTES[model["compute_dtype"]]
+    embedded = shares.group if model_parallel > 1 else shares.split
+    weight = model["padded_vocab_size"] // shares.vocabulary * hidden * compute
+    return (shares.everywhere * hidden * compute + (shares.split + embedded) * hidden * RESIDUAL
+            + (weight if model["param_init_type"] != model["compute_dtype"] else 0))
 
 
 def layer_whole(settings, positions):
@@ -117,32 +126,47 @@ def parts(settings, devices):
         devices: number of cards.
 
     Returns:
-        dict, name of a part -> bytes.
+        dict, name of a part -> bytes. They are not all there at once: peak() says when.
     """
     layout, shares, table = layout_of(settings, devices), shares_of(settings, devices), held(settings, devices)
-    model, compute = settings["model"]["model_config"], BYTES[settings["model"]["model_config"]["compute_dtype"]]
-    hidden, size = model["hidden_size"], chunks(settings, shares)[0]
-    logits = size * model["padded_vocab_size"] // shares.vocabulary * 4
-    mask = (shares.group + 3 * shares.split) * model["seq_length"] * (1 if model.get("use_flash_attention") else 4)
-    found = {"weights": sum(part.bytes for part in table.values())}
-    if settings["run_mode"] == "preprocess":
-        copies = 0 if model["param_init_type"] == model["compute_dtype"] else compute_copies(settings, devices)
-        return found | {"weights in compute type": copies, "one layer at work": layer_whole(settings, shares.group),
-                        "logits of a chunk": 4 * logits, "hidden states": 2 * shares.everywhere * hidden * compute,
-                        "masks": mask, "buffers": BUFFERS}
-    trained = [part for part in table.values() if part.trained]
-    steps = settings["runner_config"].get("gradient_accumulation_steps", 1)
-    gradients = sum(part.bytes for part in trained)
+    model, training = settings["model"]["model_config"], settings["run_mode"] == "finetune"
+    trained = [part for part in table.values() if part.trained and training]
     recompute = settings.get("recompute_config", {}).get("recompute", False)
-    kept = layer_kept(settings, shares, layout.model) if recompute else layer_whole(settings, shares.group)
-    again = layer_whole(settings, shares.group) if recompute else 0
-    return found | {
+    kept = layer_kept(settings, shares) if recompute else layer_whole(settings, shares.group)
+    work = layer_whole(settings, shares.group) if recompute or not training else 0
+    semi, cast = settings["parallel"]["parallel_mode"] == 1, model["param_init_type"] != model["compute_dtype"]
+    logits = chunks(settings, shares)[0] * model["padded_vocab_size"] // shares.vocabulary * 4
+    return {
+        "weights": sum(part.bytes for part in table.values()),
         "Adam's moments": sum(2 * 4 * math.prod(part.slice) for part in trained),
-        "gradients": gradients * (2 if steps > 1 else 1),
-        "weights in compute type": compute_copies(settings, devices),
-        "kept by the layers": model["num_layers"] * kept,
-        "one layer at work": again + layer_work(settings, shares.group),
-        "logits of a chunk": logits * (LOGITS_COPIES if settings["parallel"]["parallel_mode"] else 3),
-        "gradients of chunks": chunk_gradients(settings, shares),
-        "hidden states": shares.everywhere * hidden * compute + 2 * shares.split * hidden * RESIDUAL,
-        "masks": mask, "buffers": BUFFERS}
+        "gradients": sum(part.bytes for part in trained),
+        "weights in compute type": compute_copies(settings, devices) if training or cast else 0,
+        "kept by the layers": model["num_layers"] * kept * training,
+        "embedding and last norm": head_kept(settings, shares, layout.model),
+        "masks": (shares.group + 3 * shares.split) * model["seq_length"] * (1 if model.get("use_flash_attention") else 4),
+        "one layer at work": work + layer_work(settings, shares.group) * training,
+        "logits of a chunk": logits * (LOGITS_COPIES if semi and training else 3),
+        "gradients of chunks": chunk_gradients(settings, shares) * training,
+        "buffers": BUFFERS}
+
+
+def peak(settings, devices):
+    """The most that a card holds at once.
+
+    A step's memory has three summits: at the log-probs, when all layers wait for their gradient; in the last layer, which
+    goes backward first; in the first one, when the gradients of all weights are there. Of accumulated parts the sum of the
+    gradients is there always.
+
+    Returns:
+        (where: "log-probs", "last layer" or "first layer", bytes).
+    """
+    found = parts(settings, devices)
+    kept, gradients, work = found["kept by the layers"], found["gradients"], found["one layer at work"]
+    always = sum(found[name] for name in ("weights", "Adam's moments", "weights in compute type", "masks", "buffers"))
+    if settings["runner_config"].get("gradient_accumulation_steps", 1) > 1:
+        always += gradients
+    always += found["embedding and last norm"]
+    summits = {"log-probs": kept + found["logits of a chunk"] + found["gradients of chunks"],
+               "last layer": kept + work, "first layer": gradients + work}
+    where = max(summits, key=summits.get)
+    return where, always + summits[where]

@@ -101,8 +101,9 @@ def strategy(name, shape, layout):
     if "layernorm" in name:
         return (1,)
     if name == weights.EMBEDDING or cell.endswith("output_layer"):
-        spread = 1 if layout.whole_vocabulary or shape[0] % model else model
-        return (spread if spread == 1 or name == weights.EMBEDDING else layout.cards), 1
+        if layout.whole_vocabulary or shape[0] % model:
+            return 1, 1
+        return (model if name == weights.EMBEDDING else layout.cards), 1
     if name.endswith(lora.A):
         return 1, model if cell.endswith("dense_4h_to_h") else 1
     if name.endswith(lora.B):
