@@ -1,10 +1,11 @@
 """The plan tool against what compiled plans hold and move.
 
-The record below was read off MindSpore 2.7 with scripts/rig: each YAML was compiled on 4 or 8 CPU processes as run_dpo.py
-compiles it (Glm4DPO, DPOTrainOneStepCell, AdamW, semi_auto_parallel). Shapes are those of the parameters on every rank after
-compilation (all ranks alike); traffic is the sum over the AllGather, ReduceScatter and AllReduce of rank 0's graph before
-the backend, without those of a few numbers; kept bytes are the outputs of forward operators that backward operators read.
-The model unless said otherwise: 1 layer, vocabulary 1000, hidden 256, ffn 512, 8 heads of 32, 2 groups, S = 64, 1 row.
+The record below was read off MindSpore 2.7 with scripts/rig: each YAML was compiled on 4 or 8 CPU
+processes as run_dpo.py compiles it (Glm4DPO, DPOTrainOneStepCell, AdamW, semi_auto_parallel). Shapes are
+those of the parameters on every rank after compilation (all ranks alike); traffic is the sum over the
+AllGather, ReduceScatter and AllReduce of rank 0's graph before the backend, without those of a few
+numbers; kept bytes are the outputs of forward operators that backward operators read. The model unless
+said otherwise: 1 layer, vocabulary 1000, hidden 256, ffn 512, 8 heads of 32, 2 groups, S = 64, 1 row.
 """
 import json
 import math
@@ -16,7 +17,8 @@ from mindrlhf import cli, config
 from mindrlhf.plan import __main__ as tool
 from mindrlhf.plan import hours, memory, parameters, traffic
 
-NAMES = {"transformer.embedding.embedding_weight": 0, "transformer.encoder.layers.0.input_layernorm.weight": 1,
+NAMES = {"transformer.embedding.embedding_weight": 0,
+         "transformer.encoder.layers.0.input_layernorm.weight": 1,
          "transformer.encoder.layers.0.self_attention.query_key_value.weight": 2,
          "transformer.encoder.layers.0.self_attention.query_key_value.bias": 3,
          "transformer.encoder.layers.0.self_attention.dense.weight": 4,
@@ -24,22 +26,28 @@ NAMES = {"transformer.embedding.embedding_weight": 0, "transformer.encoder.layer
          "transformer.encoder.layers.0.mlp.dense_4h_to_h.weight": 6, "transformer.output_layer.weight": 7}
 # (data, model) parallel, other settings, bytes of weights and moments on a card, shapes in the order of NAMES
 HELD = {
-    "2x2": (2, 2, "", 3218688, ((250, 256), (256,), (96, 256), (192,), (64, 256), (256, 256), (128, 256), (250, 256))),
+    "2x2": (2, 2, "", 3218688, (
+        (250, 256), (256,), (96, 256), (192,), (64, 256), (256, 256), (128, 256), (250, 256))),
     "2x2 whole optimizer": (2, 2, "whole", 5657856, (
         (500, 256), (256,), (192, 256), (192,), (128, 256), (512, 256), (256, 256), (250, 256))),
     "2x2 vocab_emb_dp": (2, 2, "vocab", 3218688, (
         (250, 256), (256,), (96, 256), (192,), (64, 256), (256, 256), (128, 256), (250, 256))),
-    "2x2 vocab_emb_dp, 1002 ids": (2, 2, "vocab 1002", 7838976, (  # 4 does not divide 1002: nothing is shared out
+    "2x2 vocab_emb_dp, 1002 ids": (2, 2, "vocab 1002", 7838976, (  # 1002 is no multiple of 4: both stay whole
         (1002, 256), (256,), (96, 256), (192,), (64, 256), (256, 256), (128, 256), (1002, 256))),
     "2x2, 6 heads in 1 group": (2, 2, "group", 3022512, (
         (250, 252), (252,), (64, 252), (128,), (63, 192), (256, 252), (126, 256), (250, 252))),
     "2x2 adapters": (2, 2, "lora", 1275648, (
         (250, 256), (256,), (96, 256), (192,), (64, 256), (256, 256), (128, 256), (250, 256))),
-    "4x1": (4, 1, "", 3220992, ((250, 256), (256,), (96, 256), (384,), (64, 256), (256, 256), (64, 512), (250, 256))),
-    "1x4": (1, 4, "", 3217536, ((250, 256), (256,), (96, 256), (96,), (64, 256), (256, 256), (256, 128), (250, 256))),
-    "2x4": (2, 4, "", 1613952, ((125, 256), (256,), (48, 256), (96,), (32, 256), (128, 256), (128, 128), (125, 256))),
-    "4x2": (4, 2, "", 1615104, ((125, 256), (256,), (48, 256), (192,), (32, 256), (128, 256), (64, 256), (125, 256))),
-    "8x1": (8, 1, "", 1617408, ((125, 256), (256,), (48, 256), (384,), (32, 256), (128, 256), (32, 512), (125, 256)))}
+    "4x1": (4, 1, "", 3220992, (
+        (250, 256), (256,), (96, 256), (384,), (64, 256), (256, 256), (64, 512), (250, 256))),
+    "1x4": (1, 4, "", 3217536, (
+        (250, 256), (256,), (96, 256), (96,), (64, 256), (256, 256), (256, 128), (250, 256))),
+    "2x4": (2, 4, "", 1613952, (
+        (125, 256), (256,), (48, 256), (96,), (32, 256), (128, 256), (128, 128), (125, 256))),
+    "4x2": (4, 2, "", 1615104, (
+        (125, 256), (256,), (48, 256), (192,), (32, 256), (128, 256), (64, 256), (125, 256))),
+    "8x1": (8, 1, "", 1617408, (
+        (125, 256), (256,), (48, 256), (384,), (32, 256), (128, 256), (32, 512), (125, 256)))}
 # (data, model, layers, compute_dtype) -> bytes that rank 0 receives in a step
 MOVED = {(4, 1, 1, "float32"): 5671770, (1, 4, 1, "float32"): 4755974, (2, 2, 3, "float32"): 14746430,
          (2, 2, 1, "float16"): 3679550, (2, 4, 1, "float32"): 6028991, (4, 2, 1, "float32"): 7033307,
@@ -47,7 +55,7 @@ MOVED = {(4, 1, 1, "float32"): 5671770, (1, 4, 1, "float32"): 4755974, (2, 2, 3,
 # the same -> bytes that a layer keeps for its backward pass
 KEPT = {(1, 4, 1, "float32"): 163844, (2, 2, 3, "float32"): 491528 // 3, (4, 2, 1, "float32"): 163856,
         (8, 1, 1, "float32"): 327712, (2, 2, 1, "float16"): 221192, (4, 2, 1, "float16"): 221200,
-        (8, 1, 1, "float16"): 442400}
+        (8, 1, 1, "float16"): 442400, (2, 4, 1, "float16"): 221192}
 MORE = {"whole": "parallel: {enable_parallel_optimizer: False}", "vocab 1002": "",
         "lora": "lora: {rank: 8, alpha: 16, dropout: 0.0, target_modules: [qkv, dense, mlp]}"}
 
@@ -62,8 +70,9 @@ def settings_of(folder, data, model, what="", *, layers=1, dtype="float32"):
     path = folder / "plan.yaml"
     path.write_text(f"base_config: {EXAMPLE / 'finetune_glm4_9b.yaml'}\ncontext: {{device_target: CPU}}\n"
                     f"model: {{model_config: {json.dumps(sizes)}}}\nrunner_config: {{sink_mode: False}}\n"
-                    f"dpo: {{logps_chunk_size: 32}}\nparallel_config: {{data_parallel: {data}, model_parallel: {model}, "
-                    f"vocab_emb_dp: {'vocab' in what}}}\n{MORE.get(what, '')}\n".replace("false", "False"))
+                    f"dpo: {{logps_chunk_size: 32}}\n"
+                    f"parallel_config: {{data_parallel: {data}, model_parallel: {model}, "
+                    f"vocab_emb_dp: {'vocab' in what}}}\n{MORE.get(what, '')}\n")
     return config.load(path, run_mode="finetune")
 
 
@@ -72,28 +81,30 @@ def test_weights_gradients_and_moments_are_those_of_the_ranks(tmp_path, plan):
     data, model, what, total, shapes = HELD[plan]
     settings = settings_of(tmp_path, data, model, what)
     found = parameters.parameter_bytes(settings, data * model)
-    assert {name: found[name] for name in NAMES} == {name: 4 * math.prod(shapes[at]) for name, at in NAMES.items()}
+    assert [found[name] for name in NAMES] == [4 * math.prod(shapes[at]) for at in NAMES.values()]
     assert sum(found.values()) == total
     parts = memory.parts(settings, data * model)
     assert parts["weights"] + parts["Adam's moments"] == total
-    assert parts["gradients"] * 2 == parts["Adam's moments"]  # float32, of the shapes that the optimizer updates
+    assert parts["gradients"] * 2 == parts["Adam's moments"]
 
 
 def test_adapters_are_split_like_the_matrices_beside_them(tmp_path):
-    """The 2x2 ranks hold A whole, but for the matrix split by columns, and their rows of B; all too small to share out."""
+    """The 2x2 ranks hold A whole and half of B; of the last, half of A and B whole. All are too small to share out."""
     table = parameters.held(settings_of(tmp_path, 2, 2, "lora"), 4)
     shapes = {name.split("layers.0.")[1].replace(".mindpet_delta_lora_", " "): part.slice
               for name, part in table.items() if "lora" in name}
     assert shapes == {
         "self_attention.query_key_value a": (8, 256), "self_attention.query_key_value b": (192, 8),
-        "self_attention.dense a": (8, 256), "self_attention.dense b": (128, 8), "mlp.dense_h_to_4h a": (8, 256),
-        "mlp.dense_h_to_4h b": (512, 8), "mlp.dense_4h_to_h a": (8, 256), "mlp.dense_4h_to_h b": (256, 8)}
+        "self_attention.dense a": (8, 256), "self_attention.dense b": (128, 8),
+        "mlp.dense_h_to_4h a": (8, 256), "mlp.dense_h_to_4h b": (512, 8),
+        "mlp.dense_4h_to_h a": (8, 256), "mlp.dense_4h_to_h b": (256, 8)}
 
 
 def test_the_9b_weights_by_hand():
-    """Parameters: 2 x 151552 x 4096 + 40 x (2 x 4096 + 4608 x 4097 + 4096^2 + 27392 x 4096 + 4096 x 13696) + 4096 =
-    9,399,951,360. On one card of 4 x 2, all matrices are a part of 8; norms (4096) stand whole, biases (4608) in halves:
-    81 x 4096 + 40 x 2304 = 423,936 numbers instead of 1/8 of 81 x 4096 + 40 x 4608 = 516,096."""
+    """Parameters: 2 x 151552 x 4096 + 40 x (2 x 4096 + 4608 x 4097 + 4096^2 + 27392 x 4096 + 4096 x
+    13696) + 4096 = 9,399,951,360. On one card of 4 x 2, all matrices are a part of 8; norms (4096) stand
+    whole, biases (4608) in halves: 81 x 4096 + 40 x 2304 = 423,936 numbers instead of 1/8 of 81 x 4096 +
+    40 x 4608 = 516,096."""
     settings = config.load(EXAMPLE / "finetune_glm4_9b.yaml", run_mode="finetune")
     assert sum(math.prod(shape) for shape in parameters.shapes(settings).values()) == 9_399_951_360
     assert memory.parts(settings, 8)["weights"] == 4 * ((9_399_951_360 - 516_096) // 8 + 423_936)
@@ -101,8 +112,8 @@ def test_the_9b_weights_by_hand():
 
 @pytest.mark.parametrize("plan", MOVED)
 def test_traffic_is_that_of_the_compiled_graphs(tmp_path, plan):
-    """To one part in 10,000 (which is loss and norm), but for 1x4, where one all-reduce is a reduce-scatter, and 16 bits,
-    where the scores of plain attention are float32 on one way."""
+    """To one part in 10,000 (which is loss and norm), but for 1x4, where one all-reduce is a
+    reduce-scatter, and 16 bits, where the scores of plain attention are float32 on one way."""
     data, model, layers, dtype = plan
     found = traffic.volumes(settings_of(tmp_path, data, model, layers=layers, dtype=dtype), data * model)
     close = 0.05 if (data, model) == (1, 4) or dtype == "float16" else 1e-4
@@ -113,21 +124,24 @@ def test_traffic_is_that_of_the_compiled_graphs(tmp_path, plan):
 def test_a_layer_keeps_what_the_compiled_graphs_keep(tmp_path, plan):
     data, model, layers, dtype = plan
     settings = settings_of(tmp_path, data, model, layers=layers, dtype=dtype)
-    assert memory.layer_kept(settings, memory.shares_of(settings, data * model)) == pytest.approx(KEPT[plan], rel=1e-3)
+    shares = memory.shares_of(settings, data * model)
+    assert memory.layer_kept(settings, shares) == pytest.approx(KEPT[plan], rel=1e-3)
 
 
 def test_a_sharded_step_holds_the_gradients_of_all_chunks(tmp_path):
-    """4x2: 8 rows of 64 in chunks of 32 are 16. The graph adds 16 tensors (512, 256) and 16 (125, 256) at its end."""
+    """4x2: 8 rows of 64 are 16 chunks of 32. The graph adds 16 of (512, 256) and 16 of (125, 256) at last."""
     settings = settings_of(tmp_path, 4, 2)
     assert memory.chunk_gradients(settings, memory.shares_of(settings, 8)) == 16 * (512 + 125) * 256 * 4
 
 
 def test_published_throughput():
-    """GLM-4-9B, SFT at 8192 on 8 cards: 2339 tokens/s/card; MindFormers' YAML computes 6 + 3 + 2 + 3 = 14 of 40 layers again.
+    """GLM-4-9B, SFT at 8192 on 8 cards: 2339 tokens/s/card; MindFormers' YAML computes 6 + 3 + 2 + 3 = 14
+    of 40 layers again.
 
-    By hand, a position's forward pass: 40 layers of 2 x (4096 x 4608 + 4096^2 + 3 x 4096 x 13696) + 4 x 8192 x 4096, that
-    is 40 x 542,113,792 = 21.68e9, and the output layer's 2 x 4096 x 151552 = 1.24e9. A step: 21.68e9 x 3.35 + 1.24e9 x 3 =
-    76.4e9. At 45 % of 376e12: 2216 a second. The smaller variant's 313e12: 1845."""
+    By hand, a position's forward pass: 40 layers of 2 x (4096 x 4608 + 4096^2 + 3 x 4096 x 13696) + 4 x
+    8192 x 4096, that is 40 x 542,113,792 = 21.68e9, and the output layer's 2 x 4096 x 151552 = 1.24e9. A
+    step: 21.68e9 x 3.35 + 1.24e9 x 3 = 76.4e9. At 45 % of 376e12: 2216 a second. The smaller variant's
+    313e12: 1845."""
     settings = config.load(EXAMPLE / "finetune_glm4_9b.yaml", run_mode="finetune",
                            overrides={"dpo.logps_chunk_size": 0})
     layers, output = hours.forward_operations(settings)
@@ -140,8 +154,8 @@ def test_published_throughput():
 
 
 def test_hours_by_hand(tmp_path):
-    """8 cards alone, 4000 rows: preprocessing scores 500 rows a card of 2 x 8192 positions, one forward pass of 22.93e9
-    operations each, at 169.2e12 a second: 500 x 16384 x 22.93e9 / 169.2e12 = 1110 s."""
+    """8 cards alone, 4000 rows: preprocessing scores 500 rows a card of 2 x 8192 positions, one forward
+    pass of 22.93e9 operations each, at 169.2e12 a second: 500 x 16384 x 22.93e9 / 169.2e12 = 1110 s."""
     settings = config.load(EXAMPLE / "process_glm4_9b.yaml", run_mode="preprocess")
     least, most = hours.hours(settings, 8, 4000)
     assert least == most == pytest.approx(1110 / 3600, rel=0.005)
@@ -183,9 +197,17 @@ def test_a_card_too_small_for_any_change_gets_another_advice(tmp_path):
 
 def test_rows_come_from_the_sidecar(tmp_path, golden, capsys):
     tool.main([str(golden.finetune), "--devices", "1", "--data", str(golden.data)])
-    assert f"{json.loads((golden.folder / 'golden.mindrecord.json').read_text())['rows']} rows" in capsys.readouterr().out
+    rows = json.loads((golden.folder / "golden.mindrecord.json").read_text())["rows"]
+    assert f"{rows} rows: " in capsys.readouterr().out
     with pytest.raises(cli.UserError, match="seq_length 8192; give the YAML"):
         tool.main([str(EXAMPLE / "process_glm4_9b.yaml"), "--data", str(golden.data)])
+
+
+def test_flash_attention_needs_a_key_value_head_on_each_card():
+    """Compiled with scripts/rig, 1x4 ends with "operator FlashAttentionScore init failed": strategy 4 for 2 heads."""
+    with pytest.raises(cli.UserError, match="does not divide multi_query_group_num"):
+        config.load(EXAMPLE / "finetune_glm4_9b.yaml", run_mode="finetune",
+                    overrides={"parallel_config.data_parallel": 2, "parallel_config.model_parallel": 4})
 
 
 def test_a_plan_for_another_number_of_cards_is_refused():

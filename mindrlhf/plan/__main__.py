@@ -1,24 +1,25 @@
-"""What a YAML costs before anyone rents an NPU: python -m mindrlhf.plan CONFIG. Plain arithmetic, no MindSpore."""
+"""What a YAML costs, before anyone rents an NPU: python -m mindrlhf.plan CONFIG. Arithmetic, no MindSpore."""
 import re
 
 from mindrlhf import cli, config
 from mindrlhf.plan import hours, memory, traffic
 from mindrlhf.plan.parameters import layout_of, parameter_bytes
 
-EXAMPLE = "  python -m mindrlhf.plan examples/glm4_dpo/finetune_glm4_9b.yaml --devices 8 --memory 64 --data dpo.mindrecord"
+EXAMPLE = "  python -m mindrlhf.plan finetune_glm4_9b.yaml --devices 8 --memory 64 --data dpo.mindrecord"
 UNITS = {"GB": 1e9, "MB": 1e6}
 
 
 def parser():
     """The command line."""
-    arguments = cli.Parser("Memory of a card, traffic of a step and hours of a run, by arithmetic, for a finetune or "
-                           "process YAML; and what to change first where it does not fit.", EXAMPLE)
+    arguments = cli.Parser("Memory of a card, traffic of a step and hours of a run, by arithmetic, for a "
+                           "finetune or process YAML; and what to change first where they do not fit.",
+                           EXAMPLE)
     arguments.add_argument("config", metavar="CONFIG", help="the YAML of a preprocessing or a training")
-    arguments.add_argument("--devices", type=cli.positive, help="cards; from the YAML's parallel_config, or else 8")
+    arguments.add_argument("--devices", type=cli.positive, help="cards; as parallel_config says, or 8")
     arguments.add_argument("--memory", type=cli.positive, default=64, help="of a card, in GB (1e9 bytes); 64")
     source = arguments.add_mutually_exclusive_group()
-    source.add_argument("--data", metavar="FILE", help="the .mindrecord of the preprocessing: its rows make the hours")
-    source.add_argument("--rows", type=cli.positive, help="rows to train on (of --data, where there is none yet)")
+    source.add_argument("--data", metavar="FILE", help=".mindrecord of the preprocessing, for the hours")
+    source.add_argument("--rows", type=cli.positive, help="rows of the data, where there are none yet")
     return arguments
 
 
@@ -52,17 +53,18 @@ def remedies(settings, devices):
     if settings["run_mode"] == "finetune":
         found.append(("recompute_config.recompute True", {"recompute_config__recompute": True}))
         if semi and layout.data > 1:
-            found.append(("parallel.enable_parallel_optimizer True", {"parallel__enable_parallel_optimizer": True}))
+            found.append(("parallel.enable_parallel_optimizer True",
+                          {"parallel__enable_parallel_optimizer": True}))
     if batch > 1:
         found.append((f"runner_config.batch_size {batch // 2}", {"runner_config__batch_size": batch // 2}))
-    groups = model["multi_query_group_num"] if model.get("use_flash_attention") else model["num_attention_heads"]
+    groups = model["multi_query_group_num" if model.get("use_flash_attention") else "num_attention_heads"]
     if semi and layout.data % 2 == 0 and groups % (2 * layout.model) == 0:
         found.append((f"parallel_config.data_parallel {layout.data // 2}, model_parallel {2 * layout.model}",
                       {"parallel_config__data_parallel": layout.data // 2,
                        "parallel_config__model_parallel": 2 * layout.model}))
     shorter = [length // 2 ** power for power in (1, 2, 3) if length // 2 ** power >= 512]
-    found += [(f"seq_length {size}, and preprocess with --seq_len {size}", {"model__model_config__seq_length": size})
-              for size in shorter]
+    found += [(f"seq_length {size}, and preprocess with --seq_len {size}",
+               {"model__model_config__seq_length": size}) for size in shorter]
     return found
 
 
@@ -70,19 +72,17 @@ def advice(settings, devices, limit):
     """One line: it fits, or the first change that makes it fit (several at once where one is not enough)."""
     if memory.peak(settings, devices)[1] <= limit:
         return "fits"
-    done = {}
+    sentences, together, least = [], {}, memory.peak(settings, devices)[1]
     for sentence, changes in remedies(settings, devices):
-        before = total_with(settings, devices, **{k: v for change in done.values() for k, v in change.items()})
         alone = total_with(settings, devices, **changes)
+        both = total_with(settings, devices, **(together | changes))
         if alone <= limit:
             return f"does not fit; change first: {sentence} ({alone / 1e9:.1f} GB)"
-        together = {k: v for change in [*done.values(), changes] for k, v in change.items()}
-        if total_with(settings, devices, **together) < before:
-            done[sentence] = changes
-            if total_with(settings, devices, **together) <= limit:
-                return (f"does not fit; change first: {'; '.join(done)} "
-                        f"({total_with(settings, devices, **together) / 1e9:.1f} GB)")
-    return "does not fit, whatever is changed alone: take more cards, or train LoRA adapters (finetune_glm4_9b_lora.yaml)"
+        if both < least:
+            sentences, together, least = [*sentences, sentence], together | changes, both
+        if least <= limit:
+            return f"does not fit; change first: {'; '.join(sentences)} ({least / 1e9:.1f} GB)"
+    return "does not fit, whatever is changed: take more cards, or train adapters (LoRA)"
 
 
 def table(title, values, scale, unit):
@@ -103,8 +103,8 @@ def report(settings, devices, *, limit, rows):
     """
     layout, (where, most) = layout_of(settings, devices), memory.peak(settings, devices)
     shared = "the optimizer's state shared out" if layout.optimizer else "the optimizer's state whole"
-    lines = [f"{devices} cards: data_parallel {layout.data} x model_parallel {layout.model}, {shared}; seq_length "
-             f"{settings['model']['model_config']['seq_length']}"]
+    lines = [f"{devices} cards: data_parallel {layout.data} x model_parallel {layout.model}, {shared}; "
+             f"seq_length {settings['model']['model_config']['seq_length']}"]
     exact = parameter_bytes(settings, devices)
     lines += table(f"memory of a card ({len(exact)} weights and moments to the byte; the rest estimated)",
                    memory.parts(settings, devices), 1e9, "GB")
@@ -114,13 +114,14 @@ def report(settings, devices, *, limit, rows):
         volumes = traffic.volumes(settings, devices)
         lines += table("traffic of a step: bytes that a card receives", volumes, 1e9, "GB")
     computing, communicating = hours.seconds_per_step(settings, devices)
-    lines.append(f"a step: {computing:.1f} s computing at {hours.EFFICIENCY:.0%} of {hours.PEAK / 1e12:.0f} TFLOPS (assumed)"
-                 + (f", {communicating:.1f} s communication at {hours.BANDWIDTH / 1e9:.0f} GB/s (assumed)"
-                    if communicating else ""))
+    sent = f", {communicating:.1f} s communication at {hours.BANDWIDTH / 1e9:.0f} GB/s" * (communicating > 0)
+    lines.append(f"a step: {computing:.1f} s computing at {hours.EFFICIENCY:.0%} of "
+                 f"{hours.PEAK / 1e12:.0f} TFLOPS{sent} (assumed rates)")
     if rows:
         least, most = hours.hours(settings, devices, rows)
         span = f"{least:.1f}" if most - least < 0.05 else f"{least:.1f} to {most:.1f}"
-        lines.append(f"{rows} rows: {hours.steps(settings, devices, rows)} steps an epoch, {span} hours in all")
+        count = hours.steps(settings, devices, rows)
+        lines.append(f"{rows} rows: {count} batches a card an epoch, {span} hours in all")
     return lines
 
 
@@ -138,8 +139,8 @@ def main(argv=None):
         sidecar = read_sidecar(arguments.data)
         rows, length = sidecar["rows"], settings["model"]["model_config"]["seq_length"]
         if sidecar["seq_len"] != length:
-            raise cli.UserError(f"{arguments.data}: has rows of {sidecar['seq_len']}, the YAML seq_length {length}; "
-                                "give the YAML that trains on it")
+            raise cli.UserError(f"{arguments.data}: has rows of {sidecar['seq_len']}, the YAML seq_length "
+                                f"{length}; give the YAML that trains on it")
     cli.say(*report(settings, devices, limit=room(settings, arguments.memory), rows=rows))
 
 

@@ -5,14 +5,15 @@ from mindrlhf.plan import traffic
 from mindrlhf.plan.memory import shares_of, widths
 from mindrlhf.plan.parameters import layout_of, numbers_of
 
-PEAK = 376e12  # operations a second of an Ascend 910B in bfloat16, as commonly stated for its larger variant; 313e12: smaller
+# operations a second of an Ascend 910B in bfloat16, as commonly stated: its larger variant; the smaller 313e12
+PEAK = 376e12
 EFFICIENCY = 0.45  # assumption: share of the peak, counting operations that recomputation repeats
 BANDWIDTH = 100e9  # assumption: bytes a second that a card receives over HCCS, about half of its 196e9
 
 
 def forward_operations(settings):
-    """Operations of one position in the forward pass: two for each number of every matrix product, and attention over all
-    positions of the row (flash attention computes what the mask hides, too).
+    """Operations of one position in the forward pass: two for each number of every matrix product, and
+    attention over all positions of the row (flash attention computes what the mask hides, too).
 
     Returns:
         (of the layers, of the output layer).
@@ -24,7 +25,8 @@ def forward_operations(settings):
 
 
 def step_operations(settings, recomputed=None):
-    """Operations of one position in a training step: forward, twice that backward, once more what is computed again.
+    """Operations of one position in a training step: forward, twice that backward, once more what is
+    computed again.
 
     Args:
         settings: as config.load() returns them.
@@ -44,10 +46,9 @@ def tokens_per_second(operations, *, peak=PEAK, efficiency=EFFICIENCY):
 
 
 def seconds_per_step(settings, devices):
-    """(seconds of computing, seconds of communication) of a step; parts of an accumulated batch count one by one."""
+    """(seconds of computing, of communication) of a step; parts of an accumulated batch count one by one."""
     layout, shares = layout_of(settings, devices), shares_of(settings, devices)
-    alone = settings["parallel"]["parallel_mode"] == 0
-    positions = shares.group if alone else shares.rows * settings["model"]["model_config"]["seq_length"] / layout.cards
+    positions = shares.group / layout.model  # model parallelism splits their matrix products
     if settings["run_mode"] == "preprocess":
         return positions / tokens_per_second(sum(forward_operations(settings))), 0.0
     return (positions / tokens_per_second(step_operations(settings)),
@@ -55,12 +56,12 @@ def seconds_per_step(settings, devices):
 
 
 def steps(settings, devices, rows):
-    """Steps that a pass over so many rows (of a chosen and a rejected side each) takes, accumulated parts counted."""
+    """Steps of a pass over so many rows (a chosen and a rejected side each), accumulated parts counted."""
     return math.ceil(rows / (settings["runner_config"]["batch_size"] * layout_of(settings, devices).data))
 
 
 def hours(settings, devices, rows):
-    """(fastest, slowest) hours of a run over so many rows: communication hidden behind computing, or not at all."""
+    """(fastest, slowest) hours of a run over so many rows: communication behind computing, or after it."""
     computing, communicating = seconds_per_step(settings, devices)
     count = steps(settings, devices, rows) * settings["runner_config"].get("epochs", 1) / 3600
     return count * max(computing, communicating), count * (computing + communicating)

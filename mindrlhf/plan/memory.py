@@ -1,8 +1,8 @@
 """Memory of a card during a step, part by part, in bytes.
 
-Weights, gradients and moments are exact (parameters.py). What is kept from the forward to the backward pass follows the
-graphs that MindSpore 2.7 compiles for these plans, and a layer's work follows runs on the CPU; tests/test_plan.py and
-benchmarks/plan_memory.py compare both. Assumptions are marked.
+Weights, gradients and moments are exact (parameters.py). What is kept from the forward to the backward
+pass follows the graphs that MindSpore 2.7 compiles for these plans, and a layer's work follows runs on
+the CPU; tests/test_plan.py and benchmarks/plan_memory.py compare both. Assumptions are marked.
 """
 import math
 from dataclasses import dataclass
@@ -11,7 +11,8 @@ from mindrlhf.plan.parameters import BYTES, held, layout_of, numbers_of
 
 RESIDUAL = 4  # bytes: the sums between layers and the norms are float32 (layernorm_compute_type)
 BUFFERS = 2e9  # assumption: the communication library's buffers and what fragmentation loses
-LOGITS_COPIES = 7  # float32 at once while a chunk's log-probs are differentiated: logits, shifted, exp, one-hot, 3 gradients
+# float32 tensors at once while a chunk is differentiated: logits, shifted, exp, one-hot, three gradients
+LOGITS_COPIES = 7
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Shares:
 
     Attributes:
         rows: rows of both sides in a step, over all cards that work together.
-        spread: over how many cards MindSpore spreads the rows where the model names no strategy (sums, norms, rotary).
+        spread: over how many cards MindSpore spreads the rows where the model names no strategy (sums,
+        norms, rotary).
         split: positions of a card where rows are so spread.
         group: positions of a data-parallel group: those of a card's matrix products.
         everywhere: positions whose log-probs each card computes, on its part of the vocabulary.
@@ -55,9 +57,10 @@ def widths(settings):
 
 
 def layer_kept(settings, shares):
-    """Bytes that a layer keeps for the backward pass under recomputation: the sum that enters it, and queries, keys and
-    values before rotation, where MindSpore's recomputation starts. A sharded graph in mixed precision keeps float32 copies
-    as well: of the attention's output, and of those parts of queries and keys that are rotated."""
+    """Bytes that a layer keeps for the backward pass under recomputation: the sum that enters it, and
+    queries, keys and values before rotation, where MindSpore's recomputation starts. A sharded graph in
+    mixed precision keeps float32 copies as well: of the attention's output, and of those parts of queries
+    and keys that are rotated."""
     model, (hidden, query, key, _) = settings["model"]["model_config"], widths(settings)
     compute = BYTES[model["compute_dtype"]]
     kept = RESIDUAL * hidden + compute * (query + 2 * key)
@@ -67,8 +70,9 @@ def layer_kept(settings, shares):
 
 
 def head_kept(settings, shares, model_parallel):
-    """Bytes that stay besides: the hidden states of all positions whose log-probs are computed here, the last norm's input,
-    the embedding (of a whole group, if its vocabulary is split), and the output layer's weight in another type."""
+    """Bytes that stay besides: the hidden states of all positions whose log-probs are computed here, the
+    last norm's input, the embedding (of a whole group, if its vocabulary is split), and the output
+    layer's weight in another type."""
     model = settings["model"]["model_config"]
     hidden, compute = model["hidden_size"], BYTES[model["compute_dtype"]]
     embedded = shares.group if model_parallel > 1 else shares.split
@@ -78,15 +82,16 @@ def head_kept(settings, shares, model_parallel):
 
 
 def layer_whole(settings, positions):
-    """Bytes that a layer keeps without recomputation: inputs of norms and matrix products, queries, keys, values, the
-    attention's result, gate, its SiLU, up, their product. Flash attention keeps no scores."""
+    """Bytes that a layer keeps without recomputation: inputs of norms and matrix products, queries, keys,
+    values, the attention's result, gate, its SiLU, up, their product. Flash attention keeps no scores."""
     hidden, query, _, ffn = widths(settings)
-    return positions * BYTES[settings["model"]["model_config"]["compute_dtype"]] * (4 * ffn + 6 * hidden + 4 * query)
+    compute = BYTES[settings["model"]["model_config"]["compute_dtype"]]
+    return positions * compute * (4 * ffn + 6 * hidden + 4 * query)
 
 
 def layer_work(settings, positions):
-    """Bytes of the gradients in a layer where most are alive: of the product, the SiLU, gate and up, and of the last two
-    joined, and four of hidden size."""
+    """Bytes of the gradients in a layer where most are alive: of the product, the SiLU, gate and up, and
+    of the last two joined, and four of hidden size."""
     hidden, _, _, ffn = widths(settings)
     return positions * BYTES[settings["model"]["model_config"]["compute_dtype"]] * (6 * ffn + 4 * hidden)
 
@@ -98,22 +103,25 @@ def chunks(settings, shares):
 
 
 def chunk_gradients(settings, shares):
-    """Bytes of the chunks' gradients, which a sharded graph adds up only when all are there: for every chunk one of the
-    hidden states of all positions, and one of the output layer's weight on this card."""
+    """Bytes of the chunks' gradients, which a sharded graph adds up only when all are there: for every
+    chunk one of the hidden states of all positions, and one of the output layer's weight on this card."""
     model = settings["model"]["model_config"]
     compute, (_, count) = BYTES[model["compute_dtype"]], chunks(settings, shares)
-    one = shares.everywhere * model["hidden_size"] * compute
-    if settings["parallel"]["parallel_mode"] == 0 or count == 1:  # blocks of the vocabulary: one gradient of each
+    hidden = model["hidden_size"] * compute
+    one = shares.everywhere * hidden
+    if settings["parallel"]["parallel_mode"] == 0 or count == 1:  # blocks of the vocabulary: one of each
         return one
-    weight = 0 if "lora" in settings else model["padded_vocab_size"] // shares.vocabulary * model["hidden_size"] * compute
+    weight = 0 if "lora" in settings else model["padded_vocab_size"] // shares.vocabulary * hidden
     return count * (one + weight)
 
 
 def compute_copies(settings, devices):
-    """Bytes of the matrices in the type of the computation, gathered where the optimizer shares them out. They are kept
-    from the forward to the backward pass: MindFormers passes parallel_optimizer_comm_recompute to no layer."""
+    """Bytes of the matrices in the type of the computation, gathered where the optimizer shares them out.
+    They are kept from the forward to the backward pass: MindFormers passes
+    parallel_optimizer_comm_recompute to no layer."""
     model = settings["model"]["model_config"]
-    return sum(math.prod(part.gathered) * BYTES[model["compute_dtype"]] for name, part in held(settings, devices).items()
+    return sum(math.prod(part.gathered) * BYTES[model["compute_dtype"]]
+               for name, part in held(settings, devices).items()
                if "encoder.layers" in name and len(part.shape) == 2
                and (part.shared_by > 1 or part.dtype != model["compute_dtype"]))
 
@@ -128,13 +136,14 @@ def parts(settings, devices):
     Returns:
         dict, name of a part -> bytes. They are not all there at once: peak() says when.
     """
-    layout, shares, table = layout_of(settings, devices), shares_of(settings, devices), held(settings, devices)
+    shares, table = shares_of(settings, devices), held(settings, devices)
     model, training = settings["model"]["model_config"], settings["run_mode"] == "finetune"
     trained = [part for part in table.values() if part.trained and training]
     recompute = settings.get("recompute_config", {}).get("recompute", False)
     kept = layer_kept(settings, shares) if recompute else layer_whole(settings, shares.group)
     work = layer_whole(settings, shares.group) if recompute or not training else 0
-    semi, cast = settings["parallel"]["parallel_mode"] == 1, model["param_init_type"] != model["compute_dtype"]
+    semi, cast = settings["parallel"]["parallel_mode"], model["param_init_type"] != model["compute_dtype"]
+    cell = 1 if model.get("use_flash_attention") else 4  # bytes of the mask's numbers
     logits = chunks(settings, shares)[0] * model["padded_vocab_size"] // shares.vocabulary * 4
     return {
         "weights": sum(part.bytes for part in table.values()),
@@ -142,8 +151,8 @@ def parts(settings, devices):
         "gradients": sum(part.bytes for part in trained),
         "weights in compute type": compute_copies(settings, devices) if training or cast else 0,
         "kept by the layers": model["num_layers"] * kept * training,
-        "embedding and last norm": head_kept(settings, shares, layout.model),
-        "masks": (shares.group + 3 * shares.split) * model["seq_length"] * (1 if model.get("use_flash_attention") else 4),
+        "embedding and last norm": head_kept(settings, shares, layout_of(settings, devices).model),
+        "masks": (shares.group + 3 * shares.split) * model["seq_length"] * cell,
         "one layer at work": work + layer_work(settings, shares.group) * training,
         "logits of a chunk": logits * (LOGITS_COPIES if semi and training else 3),
         "gradients of chunks": chunk_gradients(settings, shares) * training,
@@ -153,19 +162,20 @@ def parts(settings, devices):
 def peak(settings, devices):
     """The most that a card holds at once.
 
-    A step's memory has three summits: at the log-probs, when all layers wait for their gradient; in the last layer, which
-    goes backward first; in the first one, when the gradients of all weights are there. Of accumulated parts the sum of the
-    gradients is there always.
+    A step's memory has three summits: at the log-probs, when all layers wait for their gradient; in the
+    last layer, which goes backward first; in the first one, when the gradients of all weights are there.
+    Of accumulated parts the sum of the gradients is there always.
 
     Returns:
         (where: "log-probs", "last layer" or "first layer", bytes).
     """
     found = parts(settings, devices)
     kept, gradients, work = found["kept by the layers"], found["gradients"], found["one layer at work"]
-    always = sum(found[name] for name in ("weights", "Adam's moments", "weights in compute type", "masks", "buffers"))
+    always = sum(found[name] for name in (
+        "weights", "Adam's moments", "weights in compute type", "embedding and last norm", "masks",
+        "buffers"))
     if settings["runner_config"].get("gradient_accumulation_steps", 1) > 1:
         always += gradients
-    always += found["embedding and last norm"]
     summits = {"log-probs": kept + found["logits of a chunk"] + found["gradients of chunks"],
                "last layer": kept + work, "first layer": gradients + work}
     where = max(summits, key=summits.get)

@@ -1,7 +1,8 @@
 """What a card holds of the weights, the gradients and the optimizer's state, to the byte.
 
-The rules are those of MindFormers' ChatGLM2 (how each weight is split) and of MindSpore's optimizer sharding. They were
-found by compiling plans for real and reading the shapes off every rank; tests/test_plan.py has the record.
+The rules are those of MindFormers' ChatGLM2 (how each weight is split) and of MindSpore's optimizer
+sharding. They were found by compiling plans for real and reading the shapes off every rank;
+tests/test_plan.py has the record.
 """
 import math
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from mindrlhf.models.glm4 import lora, weights
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-OPTIMIZER_THRESHOLD = 64 * 1024  # bytes; MindSpore shares no smaller weight out (parallel_optimizer_threshold: 64 KB)
+OPTIMIZER_THRESHOLD = 64 * 1024  # bytes: MindSpore's parallel_optimizer_threshold; smaller weights stay whole
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Held:
 
     Attributes:
         shape: of the whole parameter.
-        gathered: shape of the part that the card computes with; where the optimizer shares it out, gathered for that.
+        gathered: shape of the part that the card computes with; where the optimizer shares it out,
+        gathered for that.
         slice: shape of the part that it holds between steps.
         dtype: of its numbers.
         trained: whether it has a gradient and moments.
@@ -70,7 +72,8 @@ def layout_of(settings, devices):
     if settings["parallel"]["parallel_mode"] == 0:
         return Layout(data=devices, whole_vocabulary=True)
     plan = settings.get("parallel_config", {})
-    return Layout(plan.get("data_parallel", 1), plan.get("model_parallel", 1), plan.get("vocab_emb_dp", False),
+    return Layout(plan.get("data_parallel", 1), plan.get("model_parallel", 1),
+                  plan.get("vocab_emb_dp", False),
                   settings["parallel"].get("enable_parallel_optimizer", False))
 
 
@@ -87,10 +90,11 @@ def shapes(settings):
     """Name -> shape of every parameter of the network, adapters included."""
     table = weights.shapes(numbers_of(settings))
     if "lora" in settings:
-        rank, targets = settings["lora"]["rank"], "|".join(lora.TARGETS[t] for t in settings["lora"]["target_modules"])
+        rank = settings["lora"]["rank"]
+        targets = "|".join(lora.TARGETS[target] for target in settings["lora"]["target_modules"]).split("|")
         for name, shape in list(table.items()):
             cell = name.removesuffix(".weight")
-            if "encoder.layers" in name and name.endswith(".weight") and cell.rsplit(".", 1)[1] in targets.split("|"):
+            if "encoder.layers" in name and cell != name and cell.rsplit(".", 1)[1] in targets:
                 table |= {cell + lora.A: (rank, shape[1]), cell + lora.B: (shape[0], rank)}
     return table
 
@@ -126,7 +130,7 @@ def held(settings, devices):
     layout, model = layout_of(settings, devices), settings["model"]["model_config"]
     table = {}
     for name, shape in shapes(settings).items():
-        dtype = model.get("layernorm_compute_type", "float32") if "layernorm" in name else model["param_init_type"]
+        dtype = "float32" if "layernorm" in name else model["param_init_type"]  # layernorm_compute_type
         parts = strategy(name, shape, layout)
         part = tuple(size // count for size, count in zip(shape, parts))
         trained = "lora" not in settings or lora.is_adapter(name)
@@ -145,7 +149,7 @@ def _shared(part, parts, layout, dtype):
 
 
 def parameter_bytes(settings, devices):
-    """Name -> bytes of every weight and of both of Adam's moments (adam_m.*, adam_v.*, float32) on one card."""
+    """Name -> bytes of every weight and of Adam's moments (adam_m.*, adam_v.*, float32) on one card."""
     table = held(settings, devices)
     moments = {f"adam_{kind}.{name}": math.prod(part.slice) * 4
                for kind in "mv" for name, part in table.items() if part.trained}

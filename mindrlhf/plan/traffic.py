@@ -1,7 +1,7 @@
 """Bytes that a card receives in a training step, by kind.
 
-Counted as in the graphs that MindSpore 2.7 compiles (tests/test_plan.py has the record). A gather or scatter over n cards
-moves (n - 1) / n of the whole, an all-reduce twice that.
+Counted as in the graphs that MindSpore 2.7 compiles (tests/test_plan.py has the record). A gather or
+scatter over n cards moves (n - 1) / n of the whole, an all-reduce twice that.
 """
 import math
 
@@ -17,20 +17,21 @@ def _of(cards):
 def layer(settings, devices):
     """(bytes that a layer gathers in the forward pass, of these what recomputation does not gather again).
 
-    MindFormers names strategies for matrix products and heads only. Between them MindSpore spreads the rows over all cards,
-    so every product's input is gathered and its output shared out again: the price of model parallelism here. Without
-    flash attention the scores wander, too.
+    MindFormers names strategies for matrix products and heads only. Between them MindSpore spreads the
+    rows over all cards, so every product's input is gathered and its output shared out again: the price
+    of model parallelism here. Without flash attention the scores wander, too.
     """
     layout, shares = layout_of(settings, devices), shares_of(settings, devices)
     model, (hidden, query, key, ffn) = settings["model"]["model_config"], widths(settings)
     compute = BYTES[model["compute_dtype"]]
-    rows, columns = _of(shares.group // shares.split), _of(layout.model)  # rows fetched; columns of a product fetched
+    rows, columns = _of(shares.group // shares.split), _of(layout.model)  # shares of rows and columns fetched
     if layout.model == 1:
         return 0, 0
     flash = model.get("use_flash_attention", False)
     keys = 2 * key if flash else 2 * query
     joint = shares.group * (query + 2 * key) * columns * compute
-    moved = shares.group * compute * (rows * (2 * hidden + query + keys) + columns * (query + hidden + 2 * ffn))
+    moved = rows * (2 * hidden + query + keys) + columns * (query + hidden + 2 * ffn)
+    moved *= shares.group * compute
     if not flash:  # scores to rows in the computation's type, probabilities back to heads
         scores = shares.group * model["num_attention_heads"] * model["seq_length"]
         moved += scores * (columns + rows) * compute
@@ -47,14 +48,14 @@ def volumes(settings, devices):
     Returns:
         dict, kind -> bytes that a card receives.
     """
-    layout, shares, table = layout_of(settings, devices), shares_of(settings, devices), held(settings, devices)
-    model = settings["model"]["model_config"]
+    layout, shares = layout_of(settings, devices), shares_of(settings, devices)
+    table, model = held(settings, devices), settings["model"]["model_config"]
     compute, hidden, layers = BYTES[model["compute_dtype"]], model["hidden_size"], model["num_layers"]
     trained = [part for part in table.values() if part.trained]
     if settings["parallel"]["parallel_mode"] == 0:
         return {"gradient all-reduce": 2 * _of(devices) * sum(part.bytes for part in trained)}
-    gathered = sum(math.prod(part.gathered) * _of(part.shared_by) * (compute if "encoder" in name else BYTES[part.dtype])
-                   for name, part in table.items())
+    gathered = sum(math.prod(part.gathered) * _of(part.shared_by)
+                   * (compute if "encoder" in name else BYTES[part.dtype]) for name, part in table.items())
     scattered = sum(math.prod(part.gathered) * _of(part.shared_by) * BYTES[part.dtype] for part in trained)
     reduced = sum(2 * part.bytes * _of(layout.cards * math.prod(part.gathered) // math.prod(part.shape))
                   for part in trained if part.shared_by == 1)
@@ -63,7 +64,8 @@ def volumes(settings, devices):
     again = forward - once if recompute else 0
     products = 2 * _of(layout.model) * shares.group * hidden
     fetched = (shares.everywhere - shares.split) * hidden * compute
-    return {"optimizer all-gather": gathered, "gradient reduce-scatter": scattered, "gradient all-reduce": reduced,
+    return {"optimizer all-gather": gathered, "gradient reduce-scatter": scattered,
+            "gradient all-reduce": reduced,
             "tensor-parallel gathers": layers * (2 * forward + again),
             "tensor-parallel all-reduces": 2 * products * (layers * compute + RESIDUAL * (layout.model > 1)),
             "hidden states for the logits": 2 * fetched}
