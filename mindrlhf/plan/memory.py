@@ -11,8 +11,9 @@ from mindrlhf.plan.parameters import BYTES, held, layout_of, numbers_of
 
 RESIDUAL = 4  # bytes: the sums between layers and the norms are float32 (layernorm_compute_type)
 BUFFERS = 2e9  # assumption: the communication library's buffers and what fragmentation loses
-# float32 tensors at once while a chunk is differentiated: logits, shifted, exp, one-hot, three gradients
-LOGITS_COPIES = 7
+# float32 tensors of a chunk's logits at once, measured by benchmarks/plan_memory.py: logits, shifted, exp,
+# one-hot, products and gradients where cards share the vocabulary; logits and softmax where one has it all
+SPREAD_COPIES, LOCAL_COPIES = 10, 3
 
 
 @dataclass(frozen=True)
@@ -20,16 +21,12 @@ class Shares:
     """How the positions of a step are shared out.
 
     Attributes:
-        rows: rows of both sides in a step, over all cards that work together.
-        spread: over how many cards MindSpore spreads the rows where the model names no strategy (sums,
-        norms, rotary).
-        split: positions of a card where rows are so spread.
+        split: positions of a card where the model names no strategy (sums, norms, rotary embedding): MindSpore
+            spreads the rows over all cards, as far as they divide.
         group: positions of a data-parallel group: those of a card's matrix products.
         everywhere: positions whose log-probs each card computes, on its part of the vocabulary.
         vocabulary: over how many cards the vocabulary is split.
     """
-    rows: int
-    spread: int
     split: int
     group: int
     everywhere: int
@@ -41,12 +38,11 @@ def shares_of(settings, devices):
     layout, length = layout_of(settings, devices), settings["model"]["model_config"]["seq_length"]
     batch = settings["runner_config"]["batch_size"]
     if settings["parallel"]["parallel_mode"] == 0:  # each card by itself
-        return Shares(2 * batch, 1, 2 * batch * length, 2 * batch * length, 2 * batch * length, 1)
-    rows = 2 * batch * layout.data
-    spread, whole = math.gcd(rows, layout.cards), layout.whole_vocabulary
-    group = rows // layout.data * length
-    return Shares(rows, spread, rows // spread * length, group, group if whole else rows * length,
-                  1 if whole else layout.cards)
+        return Shares(2 * batch * length, 2 * batch * length, 2 * batch * length, 1)
+    rows, group = 2 * batch * layout.data, 2 * batch * length
+    split = rows // math.gcd(rows, layout.cards) * length
+    return Shares(split, group, group, 1) if layout.whole_vocabulary else Shares(
+        split, group, rows * length, layout.cards)
 
 
 def widths(settings):
@@ -154,7 +150,7 @@ def parts(settings, devices):
         "embedding and last norm": head_kept(settings, shares, layout_of(settings, devices).model),
         "masks": (shares.group + 3 * shares.split) * model["seq_length"] * cell,
         "one layer at work": work + layer_work(settings, shares.group) * training,
-        "logits of a chunk": logits * (LOGITS_COPIES if semi and training else 3),
+        "logits of a chunk": logits * (SPREAD_COPIES if semi and training else LOCAL_COPIES),
         "gradients of chunks": chunk_gradients(settings, shares) * training,
         "buffers": BUFFERS}
 
