@@ -120,6 +120,14 @@ def test_traffic_is_that_of_the_compiled_graphs(tmp_path, plan):
     assert sum(found.values()) == pytest.approx(MOVED[plan], rel=close)
 
 
+def test_traffic_and_kept_bytes_with_flash_attention(tmp_path):
+    """2x2, compiled but not run: keys and values wander unrepeated, no scores, but a mask in every layer."""
+    settings = settings_of(tmp_path, 2, 2)
+    settings["model"]["model_config"]["use_flash_attention"] = True
+    assert sum(traffic.volumes(settings, 4).values()) == pytest.approx(4621630, rel=1e-4)
+    assert memory.layer_kept(settings, memory.shares_of(settings, 4)) == pytest.approx(163848, rel=1e-3)
+
+
 @pytest.mark.parametrize("plan", KEPT)
 def test_a_layer_keeps_what_the_compiled_graphs_keep(tmp_path, plan):
     data, model, layers, dtype = plan
