@@ -1,12 +1,14 @@
 """How close is what mindrlhf.plan estimates for a layer to what a training step really needs?
 
-MindFormers' own ChatGLM2 cells, forward and backward, float32 on the CPU, for several shapes; each in a process of its own.
-Measured is the peak of resident memory during the step over what the process held before it; estimated is what memory.peak
-adds up for the last and the first layer, and here, where no flash attention avoids them, one tensor of attention scores
-kept in every layer and two at work. Operators run one by one (PyNative): there MindSpore frees a tensor after its last use,
-as a graph does on an NPU. A graph on the CPU frees almost nothing before its end, and recomputes at once what recomputation
-should defer, so it shows neither. The goal is 20 %; shapes that miss it are counted, not left out. Freed blocks that the
-allocator cannot use again count as measured. What no CPU shows: bfloat16, flash attention, and the NPU's allocator.
+MindFormers' own ChatGLM2 cells, forward and backward, float32 on the CPU, for several shapes; each in a
+process of its own. Measured is the peak of resident memory during the step over what the process held
+before it; estimated is what memory.peak adds up for the last and the first layer, and here, where no flash
+attention avoids them, one tensor of attention scores kept in every layer and two at work. Operators run one
+by one (PyNative): there MindSpore frees a tensor after its last use, as a graph does on an NPU. A graph on
+the CPU frees almost nothing before its end, and recomputes at once what recomputation should defer, so it
+shows neither. The goal is 20 %; shapes that miss it are counted, not left out. Freed blocks that the
+allocator cannot use again count as measured. What no CPU shows: bfloat16, flash attention, and the NPU's
+allocator.
 
     python benchmarks/plan_memory.py
 """
@@ -16,15 +18,17 @@ import sys
 
 import data_model
 
-BASE = {"num_layers": 2, "hidden_size": 256, "ffn_hidden_size": 1024, "num_attention_heads": 4, "multi_query_group_num": 2,
-        "kv_channels": 64, "seq_length": 128, "rows": 32, "recompute": False}
+BASE = {"num_layers": 2, "hidden_size": 256, "ffn_hidden_size": 1024, "num_attention_heads": 4,
+        "multi_query_group_num": 2, "kv_channels": 64, "seq_length": 128, "rows": 32, "recompute": False}
 SHAPES = [{}, {"num_layers": 6}, {"ffn_hidden_size": 2048}, {"ffn_hidden_size": 2048, "num_layers": 6},
-          {"hidden_size": 512}, {"hidden_size": 512, "num_layers": 6}, {"num_attention_heads": 8, "hidden_size": 512},
-          {"rows": 96}, {"num_layers": 3, "recompute": True}, {"num_layers": 12, "recompute": True},
-          {"num_layers": 8, "hidden_size": 1024, "ffn_hidden_size": 2048, "recompute": True}, {"seq_length": 512, "rows": 8}]
+          {"hidden_size": 512}, {"hidden_size": 512, "num_layers": 6},
+          {"num_attention_heads": 8, "hidden_size": 512}, {"rows": 96},
+          {"num_layers": 3, "recompute": True}, {"num_layers": 12, "recompute": True},
+          {"num_layers": 8, "hidden_size": 1024, "ffn_hidden_size": 2048, "recompute": True},
+          {"seq_length": 512, "rows": 8}]
 
 
-# log-probs at GLM-4's vocabulary: (which cell, positions, chunk_size, float32 copies of the logits that the plan counts)
+# log-probs at GLM-4's vocabulary: (which cell, positions, chunk_size, copies that the plan counts)
 LOGPS = [("SpreadLogps", 256, 0, "SPREAD_COPIES"), ("SpreadLogps", 512, 0, "SPREAD_COPIES"),
          ("LocalLogps", 1024, 256, "LOCAL_COPIES"), ("LocalLogps", 2048, 256, "LOCAL_COPIES")]
 VOCABULARY, NARROW = 151_552, 32
@@ -37,8 +41,7 @@ def status(key):
 
 
 def peak_of(step, small, whole):
-    """Bytes that a step takes above what the process holds after a small one, which loads what MindSpore loads at first
-    use."""
+    """Bytes that a step takes above what the process holds after a small one, which loads libraries."""
     float(step(*small)[0].asnumpy())
     with open("/proc/self/clear_refs", "w") as file:  # lets the peak start anew
         file.write("5")
@@ -85,10 +88,11 @@ def measure(shape):
     from mindformers.modules.transformer import TransformerOpParallelConfig, TransformerRecomputeConfig
     rows, recompute = shape.pop("rows"), TransformerRecomputeConfig(recompute=shape.pop("recompute"))
     network = ChatGLM2Model(ChatGLM2Config(
-        padded_vocab_size=256, vocab_size=256, rmsnorm=True, add_bias_linear=False, add_qkv_bias=True, use_past=False,
-        multi_query_attention=True, use_flash_attention=False, hidden_dropout=0.0, attention_dropout=0.0, pad_token_id=0,
-        compute_dtype="float32", param_init_type="float32", layernorm_compute_type="float32", rotary_dtype="float32",
-        eos_token_id=[1, 2], parallel_config=TransformerOpParallelConfig(recompute=recompute), **shape))
+        padded_vocab_size=256, vocab_size=256, rmsnorm=True, add_bias_linear=False, add_qkv_bias=True,
+        use_past=False, multi_query_attention=True, use_flash_attention=False, hidden_dropout=0.0,
+        attention_dropout=0.0, pad_token_id=0, compute_dtype="float32", param_init_type="float32",
+        layernorm_compute_type="float32", rotary_dtype="float32", eos_token_id=[1, 2],
+        parallel_config=TransformerOpParallelConfig(recompute=recompute), **shape))
     if not hasattr(network.encoder, "cast"):  # see backend.cure, which would put lean cells here
         network.encoder.cast = ops.Cast()
 
@@ -104,7 +108,7 @@ def measure(shape):
     step, length = ops.value_and_grad(Loss().set_train(), None, weights), shape["seq_length"]
     ids = ms.Tensor(np.ones((rows, length), "i4"))
     mask = ms.Tensor(np.triu(np.ones((rows, 1, length, length), "f4"), 1))
-    gradients = sum(weight.size * 4 for weight in weights)  # of the first step: MindSpore's pool holds their room already
+    gradients = sum(weight.size * 4 for weight in weights)  # the small step's are in the pool already
     return peak_of(step, (ids[:1], mask[:1]), (ids, mask)) + gradients
 
 
@@ -115,11 +119,14 @@ def estimate(shape):
     model = {key: value for key, value in shape.items() if key not in ("rows", "recompute")}
     settings = config.load(
         data_model.ROOT / "examples/glm4_dpo/finetune_glm4_tiny.yaml", run_mode="finetune",
-        overrides={f"model.model_config.{key}": value for key, value in {**model, "padded_vocab_size": 256}.items()})
+        overrides={f"model.model_config.{key}": value
+                   for key, value in {**model, "padded_vocab_size": 256}.items()})
     positions, layers = shape["rows"] * shape["seq_length"], shape["num_layers"]
-    gradients = sum(part.bytes for name, part in parameters.held(settings, 1).items() if "output_layer" not in name)
+    table = parameters.held(settings, 1)
+    gradients = sum(part.bytes for name, part in table.items() if "output_layer" not in name)
     scores = positions * shape["num_attention_heads"] * shape["seq_length"] * 4
-    whole, work = memory.layer_whole(settings, positions) + scores, memory.layer_work(settings, positions) + 2 * scores
+    whole = memory.layer_whole(settings, positions) + scores
+    work = memory.layer_work(settings, positions) + 2 * scores
     if shape["recompute"]:
         return max(layers * positions * shape["hidden_size"] * 4, gradients) + whole + work
     return max(layers * whole, gradients) + work
@@ -127,7 +134,8 @@ def estimate(shape):
 
 def child(*arguments):
     """What a process of its own measures, bytes."""
-    done = subprocess.run([sys.executable, __file__, json.dumps(arguments)], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, __file__, json.dumps(arguments)], capture_output=True, text=True,
+                          check=True)
     return float(done.stdout.split()[-1])
 
 

@@ -89,7 +89,7 @@ def test_weights_gradients_and_moments_are_those_of_the_ranks(tmp_path, plan):
 
 
 def test_adapters_are_split_like_the_matrices_beside_them(tmp_path):
-    """The 2x2 ranks hold A whole and half of B; of the last, half of A and B whole. All are too small to share."""
+    """The 2x2 ranks hold A whole and half of B; of the last, half of A and B whole. All too small to share."""
     table = parameters.held(settings_of(tmp_path, 2, 2, "lora"), 4)
     shapes = {name.split("layers.0.")[1].replace(".mindpet_delta_lora_", " "): part.slice
               for name, part in table.items() if "lora" in name}
@@ -212,7 +212,7 @@ def test_rows_come_from_the_sidecar(tmp_path, golden, capsys):
 
 
 def test_flash_attention_needs_a_key_value_head_on_each_card():
-    """Compiled with scripts/rig, 1x4 ends with "operator FlashAttentionScore init failed": 4 parts of 2 heads."""
+    """Compiled with scripts/rig, 1x4 ends with "operator FlashAttentionScore init failed": 2 heads in 4."""
     with pytest.raises(cli.UserError, match="does not divide multi_query_group_num"):
         config.load(EXAMPLE / "finetune_glm4_9b.yaml", run_mode="finetune",
                     overrides={"parallel_config.data_parallel": 2, "parallel_config.model_parallel": 4})

@@ -62,7 +62,7 @@ def volumes(settings, devices):
     forward, once = layer(settings, devices)
     recompute = settings.get("recompute_config", {}).get("recompute", False)
     again = forward - once if recompute else 0
-    masks = _of(shares.group // shares.split) * shares.group * model["seq_length"]  # a byte each, in every layer
+    masks = _of(shares.group // shares.split) * shares.group * model["seq_length"]  # bytes, in every layer
     masks *= layers * (1 + recompute) * model.get("use_flash_attention", False) * (layout.model > 1)
     products = 2 * _of(layout.model) * shares.group * hidden
     fetched = (shares.everywhere - shares.split) * hidden * compute
