@@ -119,6 +119,19 @@ def read(path):
     return layouts
 
 
+def narrow(path, names, target):
+    """Write a strategy file of a few tensors: MindSpore parses it many times. Returns its path."""
+    from mindspore.train.node_strategy_pb2 import ParallelStrategyMap
+    content, few = ParallelStrategyMap(), ParallelStrategyMap()
+    content.ParseFromString(Path(path).read_bytes())
+    few.current_stage = content.current_stage
+    few.parallel_strategy_item.extend(content.parallel_strategy_item[:1])
+    few.parallel_layout_item.extend(item for item in content.parallel_layout_item
+                                    if item.param_name in names)
+    target.write_bytes(few.SerializeToString())
+    return target
+
+
 def _layout(entry):
     """MindSpore's ParallelLayouts -> Layout."""
     if entry.field or (entry.param_split_shape and entry.param_split_shape[0].dim):

@@ -60,27 +60,34 @@ def transform(ranks, strategies, wanted, files, folder, progress):
         folder: for MindSpore's intermediate files.
         progress: called with the number of bytes after each piece.
     """
-    import mindspore as ms
-    strategies = tuple(path and str(path) for path in strategies)
+    work = Path(folder) / "group"
     with ExitStack() as stack:
         writers = []
         for path, shapes in zip(files, wanted):
             path.parent.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(open(path, "wb"))
             writers.append(stack.enter_context(Writer(file, path.suffix, shapes, hashed=False)))
-        needed = [sorted(ms.rank_list_for_transform(rank, *strategies)) for rank in range(len(files))]
         for names in _groups(ranks):
-            work = Path(folder) / "group"
-            for rank in sorted(set().union(*needed)):
-                items = [_as_bits(ranks[rank][name]) for name in names]
-                write(work / f"rank_{rank}.ckpt", items, hashed=False)
-            for rank, writer in enumerate(writers):
-                parts = {part: str(work / f"rank_{part}.ckpt") for part in needed[rank]}
-                ms.transform_checkpoint_by_rank(rank, parts, str(work / "out.ckpt"), *strategies)
-                made = read(work / "out.ckpt")
+            work.mkdir()
+            plans = [path and layouts.narrow(path, names, work / f"{side}_strategy.ckpt")
+                     for side, path in zip(("src", "dst"), strategies)]
+            for rank, made in enumerate(_made(ranks, names, plans, work, len(files))):
                 for name in names:
-                    writer.add(_bits(made[name], ranks[0][name].dtype), progress)
+                    writers[rank].add(_bits(made[name], ranks[0][name].dtype), progress)
             shutil.rmtree(work)
+
+
+def _made(ranks, names, plans, work, cards):
+    """What MindSpore makes of a group of tensors for each card: dicts, name -> StoredTensor."""
+    import mindspore as ms
+    plans = [path and str(path) for path in plans]
+    needed = [sorted(ms.rank_list_for_transform(rank, *plans)) for rank in range(cards)]
+    for rank in sorted(set().union(*needed)):
+        write(work / f"rank_{rank}.ckpt", [_as_bits(ranks[rank][name]) for name in names], hashed=False)
+    for rank in range(cards):
+        parts = {part: str(work / f"rank_{part}.ckpt") for part in needed[rank]}
+        ms.transform_checkpoint_by_rank(rank, parts, str(work / "out.ckpt"), *plans)
+        yield read(work / "out.ckpt")
 
 
 def _groups(ranks):
