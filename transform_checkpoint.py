@@ -182,7 +182,7 @@ def make(source, strategy, wanted, made, base):
     """Write and verify the files of all cards. Returns (fingerprint of the whole weights, wanted)."""
     folder, by_mindspore = made[0].parents[1 if strategy is None else 2], source.strategy or strategy
     size = reshard.size_on_disk(wanted)
-    check_room(made[0], size + (3 * reshard.GROUP if by_mindspore else 0))
+    check_room(made[0], size + (reshard.room(source.tensors, source.ranks) if by_mindspore else 0))
     tensors = source.tensors
     if by_mindspore:
         files = [folder / "adapters.ckpt"] if base else made

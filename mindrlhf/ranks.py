@@ -1,4 +1,4 @@
-"""The checkpoint files of several cards: rank_0, rank_1, ..., and which of several steps is whole on all of them."""
+"""The checkpoint files of several cards, rank_0, rank_1, ...: which of several steps is whole on all."""
 import re
 from pathlib import Path
 

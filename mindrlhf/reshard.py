@@ -86,7 +86,12 @@ def _made(ranks, names, plans, work, cards):
         write(work / f"rank_{rank}.ckpt", [_as_bits(ranks[rank][name]) for name in names], hashed=False)
     for rank in range(cards):
         parts = {part: str(work / f"rank_{part}.ckpt") for part in needed[rank]}
-        ms.transform_checkpoint_by_rank(rank, parts, str(work / "out.ckpt"), *plans)
+        try:
+            ms.transform_checkpoint_by_rank(rank, parts, str(work / "out.ckpt"), *plans)
+        except (RuntimeError, ValueError, TypeError, KeyError) as error:
+            said = str(error).strip().split("\n")[0]
+            raise UserError(f"MindSpore cannot transform {names[0]} and what follows it ({said}); check the "
+                            "strategies and the disk") from None
         yield read(work / "out.ckpt")
 
 
@@ -143,6 +148,12 @@ def verify(identity, files, strategy):
     if bad:
         raise UserError(f"{sorted(bad)[0]} and {len(bad) - 1} more hold NaN or infinite values: the "
                         "training diverged; take an earlier --step")
+
+
+def room(source, ranks):
+    """Bytes of MindSpore's intermediate files at most: those of a group, and what is made of them."""
+    return 2 * max(GROUP, *(tensor.nbytes * len(ranks) for tensor in ranks[0].values()),
+                   *(tensor.nbytes for tensor in source.values()))
 
 
 def size_on_disk(wanted):

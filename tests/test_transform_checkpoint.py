@@ -364,6 +364,20 @@ def test_a_wrong_transformation_is_found(tmp_path, monkeypatch, fault):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_error_of_mindspore_is_one_line(tmp_path, monkeypatch):
+    import mindspore as ms
+
+    def fail(*_):
+        raise RuntimeError("Failed to save the checkpoint file.\n---- C++ Call Stack ----")
+
+    monkeypatch.setattr(ms, "transform_checkpoint_by_rank", fail)
+    write(tmp_path / "one.ckpt", whole())
+    with pytest.raises(UserError, match=r"\(Failed to save the checkpoint file\.\)") as error:
+        run(tmp_path / "one.ckpt", tmp_path / "out", dst_strategy=STRATEGIES / "2x2.ckpt")
+    assert "\n" not in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.ckpt"]
+
+
 def test_places_that_cannot_be_written_to(tmp_path):
     write(tmp_path / "one.ckpt", whole())
     (tmp_path / "full").mkdir()
