@@ -45,7 +45,7 @@ class Network:
         for name in self.names:
             subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
 
-    def start(self, folder, command, *, timeout=120, workers=2, nodes=(0, 1)):
+    def start(self, folder, command, *, timeout=300, workers=2, nodes=(0, 1)):
         """Run the launcher on each machine: list of processes. Logs go to folder/logs0 and logs1."""
         processes = []
         for node in nodes:
