@@ -1,8 +1,10 @@
 """One training step."""
+import numpy as np
 from mindformers import MFTrainOneStepCell
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
-from mindspore import nn, ops
+from mindspore import Tensor, nn, ops
 
+from mindrlhf import cli
 from mindrlhf.backend import SumOverWorkers, unwrap
 from mindrlhf.data.mindrecord import COLUMNS
 
@@ -14,6 +16,44 @@ add_gradients = ops.MultitypeFuncGraph("add_gradients")
 @add_gradients.register("Tensor", "Tensor")
 def _add(left, right):
     return left + right
+
+
+scale = ops.MultitypeFuncGraph("scale")
+
+
+@scale.register("Tensor", "Tensor")
+def _scale(factor, gradient):
+    return gradient * factor.astype(gradient.dtype)
+
+
+class ClipInPlan(nn.Cell):
+    """MindFormers' ClipGradNorm for gradients that a plan spreads over cards, and that were added up.
+
+    MindSpore adds up the squares of all cards where it finds a norm behind a gradient, but it does not look through an
+    addition. The cards' parts of a gradient are of one size, and each stands on as many cards; so the mean of the squares
+    of the whole is the mean over the cards of the means of their parts.
+
+    Args:
+        max_norm: as ClipGradNorm takes it.
+        weights: parameters, not sharded yet, whose gradients come.
+        cards: number of cards.
+    """
+
+    def __init__(self, max_norm, weights, cards):
+        super().__init__(auto_prefix=False)
+        self.max_norm, self.cards = max_norm, cards
+        self.sizes = tuple(float(weight.size) for weight in weights)
+        self.zero = Tensor(np.zeros(1, np.float32))  # of one dimension, as MindFormers has it
+        self.mean, self.all_reduce, self.hyper_map = ops.ReduceMean(), ops.AllReduce(), ops.HyperMap()
+
+    def construct(self, gradients):
+        """Tuple of gradients -> (clipped ones, norm before, float32 (1,))."""
+        squares = self.zero
+        for number, size in enumerate(self.sizes):
+            squares += size * self.mean(ops.square(gradients[number].astype("float32")), ())
+        norm = ops.sqrt(self.all_reduce(squares) / self.cards)
+        factor = self.max_norm / (ops.maximum(norm, self.max_norm) + 1e-6)
+        return self.hyper_map(ops.Partial()(scale, factor), gradients), norm
 
 
 class PartLoss(nn.Cell):
@@ -72,6 +112,8 @@ class DPOTrainOneStepCell(MFTrainOneStepCell):
         self.accumulation = accumulation
         self.sum_over_workers = SumOverWorkers()
         self.part_loss = PartLoss(network, split, self.sum_over_workers)
+        if split is not None and accumulation > 1:
+            self.clip_grad_norm = ClipInPlan(max_grad_norm, self.weights, cli.workers())
 
     def part(self, columns, number):
         """Inputs of PartLoss for one part of the rows."""
