@@ -211,6 +211,16 @@ def _fuse_adamw():
     adamw._adamw_opt = update
 
 
+def load_states_with(load):
+    """Have MindFormers' Trainer call load(network, optimizer) where it would load a state itself, before it compiles."""
+    from mindformers.trainer import base_trainer
+
+    def load_instead(config, model, network, dataset, optimizer=None):  # noqa: ARG001  as the Trainer calls it
+        load(network, optimizer)
+
+    base_trainer.transform_and_load_checkpoint = load_instead
+
+
 def build_network(config):
     """Build the network that the YAML names, with the cures.
 

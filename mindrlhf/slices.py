@@ -37,6 +37,26 @@ class FileTensor(Tensor):
         return Tensor(convert(values, self.stored.dtype, "F32"), self.dtype)
 
 
+class OwnPart(Tensor):
+    """What a parameter of a parallel plan starts with where this card's part of it is known already.
+
+    MindSpore asks a parameter's initial value for that part when it has compiled the network.
+
+    Args:
+        part: array, what this card holds.
+        shape: of the whole parameter.
+        dtype: of the parameter.
+    """
+
+    def __init__(self, part, shape, dtype):
+        super().__init__(dtype=dtype, shape=shape, init=Zero())  # an init marks it as not there yet
+        self.part = part
+
+    def init_data(self, slice_index=None, shape=None, opt_shard_group=None):  # noqa: ARG002  MindSpore's
+        """The part, whichever MindSpore asks for."""
+        return Tensor(self.part, self.dtype)
+
+
 def find_block(whole, shape, index, *, cards, group=(1, 0)):
     """Which block of a tensor a card holds.
 

@@ -1,6 +1,7 @@
 """A training run: its data, its weights, and MindFormers' Trainer around them."""
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from mindspore.train.callback import Callback
@@ -82,6 +83,8 @@ def load_weights(model, settings, data, resumed):
     Raises:
         UserError: they are others, unless dpo.check_reference is False.
     """
+    if resumed and sharded(settings):
+        return  # each card has its part, which train() loads
     if "lora" in settings:
         loaded = checkpoint.load_strictly(model, settings.get("load_checkpoint"), names=is_base,
                                           strategy=settings.get("src_strategy"))
@@ -101,11 +104,16 @@ def load_weights(model, settings, data, resumed):
                                       tokenizer=None, checkpoint=identity)
 
 
+def sharded(settings):
+    """Whether a plan spreads the model over cards."""
+    return settings["parallel"]["parallel_mode"] == 1
+
+
 def feeding(settings):
     """How the workers are fed: batch_size (rows that one reads for a step), shards and shard of the data."""
     runner = settings["runner_config"]
     rows = runner["batch_size"] * runner.get("gradient_accumulation_steps", 1)
-    if settings["parallel"]["parallel_mode"] == 1:  # every card is fed the whole batch and takes its part of it
+    if sharded(settings):  # every card is fed the whole batch and takes its part of it
         return {"batch_size": rows * settings["parallel_config"]["data_parallel"], "shards": 1, "shard": 0}
     return {"batch_size": rows, "shards": cli.workers(), "shard": cli.rank()}
 
@@ -136,6 +144,8 @@ def train(model, run_config, settings, data, resumed):
     run_config.lr_schedule.total_steps = total
     journal = Journal(settings["output_dir"], progress.first) if cli.rank() == 0 else None
     callbacks = make_callbacks(model, settings, data, progress, journal, resumed)
+    if resumed and sharded(settings):
+        backend.load_states_with(partial(state.load_own_part, resumed))
     trainer = Trainer(args=run_config, task="text_generation", model=model, train_dataset=dataset, callbacks=callbacks)
     trainer.finetune(finetune_checkpoint=str(resumed) if resumed else False, resume_training=bool(resumed),
                      auto_trans_ckpt=False)

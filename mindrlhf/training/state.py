@@ -85,3 +85,29 @@ def set_aside_later(output_dir, step):
     for later, path in saved(output_dir).items():
         if later > step:
             path.rename(path.with_suffix(".ckpt.unusable"))
+
+
+def load_own_part(path, network, optimizer):
+    """Load what this rank saved of a parallel plan, before the plan is compiled.
+
+    Args:
+        path: state of this rank; the plan is the one that saved it.
+        network, optimizer: Cells with whole parameters.
+
+    Raises:
+        UserError: a parameter is missing, or its part cannot be one of this plan.
+    """
+    from mindspore import Tensor
+
+    from mindrlhf.slices import OwnPart
+    stored = checkpoint.read(path)
+    for parameter in {p.name: p for cell in (network, optimizer) for p in cell.get_parameters()}.values():
+        tensor = stored.get(parameter.name)
+        whole = parameter.shape
+        if tensor is None or len(tensor.shape) != len(whole) or any(
+                all_ % part for all_, part in zip(whole, tensor.shape)):
+            raise UserError(f"{path}: has {'no ' if tensor is None else 'another shape of '}{parameter.name}; resume with "
+                            "the YAML and the number of workers that saved it")
+        values = tensor.array() if tensor.dtype.startswith("I") else tensor.float32()
+        parameter.set_data(Tensor(values, parameter.dtype) if tensor.shape == whole else
+                           OwnPart(values, whole, parameter.dtype))
