@@ -10,7 +10,7 @@ import yaml
 from mindrlhf import checkpoint, cli, config
 
 TOLERANCE = 1e-4  # relative, of losses, rewards and gradient norms
-HEAD, LAYERS, POSITIONS, VOCABULARY = 8, 2, 128, 512  # kv_channels, num_layers, seq_length, padded_vocab_size at least
+HEAD, LAYERS, POSITIONS, VOCABULARY = 8, 2, 128, 528  # kv_channels, num_layers, seq_length, padded_vocab_size at least
 
 
 def illegal(settings, cards):
@@ -90,6 +90,7 @@ def weight_difference(one, many, before):
     if problem := checkpoint.difference({name: tensor.shape for name, tensor in one.items()},
                                         {name: tensor.shape for name, tensor in many.items()}):
         return problem, np.inf
+
     def relative(name):
         start, left, right = (stored[name].float32() for stored in (before, one, many))
         return float(np.linalg.norm(right - left) / max(np.linalg.norm(left - start), 1e-12))
@@ -121,9 +122,9 @@ def compare(folder, cards):
 def explain(output, log):
     """Why a command failed: the line with the error in its output or in a worker's log."""
     texts = [Path(output).read_text(errors="replace")]
-    texts += [path.read_text(errors="replace") for path in sorted(Path(log).glob("worker_*.log"))] if Path(log).is_dir() else []
+    texts += [path.read_text(errors="replace") for path in sorted(Path(log).glob("worker_*.log"))]
     for text in texts:
-        for pattern in (r"^error: (.*)", r"^\[CRITICAL\].*?\] (.*)", r"^\w*Error: (.+)", r"^\w*Error:\s+(?:-+\n- .*\n-+\n)?(.*)"):
+        for pattern in (r"^error: (.*)", r"^\w*Error: (.+)", r"^\w*Error:\s+(?:-+\n- .*\n-+\n)?(.*)"):
             if match := re.search(pattern, text, re.MULTILINE):
                 print(f"{Path(output).stem} failed: {match[1].strip()}\n  all of it: {output}, {log}/", file=sys.stderr)
                 return

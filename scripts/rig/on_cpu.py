@@ -1,7 +1,10 @@
-"""Run a command of the project with its semi-auto parallel plan on CPU processes.
+"""Run a command of the project with its semi-auto parallel plan on CPU processes: this, through the launcher,
 
-    LD_PRELOAD=build/librig_hook.so python on_cpu.py BUILD script.py options...      (through the launcher)
+    LD_PRELOAD=BUILD/librig_hook.so msrun_launcher.sh "on_cpu.py BUILD script.py options..." 8
+
+where BUILD is the folder that build.sh prints.
 """
+import importlib
 import os
 import runpy
 import sys
@@ -9,11 +12,10 @@ import sys
 build, script, *options = sys.argv[1:]
 sys.argv = [script, *options]
 sys.path[:0] = [os.path.dirname(os.path.abspath(script)), os.path.dirname(os.path.abspath(__file__))]
-if os.environ.get("MS_ROLE") in ("MS_WORKER",):
+if os.environ.get("MS_ROLE") == "MS_WORKER":  # the scheduler compiles nothing
     os.environ.setdefault("GLOG_v", "3")
-    import mindformers
-    context = sys.modules["mindformers.core.context.build_context"]
-    import rig
+    context = importlib.import_module("mindformers.core.context.build_context")
+    rig = importlib.import_module("rig")
     join = context.init
 
     def join_and_install():
