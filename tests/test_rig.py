@@ -1,0 +1,183 @@
+"""Parallel plans, run for real on CPU processes (scripts/rig), against one process."""
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mindspore
+import pytest
+import yaml
+from conftest import EXAMPLE, ROOT
+
+from mindrlhf.data import mindrecord
+
+if shutil.which("g++") is None:
+    pytest.skip("no g++, with which the rig for parallel plans on the CPU is built", allow_module_level=True)
+if not mindspore.__version__.startswith("2.7."):
+    pytest.skip("the rig for parallel plans on the CPU fits MindSpore 2.7 only", allow_module_level=True)
+
+spec = importlib.util.spec_from_file_location("rehearse", ROOT / "scripts/rehearse.py")
+rehearse = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(rehearse)
+ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHON": sys.executable}
+CONFIG = EXAMPLE / "finetune_glm4_9b.yaml"
+
+
+def run(*command, environment=None):
+    """A command that must succeed: its output."""
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=900,
+                            env={**ENVIRONMENT, **(environment or {})})
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory):
+    """(folder, screen) of a rehearsal of the 9B YAML: 2 x 4 with optimizer sharding, and one process."""
+    folder = tmp_path_factory.mktemp("rehearsal")
+    return folder, run("bash", ROOT / "scripts/rehearse.sh", CONFIG, 8, folder)
+
+
+@pytest.fixture(scope="module")
+def launch(rehearsal):
+    """Function that runs a script of the example on some processes of a plan, with the rehearsal's files."""
+    build = run("bash", ROOT / "scripts/rig/build.sh").strip()
+    folder = rehearsal[0]
+
+    def on_plan(name, script, base, changes, options, workers=4, environment=None):
+        config = folder / f"{name}.yaml"
+        config.write_text(yaml.safe_dump({"base_config": base, **changes}))
+        command = f"{ROOT}/scripts/rig/on_cpu.py {build} {EXAMPLE}/{script} --config {config} {options}"
+        return run("bash", ROOT / "scripts/msrun_launcher.sh", command, workers, 0, folder / f"log_{name}", "True", 600,
+                   environment={"LD_PRELOAD": f"{build}/librig_hook.so", **(environment or {})})
+
+    return on_plan
+
+
+def training(folder, name):
+    return (f"--train_dataset {folder}/train.mindrecord --vocab_file {folder}/hf/tokenizer.model "
+            f"--load_checkpoint {folder}/tiny.ckpt --auto_trans_ckpt True --output_dir {folder}/{name}")
+
+
+def assert_as_one_process(folder, name):
+    one = rehearse.steps(folder / "one")
+    assert len(one) == 3
+    for metric, value in rehearse.differences(one, rehearse.steps(folder / name)).items():
+        assert value <= 1e-4, metric
+
+
+def test_the_plan_of_the_9b_yaml_agrees_with_one_process_to_the_end(rehearsal):
+    folder, screen = rehearsal
+    assert "8 cards compute what one process computes" in screen
+    assert "data_parallel 2 x model_parallel 4, optimizer sharding True, 32 heads, 2 groups as they are" in screen
+    assert_as_one_process(folder, "many")
+    strategies = sorted(path.name for path in (folder / "many/strategy").iterdir())
+    assert strategies == [f"ckpt_strategy_rank_{rank}.ckpt" for rank in range(8)]
+
+
+@pytest.fixture(scope="module")
+def accumulated(rehearsal, launch):
+    """1 x 4: two parts of one row where one process has two rows; states after 2 and 3 steps; held-out pairs."""
+    folder = rehearsal[0]
+    many = yaml.safe_load((folder / "many.yaml").read_text())
+    callbacks = [{**entry, "save_checkpoint_steps": 2} if "save_checkpoint_steps" in entry else entry
+                 for entry in many["callbacks"]]
+    changes = {"parallel_config": {"data_parallel": 1, "model_parallel": 4}, "callbacks": callbacks,
+               "runner_config": {"gradient_accumulation_steps": 2}, "dpo": {"logps_chunk_size": 256}}
+    options = f"{training(folder, 'parts')} --eval_dataset {folder}/train.mindrecord"
+    launch("parts", "run_dpo.py", "many.yaml", changes, options)
+    return folder, lambda: launch("parts", "run_dpo.py", "many.yaml", changes, f"{options} --resume auto")
+
+
+def test_accumulation_in_a_plan_gives_the_same_numbers(accumulated):
+    assert_as_one_process(accumulated[0], "parts")
+
+
+def test_evaluation_in_a_plan_sees_every_pair(accumulated):
+    """Before training, policy and reference agree: the loss is ln 2."""
+    lines = (accumulated[0] / "parts/metrics.jsonl").read_text().splitlines()
+    before, after = [record for record in map(json.loads, lines) if record["split"] == "eval"]
+    assert before["pairs"] == after["pairs"] == 64
+    assert before["loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert after["loss"] < before["loss"]
+
+
+def test_a_resumed_plan_makes_the_same_step(accumulated):
+    folder, resume = accumulated
+    for state in folder.glob("parts/checkpoint/rank_*/*-step_00000003.ckpt"):
+        state.unlink()
+    first = rehearse.steps(folder / "parts")
+    screen = resume()
+    assert "step 2" in screen
+    again = rehearse.steps(folder / "parts")
+    assert [step["step"] for step in again] == [1, 2, 3]
+    assert max(rehearse.differences(first, again).values()) <= 1e-6
+
+
+def logits(folder, vocabulary):
+    """Shapes of tensors of a compiled graph whose last dimension, not their only one, is `vocabulary`: set of strings."""
+    (graph,) = Path(folder).glob("*validate*.ir")
+    return set(re.findall(rf"\((\d+(?:, \d+)*, {vocabulary})\)", graph.read_text()))
+
+
+def test_no_card_ever_holds_logits_of_the_whole_vocabulary(rehearsal, launch):
+    """2 x 2, no optimizer sharding. 528 ids, which is no other size of the model; chunks of 256 positions."""
+    folder, cards, whole = rehearsal[0], 4, rehearse.VOCABULARY
+    changes = {"parallel_config": {"data_parallel": 2, "model_parallel": cards // 2},
+               "parallel": {"enable_parallel_optimizer": False}}
+    launch("spread", "run_dpo.py", "many.yaml", changes, training(folder, "spread"),
+           environment=save_graphs(folder, "spread"))
+    assert_as_one_process(folder, "spread")
+    graph = folder / "graphs_spread/rank_0"
+    assert f"256, {whole // cards}" in logits(graph, whole // cards)
+    assert not logits(graph, whole)
+
+
+def test_the_same_search_finds_them_in_one_process(rehearsal):
+    folder, whole = rehearsal[0], rehearse.VOCABULARY
+    config = folder / "plain.yaml"
+    config.write_text(yaml.safe_dump({"base_config": "one.yaml", "dpo": {"logps_chunk_size": 0}}))
+    run(sys.executable, EXAMPLE / "run_dpo.py", "--config", config, *training(folder, "plain").split(),
+        environment=save_graphs(folder, "plain"))
+    assert f"512, {whole}" in logits(folder / "graphs_plain/rank_0", whole)  # 2 rows of 128, both sides
+
+
+def save_graphs(folder, name):
+    return {"MS_DEV_SAVE_GRAPHS": "1", "MS_DEV_SAVE_GRAPHS_PATH": f"{folder}/graphs_{name}"}
+
+
+def test_preprocessing_on_a_plan_gives_the_same_log_probs(rehearsal, launch):
+    folder = rehearsal[0]
+    launch("scored", "dpo_preprocess_glm4_parallel.py", "process.yaml",
+           {"parallel": {"parallel_mode": 1, "full_batch": True},
+            "parallel_config": {"data_parallel": 1, "model_parallel": 2}, "output_dir": f"{folder}/scored"},
+           f"--src {folder}/train.jsonl --dst {folder}/scored.mindrecord --tokenizer {folder}/hf/tokenizer.model "
+           f"--load_checkpoint {folder}/tiny.ckpt", workers=2)
+    expected, found = (mindrecord.read(folder / f"{name}.mindrecord") for name in ("train", "scored"))
+    for one, other in zip(expected, found, strict=True):
+        for side in ("chosen", "rejected"):
+            assert other[f"{side}_ref_logps"] == pytest.approx(one[f"{side}_ref_logps"], abs=1e-3)
+
+
+@pytest.mark.parametrize(("arguments", "status", "part"), [
+    ((CONFIG,), 2, "usage:"), ((CONFIG, "1"), 2, "above 1"), (("none.yaml", "8"), 2, "none.yaml: no such file"),
+    ((EXAMPLE / "finetune_glm4_tiny.yaml", "2"), 2, "no plan to rehearse"), ((CONFIG, "6"), 1, "= 8 cards, not 6")])
+def test_what_cannot_be_rehearsed_is_said(arguments, status, part, tmp_path):
+    result = subprocess.run(["bash", ROOT / "scripts/rehearse.sh", *arguments, *[tmp_path] * (len(arguments) == 2)],
+                            capture_output=True, text=True, timeout=60, env=ENVIRONMENT, cwd=tmp_path)
+    assert result.returncode == status
+    assert part in result.stdout + result.stderr
+
+
+def test_a_number_that_the_cards_cannot_share_is_named(tmp_path):
+    """13696 = 2^7 x 107: three cards cannot share it, nor the 32 heads."""
+    settings = rehearse.config.load(CONFIG, run_mode="finetune", overrides={
+        "parallel_config.model_parallel": 4, "parallel_config.data_parallel": 1})
+    settings["parallel_config"]["model_parallel"] = 3
+    problems = " ".join(rehearse.illegal(settings, 3))
+    assert "ffn_hidden_size is 13696" in problems
+    assert "num_attention_heads is 32" in problems
