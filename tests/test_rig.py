@@ -37,7 +37,7 @@ def run(*command, environment=None):
 
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory):
-    """(folder, screen) of a rehearsal of the 9B YAML: 2 x 4 with optimizer sharding, and one process."""
+    """(folder, screen) of a rehearsal of the 9B YAML: 4 x 2 with optimizer sharding, and one process."""
     folder = tmp_path_factory.mktemp("rehearsal")
     return folder, run("bash", ROOT / "scripts/rehearse.sh", CONFIG, 8, folder)
 
@@ -48,7 +48,7 @@ def launch(rehearsal):
     build = run("bash", ROOT / "scripts/rig/build.sh").strip()
     folder = rehearsal[0]
 
-    def on_plan(name, script, base, changes, options, workers=4, environment=None):
+    def on_plan(name, script, base, changes, options, workers=8, environment=None):
         config = folder / f"{name}.yaml"
         config.write_text(yaml.safe_dump({"base_config": base, **changes}))
         command = f"{ROOT}/scripts/rig/on_cpu.py {build} {EXAMPLE}/{script} --config {config} {options}"
@@ -73,7 +73,7 @@ def assert_as_one_process(folder, name):
 def test_the_plan_of_the_9b_yaml_agrees_with_one_process_to_the_end(rehearsal):
     folder, screen = rehearsal
     assert "8 cards compute what one process computes" in screen
-    assert "data_parallel 2 x model_parallel 4, optimizer sharding True, 32 heads, 2 groups as they are" in screen
+    assert "data_parallel 4 x model_parallel 2, optimizer sharding True, 32 heads, 2 groups as they are" in screen
     assert_as_one_process(folder, "many")
     strategies = sorted(path.name for path in (folder / "many/strategy").iterdir())
     assert strategies == [f"ckpt_strategy_rank_{rank}.ckpt" for rank in range(8)]
@@ -81,13 +81,13 @@ def test_the_plan_of_the_9b_yaml_agrees_with_one_process_to_the_end(rehearsal):
 
 @pytest.fixture(scope="module")
 def accumulated(rehearsal, launch):
-    """1 x 4: two parts of one row where one process has two rows; states after 2 and 3 steps; held-out pairs."""
+    """1 x 8: four parts of one row where one process has four rows; states after 2 and 3 steps; held-out pairs."""
     folder = rehearsal[0]
     many = yaml.safe_load((folder / "many.yaml").read_text())
     callbacks = [{**entry, "save_checkpoint_steps": 2} if "save_checkpoint_steps" in entry else entry
                  for entry in many["callbacks"]]
-    changes = {"parallel_config": {"data_parallel": 1, "model_parallel": 4}, "callbacks": callbacks,
-               "runner_config": {"gradient_accumulation_steps": 2}, "dpo": {"logps_chunk_size": 256}}
+    changes = {"parallel_config": {"data_parallel": 1, "model_parallel": 8}, "callbacks": callbacks,
+               "runner_config": {"gradient_accumulation_steps": 4}, "dpo": {"logps_chunk_size": 128}}
     options = f"{training(folder, 'parts')} --eval_dataset {folder}/train.mindrecord"
     launch("parts", "run_dpo.py", "many.yaml", changes, options)
     return folder, lambda: launch("parts", "run_dpo.py", "many.yaml", changes, f"{options} --resume auto")
@@ -125,10 +125,10 @@ def logits(folder, vocabulary):
 
 
 def test_no_card_ever_holds_logits_of_the_whole_vocabulary(rehearsal, launch):
-    """2 x 2, no optimizer sharding. 528 ids, which is no other size of the model; chunks of 256 positions."""
-    folder, cards, whole = rehearsal[0], 4, rehearse.VOCABULARY
-    changes = {"parallel_config": {"data_parallel": 2, "model_parallel": cards // 2},
-               "parallel": {"enable_parallel_optimizer": False}}
+    """2 x 4, no optimizer sharding. 528 ids, which is no other size of the model; chunks of 256 positions."""
+    folder, cards, whole = rehearsal[0], 8, rehearse.VOCABULARY
+    changes = {"parallel_config": {"data_parallel": 2, "model_parallel": 4}, "runner_config": {"batch_size": 2},
+               "parallel": {"enable_parallel_optimizer": False}, "dpo": {"logps_chunk_size": 256}}
     launch("spread", "run_dpo.py", "many.yaml", changes, training(folder, "spread"),
            environment=save_graphs(folder, "spread"))
     assert_as_one_process(folder, "spread")
@@ -143,7 +143,7 @@ def test_the_same_search_finds_them_in_one_process(rehearsal):
     config.write_text(yaml.safe_dump({"base_config": "one.yaml", "dpo": {"logps_chunk_size": 0}}))
     run(sys.executable, EXAMPLE / "run_dpo.py", "--config", config, *training(folder, "plain").split(),
         environment=save_graphs(folder, "plain"))
-    assert f"512, {whole}" in logits(folder / "graphs_plain/rank_0", whole)  # 2 rows of 128, both sides
+    assert f"1024, {whole}" in logits(folder / "graphs_plain/rank_0", whole)  # 4 rows of 128, both sides
 
 
 def save_graphs(folder, name):
