@@ -52,8 +52,7 @@ class Way:
 
 
 ONE_CARD = {"parallel.full_batch": False, "parallel.enable_parallel_optimizer": False,
-            "parallel_config.data_parallel": 1, "parallel_config.model_parallel": 1,
-            "parallel_config.use_seq_parallel": False}
+            "parallel_config.data_parallel": 1, "parallel_config.model_parallel": 1}
 # float32 on a CPU is off by 1.8e-4 nats, 2e-6 in the loss, 2e-6 of the norm. An NPU adds up in another order and
 # has an exp of its own: it is allowed ten times as much. float16 is off by 0.11 nats (answers have 84 to 899),
 # 0.0021 and 0.3 %; bfloat16 keeps 3 bits less, so 8 times that: 0.9 nats (imitated: the same, and 0.39 in the

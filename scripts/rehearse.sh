@@ -6,7 +6,7 @@
 # The parallel, recomputation, LoRA and optimizer sections, the numbers of heads and groups and the structure of a layer
 # stay; widths, layers, vocabulary and positions shrink. It preprocesses, trains 3 steps on N processes and on one,
 # merges, predicts, and compares. Status: 0 all agrees, 1 the plan is wrong, 2 it could not be tried.
-# Needs g++ and MindSpore 2.7. FOLDER (default: output/rehearsal) is written anew. About 3 minutes for 8 processes.
+# Needs g++ and MindSpore 2.7. FOLDER (default: output/rehearsal) is written anew. About 2 minutes for 8 processes on 2 cores.
 set -euo pipefail
 usage="usage: bash scripts/rehearse.sh CONFIG N [FOLDER]; CONFIG: YAML with run_mode finetune, N: number of cards"
 fail() { echo "error: $1" >&2; exit "${2:-2}"; }

@@ -81,16 +81,16 @@ def test_the_plan_of_the_9b_yaml_agrees_with_one_process_to_the_end(rehearsal):
 
 @pytest.fixture(scope="module")
 def accumulated(rehearsal, launch):
-    """1 x 8: four parts of one row where one process has four rows; states after 2 and 3 steps; held-out pairs."""
+    """1 x 2: two parts of two rows where one process has four rows; states after 2 and 3 steps; held-out pairs."""
     folder = rehearsal[0]
     many = yaml.safe_load((folder / "many.yaml").read_text())
     callbacks = [{**entry, "save_checkpoint_steps": 2} if "save_checkpoint_steps" in entry else entry
                  for entry in many["callbacks"]]
-    changes = {"parallel_config": {"data_parallel": 1, "model_parallel": 8}, "callbacks": callbacks,
-               "runner_config": {"gradient_accumulation_steps": 4}, "dpo": {"logps_chunk_size": 128}}
+    changes = {"parallel_config": {"data_parallel": 1, "model_parallel": 2}, "callbacks": callbacks,
+               "runner_config": {"batch_size": 2, "gradient_accumulation_steps": 2}}
     options = f"{training(folder, 'parts')} --eval_dataset {folder}/train.mindrecord"
-    launch("parts", "run_dpo.py", "many.yaml", changes, options)
-    return folder, lambda: launch("parts", "run_dpo.py", "many.yaml", changes, f"{options} --resume auto")
+    launch("parts", "run_dpo.py", "many.yaml", changes, options, workers=2)
+    return folder, lambda: launch("parts", "run_dpo.py", "many.yaml", changes, f"{options} --resume auto", workers=2)
 
 
 def test_accumulation_in_a_plan_gives_the_same_numbers(accumulated):
@@ -116,6 +116,14 @@ def test_a_resumed_plan_makes_the_same_step(accumulated):
     again = rehearse.steps(folder / "parts")
     assert [step["step"] for step in again] == [1, 2, 3]
     assert max(rehearse.differences(first, again).values()) <= 1e-6
+
+
+def test_heads_spread_over_all_cards(rehearsal, launch):
+    """1 x 8, with optimizer sharding."""
+    folder = rehearsal[0]
+    launch("wide", "run_dpo.py", "many.yaml", {"parallel_config": {"data_parallel": 1, "model_parallel": 8},
+                                               "runner_config": {"batch_size": 4}}, training(folder, "wide"))
+    assert_as_one_process(folder, "wide")
 
 
 def logits(folder, vocabulary):
