@@ -79,8 +79,8 @@ def golden(tmp_path_factory):
 
 def load_model(golden, command, more=None):
     """A network of the golden case with its weights, built as the commands build it."""
-    from mindrlhf import backend, checkpoint, config
-    settings = config.load(getattr(golden, command), run_mode=config.RUN_MODES, overrides=more)
+    from mindrlhf import backend, checkpoint, config, schema
+    settings = config.load(getattr(golden, command), run_mode=schema.RUN_MODES, overrides=more)
     run = config.to_mindformers(settings)
     backend.start(run, parallel=False)
     network = backend.build_network(run)

@@ -3,14 +3,14 @@ import shutil
 import pytest
 from conftest import EXAMPLE
 
-from mindrlhf import config
+from mindrlhf import config, schema
 from mindrlhf.cli import UserError
 
 YAMLS = sorted(EXAMPLE.glob("*_glm4_*.yaml"))
 
 
 def load(path, **options):
-    return config.load(path, run_mode=config.RUN_MODES, **options)
+    return config.load(path, run_mode=schema.RUN_MODES, **options)
 
 
 def overlay(tmp_path, text, base="finetune_glm4_tiny.yaml"):
@@ -21,7 +21,7 @@ def overlay(tmp_path, text, base="finetune_glm4_tiny.yaml"):
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.name)
 def test_every_yaml_is_valid(path):
-    assert load(path)["run_mode"] in config.RUN_MODES
+    assert load(path)["run_mode"] in schema.RUN_MODES
 
 
 def test_both_sets_of_yaml_are_there():
@@ -141,4 +141,4 @@ def test_schema_offers_nothing_that_mindformers_does_not_take():
     from mindformers import ChatGLM2Config
     from mindformers.generation import GenerationConfig
     known = {*inspect.signature(ChatGLM2Config.__init__).parameters, *vars(GenerationConfig()), "type"}
-    assert set(config.SCHEMA["model"]["model_config"]) - known == {"max_decode_length"}  # PretrainedConfig's
+    assert set(schema.SCHEMA["model"]["model_config"]) - known == {"max_decode_length"}  # PretrainedConfig's

@@ -134,7 +134,8 @@ def test_a_journal_that_a_kill_cut_short_is_read_up_to_there(tmp_path):
 
 def saver(tmp_path, network, free):
     """A checkpoint callback that believes that `free` bytes are left."""
-    from mindrlhf.training.callbacks import DPOCheckpointMonitor, Progress
+    from mindrlhf.training.callbacks import Progress
+    from mindrlhf.training.saving import DPOCheckpointMonitor
     monitor = DPOCheckpointMonitor(Progress(first=0, total=9), None, network, output_dir=tmp_path, prefix="p",
                                    save_checkpoint_steps=1, keep_checkpoint_max=2)
     monitor._free = lambda: free[0]

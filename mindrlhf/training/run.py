@@ -12,16 +12,10 @@ from mindrlhf.data.dataset import open_dataset
 from mindrlhf.models.glm4 import template
 from mindrlhf.models.glm4.lora import is_adapter, is_base
 from mindrlhf.training import state, wrapper  # noqa: F401  wrapper registers the training step
-from mindrlhf.training.callbacks import (
-    BEST,
-    DPOCheckpointMonitor,
-    DPOMonitor,
-    EvalMonitor,
-    Progress,
-    check_optimizer_state,
-)
+from mindrlhf.training.callbacks import BEST, DPOMonitor, EvalMonitor, Progress
 from mindrlhf.training.evaluate import Evaluator
 from mindrlhf.training.journal import Journal, read
+from mindrlhf.training.saving import DPOCheckpointMonitor, check_optimizer_state
 
 
 @dataclass(frozen=True)
