@@ -60,8 +60,8 @@ def measure_logps(name, positions, chunk_size):
     backend.tensors_off_heap()
     ms.set_context(mode=1, device_target="CPU")
     output_layer = nn.Dense(NARROW, VOCABULARY, has_bias=False)
-    options = {"vocab_shards": 1} if name == "SpreadLogps" else {"trained": True}
-    cell = getattr(losses, name)(output_layer, VOCABULARY, chunk_size=chunk_size, **options)
+    options = {"vocab_shards": 1} if name == "SpreadLogps" else {}
+    cell = getattr(losses, name)(output_layer, VOCABULARY, chunk_size=chunk_size, trained=True, **options)
 
     def loss(hidden, labels):
         return cell(hidden, labels).sum()

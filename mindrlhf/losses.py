@@ -14,6 +14,7 @@ from mindspore import nn, ops
 from mindrlhf import backend
 
 LOSS_TYPES = ("sigmoid", "robust", "hinge", "ipo")
+MOST_CHUNKS = 64  # of SpreadLogps: each is a part of the compiled graph
 
 
 def dpo_loss(chosen_logratio, rejected_logratio, *, beta, loss_type="sigmoid", label_smoothing=0.0):
@@ -44,40 +45,89 @@ def dpo_loss(chosen_logratio, rejected_logratio, *, beta, loss_type="sigmoid", l
 class SpreadLogps(nn.Cell):
     """log softmax of the output layer's logits, taken at the labels, where the vocabulary is spread over cards.
 
-    Each holds its part of the logits, and only a maximum and two sums per position cross between them.
+    Each holds its part of the logits, and only a maximum and two sums per position cross between them. The backward
+    pass takes the chunks one after the other, the last one first, and adds to one gradient of the weight and one of
+    the hidden states.
 
     Args:
-        output_layer: Cell, hidden (N, H) -> logits (N, V).
+        output_layer: Cell, hidden (N, H) -> logits (N, V), with its `weight` (V, H), `matmul` and, unless float32, the
+            `dtype` of the computation, which is that of hidden.
         vocab_size: V.
         vocab_shards: over how many cards the vocabulary is spread.
-        chunk_size: positions at a time, whose logits are computed again in the backward pass; 0: all, and kept.
+        chunk_size: positions at a time, whose logits are computed again in the backward pass, more where these would
+            be over MOST_CHUNKS chunks; 0: all, and kept.
+        trained: whether the weight is.
     """
 
-    def __init__(self, output_layer, vocab_size, *, vocab_shards, chunk_size):
+    def __init__(self, output_layer, vocab_size, *, vocab_shards, chunk_size, trained):
         super().__init__(auto_prefix=False)
-        self.chunk, self.chunk_size = _SpreadChunk(output_layer, vocab_size, vocab_shards), chunk_size
+        self.output_layer, self.chunk_size, self.trained = output_layer, chunk_size, trained
+        self.chunk = _SpreadChunk(output_layer.matmul, vocab_size, vocab_shards)
+        # a cell for each use: MindSpore's parallel passes follow a chain of calls of one cell without end
+        count = MOST_CHUNKS if chunk_size else 0
+        self.hidden_after = nn.CellList([_After() for _ in range(count)])
+        self.weight_after = nn.CellList([_After() for _ in range(count)])
+        self.typed = nn.CellList([_Typed(getattr(output_layer, "dtype", ms.float32)) for _ in range(count)])
         if chunk_size:
             self.chunk.recompute()
 
     def construct(self, hidden, labels):
         """hidden (N, H), labels int32 (N,) -> log-probs float32 (N,)."""
-        length = hidden.shape[0]
-        step = self.chunk_size if self.chunk_size else length
-        logps = ()
+        length, weight = hidden.shape[0], self.output_layer.weight
+        step = max(self.chunk_size, -(-length // MOST_CHUNKS)) if self.chunk_size else length
+        matrix, logps = weight.astype(hidden.dtype), ()
         for begin in range(0, length, step):
+            if begin:
+                hidden = self.hidden_after[begin // step](logps[-1], hidden)
+                if self.trained:
+                    weight = self.weight_after[begin // step](logps[-1], weight)
+                    matrix = weight if weight.dtype == hidden.dtype else self.typed[begin // step](weight)
             end = min(begin + step, length)
-            logps += (self.chunk(hidden[begin:end], labels[begin:end]),)
+            logps += (self.chunk(hidden[begin:end], matrix, labels[begin:end]),)
         return ops.concat(logps)
+
+
+class _After(nn.Cell):
+    """A tensor, once a chunk's log-probs are there; in the backward pass, which takes the chunks in reverse, the
+    gradient of these once the tensor's is. Else chunks would overlap, and add up their gradients at the end only.
+
+    There is one output because MindSpore loses the layout of more in a parallel plan.
+    """
+
+    def construct(self, logps, tensor):
+        """logps (N,), tensor of any shape -> tensor."""
+        return ops.depend(tensor, logps)
+
+    def bprop(self, logps, tensor, out, dout):  # noqa: ARG002  MindSpore's signature
+        """Gradients of both."""
+        return ops.depend(ops.zeros_like(logps), dout), dout
+
+
+class _Typed(nn.Cell):
+    """The weight in the type of the computation; its gradients are float32 when they are added up. A plain cast of
+    what _After returns stops MindSpore's parallel passes ("The pointer[prim] is null")."""
+
+    def __init__(self, dtype):
+        super().__init__(auto_prefix=False)
+        self.dtype = dtype
+
+    def construct(self, weight):
+        """weight (V, H) -> the same in another type."""
+        return weight.astype(self.dtype)
+
+    def bprop(self, weight, out, dout):  # noqa: ARG002  MindSpore's signature
+        """Its gradient."""
+        return (dout.astype(weight.dtype),)
 
 
 class _SpreadChunk(nn.Cell):
     """SpreadLogps of one chunk."""
 
-    def __init__(self, output_layer, vocab_size, vocab_shards):
+    def __init__(self, product, vocab_size, vocab_shards):
         super().__init__(auto_prefix=False)
         spread = vocab_shards if vocab_size % vocab_shards == 0 else 1
         wide, narrow = (1, spread), (1, 1)
-        self.output_layer = output_layer
+        self.product = product
         self.vocab_size = vocab_size
         self.max = ops.ReduceMax(keep_dims=True).shard((wide,))
         self.sub = ops.Sub().shard((wide, narrow))
@@ -87,9 +137,9 @@ class _SpreadChunk(nn.Cell):
         self.mul = ops.Mul().shard((wide, wide))
         self.on, self.off = ms.Tensor(1.0, ms.float32), ms.Tensor(0.0, ms.float32)
 
-    def construct(self, hidden, labels):
-        """hidden (N, H), labels int32 (N,) -> log-probs float32 (N,)."""
-        logits = self.output_layer(hidden).astype(ms.float32)
+    def construct(self, hidden, weight, labels):
+        """hidden (N, H), weight (V, H), labels int32 (N,) -> log-probs float32 (N,)."""
+        logits = self.product(hidden, weight).astype(ms.float32)
         shifted = self.sub(logits, ops.stop_gradient(self.max(logits, 1)))
         log_normalizer = ops.log(self.sum(self.exp(shifted), 1))
         picked = self.sum(self.mul(shifted, self.onehot(labels, self.vocab_size, self.on, self.off)), 1)
@@ -185,7 +235,8 @@ class SequenceLogps(nn.Cell):
     def __init__(self, output_layer, vocab_size, *, vocab_shards=1, chunk_size=0, trained=True):
         super().__init__(auto_prefix=False)
         if vocab_shards > 1 or backend.is_sharded():
-            self.token_logps = SpreadLogps(output_layer, vocab_size, vocab_shards=vocab_shards, chunk_size=chunk_size)
+            self.token_logps = SpreadLogps(output_layer, vocab_size, vocab_shards=vocab_shards, chunk_size=chunk_size,
+                                           trained=trained)
         else:
             self.token_logps = LocalLogps(output_layer, vocab_size, chunk_size=chunk_size, trained=trained)
 
