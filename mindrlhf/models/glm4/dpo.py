@@ -24,6 +24,9 @@ class Glm4DPO(ChatGLM2ForConditionalGeneration):
         self.beta, self.loss_type = dpo.beta, dpo.loss_type
         self.label_smoothing, self.sft_weight = dpo.label_smoothing, dpo.sft_weight
         self.per_token = dpo.average_log_prob or dpo.loss_type == "ipo"
+        rows = (plan.data_parallel, 1, 1)  # of the mask, which would be gathered in every layer without strategies
+        self.differ, self.either = ops.NotEqual().shard((rows, rows)), ops.LogicalOr().shard(((1, 1, 1), rows))
+        self.mask_cast, self.mask_expand = ops.Cast().shard((rows,)), ops.ExpandDims().shard((rows,))
         self.mask_dtype = backend.attention_mask_dtype(config)
         shards = 1 if plan.vocab_emb_dp else plan.data_parallel * plan.model_parallel
         self.sequence_logps = SequenceLogps(self.transformer.output_layer, config.vocab_size, vocab_shards=shards,
@@ -34,8 +37,9 @@ class Glm4DPO(ChatGLM2ForConditionalGeneration):
         """int32 (B, S) -> (B, 1, S, S), 1 where a position must not look: ahead of itself, or into another segment."""
         place = ops.arange(segment_ids.shape[1])
         ahead = place.reshape((1, 1, -1)) > place.reshape((1, -1, 1))
-        apart = ops.not_equal(segment_ids.expand_dims(2), segment_ids.expand_dims(1))
-        return ops.logical_or(ahead, apart).astype(self.mask_dtype).expand_dims(1)
+        apart = self.differ(segment_ids.expand_dims(2), segment_ids.expand_dims(1))
+        mask = self.mask_cast(self.either(ahead, apart), self.mask_dtype)
+        return ops.stop_gradient(self.mask_expand(mask, 1))  # of uint8 there are no gradients to reduce
 
     def pair_logps(self, chosen, rejected, pairs):
         """Log-probabilities of both answers of each pair, in one forward pass.
