@@ -13,7 +13,7 @@ import math
 import pytest
 from conftest import EXAMPLE
 
-from mindrlhf import cli, config
+from mindrlhf import cli, config, losses
 from mindrlhf.plan import __main__ as tool
 from mindrlhf.plan import hours, memory, parameters, traffic
 
@@ -121,10 +121,10 @@ def test_traffic_is_that_of_the_compiled_graphs(tmp_path, plan):
 
 
 def test_traffic_and_kept_bytes_with_flash_attention(tmp_path):
-    """2x2, compiled but not run: keys and values wander unrepeated, no scores, but a mask in every layer."""
+    """2x2, compiled but not run: keys and values wander unrepeated, no scores, no masks."""
     settings = settings_of(tmp_path, 2, 2)
     settings["model"]["model_config"]["use_flash_attention"] = True
-    assert sum(traffic.volumes(settings, 4).values()) == pytest.approx(4621630, rel=1e-4)
+    assert sum(traffic.volumes(settings, 4).values()) == pytest.approx(4613446, rel=1e-4)
     assert memory.layer_kept(settings, memory.shares_of(settings, 4)) == pytest.approx(163848, rel=1e-3)
 
 
@@ -136,10 +136,18 @@ def test_a_layer_keeps_what_the_compiled_graphs_keep(tmp_path, plan):
     assert memory.layer_kept(settings, shares) == pytest.approx(KEPT[plan], rel=1e-3)
 
 
-def test_a_sharded_step_holds_the_gradients_of_all_chunks(tmp_path):
-    """4x2: 8 rows of 64 are 16 chunks of 32. The graph adds 16 of (512, 256) and 16 of (125, 256) at last."""
+def test_a_sharded_step_adds_up_the_gradients_of_chunks_one_by_one(tmp_path):
+    """2x2: 4 rows of 64 are 8 chunks of 32. The graph has 7 sums of two (256, 256) and 7 of two (250, 256),
+    each of which the next chunk's logits wait for: two terms and their sum at once."""
+    settings = settings_of(tmp_path, 2, 2)
+    assert memory.chunk_gradients(settings, memory.shares_of(settings, 4)) == 3 * (256 + 250) * 256 * 4
+
+
+def test_chunks_are_as_many_as_in_the_graph(tmp_path):
     settings = settings_of(tmp_path, 4, 2)
-    assert memory.chunk_gradients(settings, memory.shares_of(settings, 8)) == 16 * (512 + 125) * 256 * 4
+    settings["dpo"]["logps_chunk_size"] = 1  # 512 positions in at most 64 chunks
+    assert memory.chunks(settings, memory.shares_of(settings, 8)) == (8, 64)
+    assert memory.MOST_CHUNKS == losses.MOST_CHUNKS
 
 
 def test_published_throughput():
@@ -170,8 +178,8 @@ def test_hours_by_hand(tmp_path):
 
 
 def test_the_yamls_fit_and_say_what_the_tool_prints(capsys):
-    for name, words in (("finetune_glm4_9b", "at most 54.0 GB"), ("finetune_glm4_9b_lora", "at most 43.5 GB"),
-                        ("process_glm4_9b", "at most 25.1 GB")):
+    for name, words in (("finetune_glm4_9b", "at most 48.5 GB"), ("finetune_glm4_9b_lora", "at most 39.1 GB"),
+                        ("process_glm4_9b", "at most 24.7 GB")):
         path = EXAMPLE / f"{name}.yaml"
         tool.main([str(path), "--rows", "3000"])
         printed = capsys.readouterr().out
@@ -190,7 +198,7 @@ def advice_of(tmp_path, text, memory_gb=64):
 
 
 @pytest.mark.parametrize(("text", "change"), [
-    ("dpo: {logps_chunk_size: 1024}", "dpo.logps_chunk_size 8192"),
+    ("dpo: {logps_chunk_size: 0}", "dpo.logps_chunk_size 4096"),
     ("recompute_config: {recompute: False}", "recompute_config.recompute True"),
     ("runner_config: {batch_size: 2}", "runner_config.batch_size 1"),
     ("parallel_config: {data_parallel: 8, model_parallel: 1}", "data_parallel 4, model_parallel 2")])

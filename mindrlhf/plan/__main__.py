@@ -48,7 +48,7 @@ def remedies(settings, devices):
     shares, length, found = memory.shares_of(settings, devices), model["seq_length"], []
     sizes = [size for size in (512, 1024, 2048, 4096, 8192, 16384) if size <= shares.everywhere]
     if sizes:
-        size = min(sizes, key=lambda size: total_with(settings, devices, dpo__logps_chunk_size=size))
+        size = min(sizes, key=lambda size: (total_with(settings, devices, dpo__logps_chunk_size=size), -size))
         found.append((f"dpo.logps_chunk_size {size}", {"dpo__logps_chunk_size": size}))
     if settings["run_mode"] == "finetune":
         found.append(("recompute_config.recompute True", {"recompute_config__recompute": True}))

@@ -14,6 +14,7 @@ BUFFERS = 2e9  # assumption: the communication library's buffers and what fragme
 # float32 tensors of a chunk's logits at once, measured by benchmarks/plan_memory.py: logits, shifted, exp,
 # one-hot, products and gradients where cards share the vocabulary; logits and softmax where one has it all
 SPREAD_COPIES, LOCAL_COPIES = 10, 3
+MOST_CHUNKS = 64  # as in losses.py, which needs MindSpore
 
 
 @dataclass(frozen=True)
@@ -95,20 +96,23 @@ def layer_work(settings, positions):
 def chunks(settings, shares):
     """(positions whose logits exist at once, into how many chunks all positions fall)."""
     size = settings["dpo"]["logps_chunk_size"] or shares.everywhere
+    if settings["parallel"]["parallel_mode"] == 1:
+        size = max(size, math.ceil(shares.everywhere / MOST_CHUNKS))
     return min(size, shares.everywhere), math.ceil(shares.everywhere / size)
 
 
 def chunk_gradients(settings, shares):
-    """Bytes of the chunks' gradients, which a sharded graph adds up only when all are there: for every
-    chunk one of the hidden states of all positions, and one of the output layer's weight on this card."""
+    """Bytes of the gradients of the hidden states of all positions and of the output layer's weight on this
+    card. Chunk after chunk, a sharded graph adds a chunk's to the sum so far: three of each at once, the
+    weight's in float32, and a chunk's in the computation's type before."""
     model = settings["model"]["model_config"]
     compute, (_, count) = BYTES[model["compute_dtype"]], chunks(settings, shares)
-    hidden = model["hidden_size"] * compute
-    one = shares.everywhere * hidden
+    one = shares.everywhere * model["hidden_size"] * compute
     if settings["parallel"]["parallel_mode"] == 0 or count == 1:  # blocks of the vocabulary: one of each
         return one
-    weight = 0 if "lora" in settings else model["padded_vocab_size"] // shares.vocabulary * hidden
-    return count * (one + weight)
+    weight = 0 if "lora" in settings else model["padded_vocab_size"] // shares.vocabulary * model["hidden_size"]
+    stored = BYTES[model["param_init_type"]]
+    return 3 * one + weight * (3 * stored + (compute if compute != stored else 0))
 
 
 def compute_copies(settings, devices):
@@ -148,7 +152,7 @@ def parts(settings, devices):
         "weights in compute type": compute_copies(settings, devices) if training or cast else 0,
         "kept by the layers": model["num_layers"] * kept * training,
         "embedding and last norm": head_kept(settings, shares, layout_of(settings, devices).model),
-        "masks": (shares.group + 3 * shares.split) * model["seq_length"] * cell,
+        "mask": shares.group * model["seq_length"] * cell,
         "one layer at work": work + layer_work(settings, shares.group) * training,
         "logits of a chunk": logits * (SPREAD_COPIES if semi and training else LOCAL_COPIES),
         "gradients of chunks": chunk_gradients(settings, shares) * training,
@@ -168,7 +172,7 @@ def peak(settings, devices):
     found = parts(settings, devices)
     kept, gradients, work = found["kept by the layers"], found["gradients"], found["one layer at work"]
     always = sum(found[name] for name in (
-        "weights", "Adam's moments", "weights in compute type", "embedding and last norm", "masks",
+        "weights", "Adam's moments", "weights in compute type", "embedding and last norm", "mask",
         "buffers"))
     if settings["runner_config"].get("gradient_accumulation_steps", 1) > 1:
         always += gradients

@@ -62,12 +62,10 @@ def volumes(settings, devices):
     forward, once = layer(settings, devices)
     recompute = settings.get("recompute_config", {}).get("recompute", False)
     again = forward - once if recompute else 0
-    masks = _of(shares.group // shares.split) * shares.group * model["seq_length"]  # bytes, in every layer
-    masks *= layers * (1 + recompute) * model.get("use_flash_attention", False) * (layout.model > 1)
     products = 2 * _of(layout.model) * shares.group * hidden
     fetched = (shares.everywhere - shares.split) * hidden * compute
     return {"optimizer all-gather": gathered, "gradient reduce-scatter": scattered,
             "gradient all-reduce": reduced,
-            "tensor-parallel gathers": layers * (2 * forward + again), "attention masks": masks,
+            "tensor-parallel gathers": layers * (2 * forward + again),
             "tensor-parallel all-reduces": 2 * products * (layers * compute + RESIDUAL * (layout.model > 1)),
             "hidden states for the logits": 2 * fetched}
