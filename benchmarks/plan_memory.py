@@ -3,11 +3,13 @@
 MindFormers' own ChatGLM2 cells, forward and backward, float32 on the CPU, for several shapes; each in a
 process of its own. Measured is the peak of resident memory during the step over what the process held
 before it; estimated is what memory.peak adds up for the last and the first layer, and here, where no flash
-attention avoids them, one tensor of attention scores kept in every layer and two at work. Operators run one
-by one (PyNative): there MindSpore frees a tensor after its last use, as a graph does on an NPU. A graph on
-the CPU frees almost nothing before its end, and recomputes at once what recomputation should defer, so it
-shows neither. The goal is 20 %; shapes that miss it are counted, not left out. Freed blocks that the
-allocator cannot use again count as measured. What no CPU shows: bfloat16, flash attention, and the NPU's
+attention avoids them, tensors of attention scores: two are kept in every layer, before scaling and after
+softmax, and four gradients are at work, from softmax back to the product.
+
+Operators run one by one (PyNative): there MindSpore frees a tensor after its last use, as a graph does on an
+NPU. A graph on the CPU frees almost nothing before its end, and recomputes at once what recomputation should
+defer, so it shows neither. The goal is 20 %; shapes that miss it are counted, not left out. Freed blocks that
+the allocator cannot use again count as measured. What no CPU shows: bfloat16, flash attention, and the NPU's
 allocator.
 
     python benchmarks/plan_memory.py
@@ -125,8 +127,8 @@ def estimate(shape):
     table = parameters.held(settings, 1)
     gradients = sum(part.bytes for name, part in table.items() if "output_layer" not in name)
     scores = positions * shape["num_attention_heads"] * shape["seq_length"] * 4
-    whole = memory.layer_whole(settings, positions) + scores
-    work = memory.layer_work(settings, positions) + 2 * scores
+    whole = memory.layer_whole(settings, positions) + 2 * scores
+    work = memory.layer_work(settings, positions) + 4 * scores
     if shape["recompute"]:
         return max(layers * positions * shape["hidden_size"] * 4, gradients) + whole + work
     return max(layers * whole, gradients) + work

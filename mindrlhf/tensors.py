@@ -139,19 +139,6 @@ def narrow(array, dtype):
         return array.astype(DTYPES[dtype][1], copy=False)
 
 
-def _half(array):
-    """bfloat16 -> float16. Where a float16 has the exponent, its bits are those of the bfloat16, moved; the
-    few other values are looked up."""
-    lowest = np.uint16(113 << 7)  # a bfloat16's exponent 113 is a float16's 1, its smallest
-    magnitude = array & np.uint16(0x7FFF)
-    other = np.flatnonzero(magnitude - lowest >= np.uint16(30 << 7))  # wraps below lowest
-    magnitude -= lowest - np.uint16(1 << 7)
-    magnitude <<= np.uint16(3)
-    magnitude |= array & np.uint16(0x8000)
-    magnitude[other] = _table("BF16", "F16")[array[other]].view(np.uint16)
-    return magnitude.view(DTYPES["F16"][1])
-
-
 @lru_cache
 def _table(source, target):
     """The 65,536 values of a 16-bit dtype in another one; looking up is faster than computing."""
@@ -168,8 +155,6 @@ def convert(array, source, target):
     """
     if source == target:
         return array
-    if (source, target) == ("BF16", "F16"):
-        return _half(array)
-    if source == "F16":
+    if source == "F16" or (source, target) == ("BF16", "F16"):
         return _table(source, target).take(array.view(np.uint16), mode="wrap")  # lets other threads run
     return narrow(widen(array, source), target)
