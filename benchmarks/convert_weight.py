@@ -8,14 +8,12 @@ machine has yet to get from its host makes the first writing of a file several t
 """
 import argparse
 import os
-import shutil
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
+import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -59,27 +57,10 @@ def make_input(folder):
         for name, shape in weights.hf_shapes(NUMBERS, "glm").items()])
 
 
-def run(*arguments):
-    """(seconds, bytes of peak memory) of a process."""
-    command = [sys.executable, "-c", CHILD, str(ROOT), *map(str, arguments)]
-    done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    seconds, peak = done.stdout.split()
-    return float(seconds), int(peak)
-
-
-def copy(source, target):
-    """Seconds that `cp -r` takes."""
-    start = time.perf_counter()
-    subprocess.run(["cp", "-r", str(source), str(target)], check=True)
-    seconds = time.perf_counter() - start
-    shutil.rmtree(target) if target.is_dir() else target.unlink()
-    return seconds
-
-
-def remove(path):
+def remove_output(path):
     """Delete an output and its sidecar."""
     for each in (path, sidecar.path_of(path)):
-        shutil.rmtree(each) if each.is_dir() else each.unlink(missing_ok=True)
+        processes.remove(each)
 
 
 def main():
@@ -92,7 +73,7 @@ def main():
         make_input(source)
         size = sum(size_of("BF16", shape) for shape in weights.shapes(NUMBERS).values())
         largest = max(path.stat().st_size for path in source.glob("*.safetensors"))
-        base = run("nothing")[1]
+        base = processes.run(CHILD, "nothing")[1]
         print(f"{size / 1e9:.2f} GB, largest shard {largest / 1e9:.2f} GB, base process {base / 1e6:.0f} MB, "
               f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n"
               f"{'':34}{'seconds':>8}{'cp':>7}{'ratio':>7}{'peak - base':>13}{'limit':>10}")
@@ -100,10 +81,10 @@ def main():
         def row(title, source, target, *options, limit):
             copies, runs = [], []
             for _ in range(REPEATS):
-                remove(target)
+                remove_output(target)
                 os.sync()
-                copies.append(copy(source, folder / "copy"))
-                runs.append(run("--input_path", source, "--output_path", target, *options))
+                copies.append(processes.copy(source, folder / "copy"))
+                runs.append(processes.run(CHILD, "--input_path", source, "--output_path", target, *options))
             copied, (seconds, peak) = min(copies), min(runs)
             print(f"{title:34}{seconds:8.2f}{copied:7.2f}{seconds / copied:7.2f}"
                   f"{(peak - base) / 1e6:10.0f} MB"
@@ -113,12 +94,12 @@ def main():
             for target, limit in ((folder / "out.safetensors", 2 * largest), (whole, 1.15 * size)):
                 row(f"to {target.suffix}, {dtype}", source, target, "--dtype", dtype, limit=limit)
                 if (dtype, target) != ("fp16", whole):
-                    remove(target)
-        remove(source)
+                    remove_output(target)
+        remove_output(source)
         for dtype in ("fp16", "bf16"):
             row(f"back from fp16, {dtype}", whole, folder / "back", "--reversed", "--dtype", dtype,
                 limit=2 * largest)
-        seconds, peak = run("fingerprint", whole)
+        seconds, peak = processes.run(CHILD, "fingerprint", whole)
         print(f"{'fingerprint':34}{seconds:8.2f}{'':14}{(peak - base) / 1e6:10.0f} MB")
 
 

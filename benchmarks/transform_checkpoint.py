@@ -5,18 +5,16 @@ cards (2 x 2 with optimizer sharding). Each transformation is a process of its o
 MindSpore's transform_checkpoints, which verifies nothing, is there to compare. Each is timed in turn with
 a copy of its input, and the best of two counts.
 
-  python benchmarks/transform_checkpoint.py --folder /tmp       needs 9 GB there, for about five minutes
+  python benchmarks/transform_checkpoint.py --folder /tmp       needs 9 GB there, for about three minutes
 """
 import argparse
 import os
-import shutil
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
+import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -89,28 +87,6 @@ def make_shards(folder, strategy):
         checkpoint.write(folder / f"rank_{rank}" / "x.ckpt", items, hashed=False)
 
 
-def run(job, *arguments):
-    """(seconds, bytes of peak memory) of a process."""
-    command = [sys.executable, "-c", CHILD, str(ROOT), job, *map(str, arguments)]
-    done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    seconds, peak = done.stdout.split()
-    return float(seconds), int(peak)
-
-
-def copy(source, target):
-    """Seconds that `cp -r` takes."""
-    start = time.perf_counter()
-    subprocess.run(["cp", "-r", str(source), str(target)], check=True)
-    seconds = time.perf_counter() - start
-    remove(target)
-    return seconds
-
-
-def remove(path):
-    """Delete a file or a folder."""
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
 def main():
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parse.add_argument("--folder", default=tempfile.gettempdir(), help="where the files go, until the end")
@@ -120,7 +96,7 @@ def main():
         shards, one, new = folder / "shards", folder / "one.ckpt", folder / "new"
         make_shards(shards, strategy)
         size, largest = (how(size_of("F32", shape) for shape in SHAPES.values()) for how in (sum, max))
-        base = run("nothing")[1]
+        base = processes.run(CHILD, "nothing")[1]
         print(f"{size / 1e9:.2f} GB, largest tensor {largest / 1e9:.2f} GB, "
               f"base process {base / 1e6:.0f} MB, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n"
               f"{'':38}{'seconds':>8}{'cp':>7}{'ratio':>7}{'peak - base':>13}{'of size':>9}")
@@ -128,10 +104,10 @@ def main():
         def row(title, source, target, *arguments):
             copies, runs = [], []
             for _ in range(REPEATS):
-                remove(target)
+                processes.remove(target)
                 os.sync()
-                copies.append(copy(source, folder / "copy"))
-                runs.append(run(*arguments))
+                copies.append(processes.copy(source, folder / "copy"))
+                runs.append(processes.run(CHILD, *arguments))
             copied, (seconds, peak) = min(copies), min(runs)
             print(f"{title:38}{seconds:8.2f}{copied:7.2f}{seconds / copied:7.2f}"
                   f"{(peak - base) / 1e6:10.0f} MB{(peak - base) / size:9.2f}", flush=True)
@@ -140,15 +116,15 @@ def main():
             return "transform", f"--src_checkpoint={source}", f"--dst_checkpoint={target}", *more
 
         row("MindSpore alone, shards to one", shards, new, "mindspore", shards, new, strategy)
-        remove(new)
+        processes.remove(new)
         for target in (folder / "one.safetensors", one):
             row(f"shards to one {target.suffix}", shards, target,
                 *transform(shards, target, f"--src_strategy={strategy}"))
-        remove(folder / "one.safetensors")
+        processes.remove(folder / "one.safetensors")
         row("one to shards", one, new, *transform(one, new, f"--dst_strategy={other}"))
         row("shards to other shards", shards, new,
             *transform(shards, new, f"--src_strategy={strategy}", f"--dst_strategy={other}"))
-        remove(new)
+        processes.remove(new)
         row("a card's quarter of one file", one, new, "part", one, other)
         row("a card's quarter of other shards", shards, new, "part", shards, other, strategy)
         print(f"MindSpore is given {reshard.GROUP / 1e6:.0f} MB of tensors at once, or one tensor that is "
