@@ -9,7 +9,7 @@ import numpy as np
 from mindrlhf import layouts
 from mindrlhf.cli import UserError
 from mindrlhf.formats import read
-from mindrlhf.models.glm4 import weights
+from mindrlhf.models.glm4 import lora, weights
 from mindrlhf.ranks import WEIGHTS, choose, weights_of
 from mindrlhf.tensors import DTYPES, StoredTensor, pieces, size_of
 
@@ -89,8 +89,8 @@ def join(ranks, strategy, place):
     for tensors in ranks[1:]:
         _alike(ranks[0], tensors)
     expected = {name for name in plan if name.startswith(WEIGHTS)}
-    if any(".mindpet_delta_lora" in name for name in ranks[0]):  # the frozen weights are not saved then
-        expected = {name for name in expected if ".mindpet_delta_lora" in name}
+    if any(map(lora.is_adapter, ranks[0])):  # the frozen weights are not saved then
+        expected = set(filter(lora.is_adapter, expected))
     _same_names(expected, ranks[0], strategy)
     return {name: _joined(name, [tensors[name] for tensors in ranks], plan[name], strategy)
             for name in ranks[0]}
@@ -147,7 +147,7 @@ def check_model(found, place, numbers=None):
         place: what to name in the error.
         numbers: Numbers of the model; None: whatever the tensors tell.
     """
-    if any(".mindpet_delta_lora" in name for name in found):
+    if any(map(lora.is_adapter, found)):
         return  # adapters are checked against their base
     told = weights.measure(found)
     if told and numbers is None:

@@ -9,7 +9,7 @@ import mindspore as ms
 from mindspore.train.callback import Callback
 
 from mindrlhf import backend, checkpoint, cli
-from mindrlhf.files import write_json
+from mindrlhf.files import existing_parent, write_json
 from mindrlhf.models.glm4.lora import is_base, remarks
 from mindrlhf.ranks import STEP
 from mindrlhf.training import state
@@ -138,10 +138,7 @@ class DPOCheckpointMonitor(Callback):
         return [p for p in cell.get_parameters() if self.name_filter is None or self.name_filter(p.name)]
 
     def _free(self):
-        folder = self.output
-        while not folder.exists():
-            folder = folder.parent
-        return shutil.disk_usage(folder).free
+        return shutil.disk_usage(existing_parent(self.output / "checkpoint")).free
 
     def on_train_end(self, run_context):
         """Give SIGTERM back; fail if the last state could not be saved."""
