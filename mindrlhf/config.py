@@ -40,10 +40,7 @@ def load(path, *, run_mode, overrides=None):
     Raises:
         UserError: one line that lists every unknown key, wrong value and contradiction.
     """
-    settings = read(path)
-    for key, value in (overrides or {}).items():
-        if value is not None:
-            _set(settings, key, value)
+    settings = changed(read(path), {key: value for key, value in (overrides or {}).items() if value is not None})
     problems = []
     check(settings, SCHEMA, "", problems)
     problems += [f"{key} is missing" for key in REQUIRED if get(settings, key) is None]
@@ -66,11 +63,21 @@ def get(settings, key, default=None):
     return settings
 
 
-def _set(settings, key, value):
-    *parents, last = key.split(".")
-    for part in parents:
-        settings = settings.setdefault(part, {})
-    settings[last] = value
+def changed(settings, changes):
+    """A copy of settings with some changed: changes is a dict, dotted key -> value."""
+    whole = merge(settings, {})
+    for key, value in changes.items():
+        *parents, last = key.split(".")
+        section = whole
+        for part in parents:
+            section = section.setdefault(part, {})
+        section[last] = value
+    return whole
+
+
+def sharded(settings):
+    """Whether a parallel plan spreads one model over all cards, or each computes with its own."""
+    return settings["parallel"]["parallel_mode"] == 1
 
 
 def read(path, chain=()):
@@ -107,9 +114,9 @@ def merge(base, own):
 def contradictions(settings):
     """Settings that cannot hold together, as a list of sentences."""
     mode, model, dpo = settings["run_mode"], settings["model"]["model_config"], settings["dpo"]
-    plan, parallel = settings.get("parallel_config", {}), settings["parallel"]
+    plan = settings.get("parallel_config", {})
     shards = plan.get("data_parallel", 1) * plan.get("model_parallel", 1)
-    semi, cpu = parallel["parallel_mode"] == 1, settings["context"]["device_target"] == "CPU"
+    semi, cpu = sharded(settings), settings["context"]["device_target"] == "CPU"
     arch = settings["model"]["arch"]["type"]
     lora = settings.get("lora", {})
     rules = [
@@ -155,7 +162,7 @@ def check_workers(settings, workers):
     """
     plan = settings.get("parallel_config", {})
     needed = plan.get("data_parallel", 1) * plan.get("model_parallel", 1)
-    if settings["parallel"]["parallel_mode"] == 1 and workers != needed:
+    if sharded(settings) and workers != needed:
         raise UserError(f"parallel_config has data_parallel * model_parallel = {needed}, but {workers} worker(s) run; "
                         "give the launcher that number, or change parallel_config")
 

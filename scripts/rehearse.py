@@ -34,7 +34,7 @@ def shrink(path, cards, folder):
         UserError: the YAML is not one of a semi-auto parallel training.
     """
     settings = config.load(path, run_mode="finetune")
-    if settings["parallel"]["parallel_mode"] != 1:
+    if not config.sharded(settings):
         raise cli.UserError(f"{path}: has parallel.parallel_mode 0, so there is no plan to rehearse; a plan has 1")
     if problems := illegal(settings, cards):
         print(f"the plan is illegal: {'; '.join(problems)}")

@@ -76,17 +76,12 @@ def load_settings(arguments):
         "processor.tokenizer.vocab_file": arguments.tokenizer})
     config.check_weights(settings)
     config.check_workers(settings, cli.workers())
-    if together(settings) and not settings["parallel"].get("full_batch"):
+    if config.sharded(settings) and not settings["parallel"].get("full_batch"):
         raise cli.UserError(f"{arguments.config}: preprocessing by parallel_config needs parallel.full_batch "
                             "True: every card is given the whole batch")
     if Path(arguments.dst).is_dir():
         raise cli.UserError(f"{arguments.dst}: is a folder; --dst is the name of a file")
     return settings
-
-
-def together(settings):
-    """Whether all workers compute each batch together, one model over all cards, or each computes its own."""
-    return settings["parallel"]["parallel_mode"] == 1
 
 
 def read_source(arguments):
@@ -132,7 +127,7 @@ def open_scorer(settings, tokenizer, *, packed):
     """The reference model with its weights."""
     from mindrlhf import backend
     run = config.to_mindformers(settings)
-    backend.start(run, parallel=together(settings) and cli.workers() > 1)
+    backend.start(run, parallel=config.sharded(settings) and cli.workers() > 1)
     model = backend.build_network(run)
     checkpoint.load_strictly(model, settings["load_checkpoint"], strategy=settings.get("src_strategy"))
     return reference.Scorer(model, seq_len=settings["model"]["model_config"]["seq_length"], packed=packed,
@@ -168,7 +163,7 @@ def score(parts, todo, source, settings, tokenizer, arguments):
     """Make the parts in todo; on rank 0, wait until those of the others are there too."""
     bar = Bar(parts, len(source.pairs))
     scorer = open_scorer(settings, tokenizer, packed=arguments.pack) if todo else None
-    writes = cli.rank() == 0 or not together(settings)
+    writes = cli.rank() == 0 or not config.sharded(settings)
     size = reference.part_size(len(source.pairs))
     for number in todo:
         def report(pairs, tokens, number=number):
@@ -193,7 +188,7 @@ def main(argv=None):
     sidecar.check(settings.get("load_checkpoint"), settings)
 
     from mindrlhf import backend
-    if not together(settings):
+    if not config.sharded(settings):
         backend.leave_cluster()  # workers compute alone here
     backend.quiet()
     from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
@@ -204,7 +199,7 @@ def main(argv=None):
     count = -(-len(source.pairs) // reference.part_size(len(source.pairs)))
     parts = reference.Parts(arguments.dst, count, run)
     parts.check()
-    mine = range(count) if together(settings) else range(cli.rank(), count, cli.workers())
+    mine = range(count) if config.sharded(settings) else range(cli.rank(), count, cli.workers())
     todo = [number for number in mine if not parts.is_done(number)]
     paths = [arguments.dst] + ([merge.eval_path(arguments.dst)] if any(held_out) else [])
     if is_made(paths, origin["run"]):  # asked after the parts, which rank 0 removes when all is made

@@ -29,42 +29,35 @@ def room(settings, size):
     return min(size * 1e9, float(match[1]) * UNITS[match[2]] if match else size * 1e9)
 
 
-def total_with(settings, devices, **changes):
-    """Bytes of a card if some settings, dotted keys with __ for the dots, were others."""
-    changed = config.merge(settings, {})
-    for key, value in changes.items():
-        *sections, last = key.split("__")
-        target = changed
-        for section in sections:
-            target = target.setdefault(section, {})
-        target[last] = value
-    return memory.peak(changed, devices)[1]
+def total_with(settings, devices, changes):
+    """Bytes of a card if some settings were others: changes is a dict, dotted key -> value."""
+    return memory.peak(config.changed(settings, changes), devices)[1]
 
 
 def remedies(settings, devices):
     """What could be changed, cheapest first: list of (sentence, changes)."""
     layout, model = layout_of(settings, devices), settings["model"]["model_config"]
-    semi, batch = settings["parallel"]["parallel_mode"] == 1, settings["runner_config"]["batch_size"]
+    semi, batch = config.sharded(settings), settings["runner_config"]["batch_size"]
     shares, length, found = memory.shares_of(settings, devices), model["seq_length"], []
     sizes = [size for size in (512, 1024, 2048, 4096, 8192, 16384) if size <= shares.everywhere]
     if sizes:
-        size = min(sizes, key=lambda size: (total_with(settings, devices, dpo__logps_chunk_size=size), -size))
-        found.append((f"dpo.logps_chunk_size {size}", {"dpo__logps_chunk_size": size}))
+        size = min(sizes, key=lambda size: (total_with(settings, devices, {"dpo.logps_chunk_size": size}), -size))
+        found.append((f"dpo.logps_chunk_size {size}", {"dpo.logps_chunk_size": size}))
     if settings["run_mode"] == "finetune":
-        found.append(("recompute_config.recompute True", {"recompute_config__recompute": True}))
+        found.append(("recompute_config.recompute True", {"recompute_config.recompute": True}))
         if semi and layout.data > 1:
             found.append(("parallel.enable_parallel_optimizer True",
-                          {"parallel__enable_parallel_optimizer": True}))
+                          {"parallel.enable_parallel_optimizer": True}))
     if batch > 1:
-        found.append((f"runner_config.batch_size {batch // 2}", {"runner_config__batch_size": batch // 2}))
+        found.append((f"runner_config.batch_size {batch // 2}", {"runner_config.batch_size": batch // 2}))
     groups = model["multi_query_group_num" if model.get("use_flash_attention") else "num_attention_heads"]
     if semi and layout.data % 2 == 0 and groups % (2 * layout.model) == 0:
         found.append((f"parallel_config.data_parallel {layout.data // 2}, model_parallel {2 * layout.model}",
-                      {"parallel_config__data_parallel": layout.data // 2,
-                       "parallel_config__model_parallel": 2 * layout.model}))
+                      {"parallel_config.data_parallel": layout.data // 2,
+                       "parallel_config.model_parallel": 2 * layout.model}))
     shorter = [length // 2 ** power for power in (1, 2, 3) if length // 2 ** power >= 512]
     found += [(f"seq_length {size}, and preprocess with --seq_len {size}",
-               {"model__model_config__seq_length": size}) for size in shorter]
+               {"model.model_config.seq_length": size}) for size in shorter]
     return found
 
 
@@ -74,8 +67,8 @@ def advice(settings, devices, limit):
         return "fits"
     sentences, together, least = [], {}, memory.peak(settings, devices)[1]
     for sentence, changes in remedies(settings, devices):
-        alone = total_with(settings, devices, **changes)
-        both = total_with(settings, devices, **(together | changes))
+        alone = total_with(settings, devices, changes)
+        both = total_with(settings, devices, together | changes)
         if alone <= limit:
             return f"does not fit; change first: {sentence} ({alone / 1e9:.1f} GB)"
         if both < least:
@@ -131,7 +124,7 @@ def main(argv=None):
     settings = config.load(arguments.config, run_mode=("finetune", "preprocess"))
     plan = settings.get("parallel_config", {})
     planned = plan.get("data_parallel", 1) * plan.get("model_parallel", 1)
-    devices = arguments.devices or (planned if settings["parallel"]["parallel_mode"] == 1 else 8)
+    devices = arguments.devices or (planned if config.sharded(settings) else 8)
     config.check_workers(settings, devices)
     rows = arguments.rows
     if arguments.data:

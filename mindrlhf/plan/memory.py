@@ -7,6 +7,7 @@ the CPU; tests/test_plan.py and benchmarks/plan_memory.py compare both. Assumpti
 import math
 from dataclasses import dataclass
 
+from mindrlhf.config import sharded
 from mindrlhf.plan.parameters import BYTES, held, layout_of, numbers_of
 
 RESIDUAL = 4  # bytes: the sums between layers and the norms are float32 (layernorm_compute_type)
@@ -38,7 +39,7 @@ def shares_of(settings, devices):
     """Shares of the settings of a YAML on a number of cards."""
     layout, length = layout_of(settings, devices), settings["model"]["model_config"]["seq_length"]
     batch = settings["runner_config"]["batch_size"]
-    if settings["parallel"]["parallel_mode"] == 0:  # each card by itself
+    if not sharded(settings):  # each card by itself
         return Shares(2 * batch * length, 2 * batch * length, 2 * batch * length, 1)
     rows, group = 2 * batch * layout.data, 2 * batch * length
     split = rows // math.gcd(rows, layout.cards) * length
@@ -61,7 +62,7 @@ def layer_kept(settings, shares):
     model, (hidden, query, key, _) = settings["model"]["model_config"], widths(settings)
     compute = BYTES[model["compute_dtype"]]
     kept = RESIDUAL * hidden + compute * (query + 2 * key)
-    if compute != RESIDUAL and settings["parallel"]["parallel_mode"] == 1:
+    if compute != RESIDUAL and sharded(settings):
         kept += RESIDUAL * hidden + RESIDUAL * (query + key) // 2
     return shares.split * kept
 
@@ -96,7 +97,7 @@ def layer_work(settings, positions):
 def chunks(settings, shares):
     """(positions whose logits exist at once, into how many chunks all positions fall)."""
     size = settings["dpo"]["logps_chunk_size"] or shares.everywhere
-    if settings["parallel"]["parallel_mode"] == 1:
+    if sharded(settings):
         size = max(size, math.ceil(shares.everywhere / MOST_CHUNKS))
     return min(size, shares.everywhere), math.ceil(shares.everywhere / size)
 
@@ -108,7 +109,7 @@ def chunk_gradients(settings, shares):
     model = settings["model"]["model_config"]
     compute, (_, count) = BYTES[model["compute_dtype"]], chunks(settings, shares)
     one = shares.everywhere * model["hidden_size"] * compute
-    if settings["parallel"]["parallel_mode"] == 0 or count == 1:  # blocks of the vocabulary: one of each
+    if not sharded(settings) or count == 1:  # blocks of the vocabulary: one of each
         return one
     weight = 0 if "lora" in settings else model["padded_vocab_size"] // shares.vocabulary * model["hidden_size"]
     stored = BYTES[model["param_init_type"]]
@@ -142,7 +143,7 @@ def parts(settings, devices):
     recompute = settings.get("recompute_config", {}).get("recompute", False)
     kept = layer_kept(settings, shares) if recompute else layer_whole(settings, shares.group)
     work = layer_whole(settings, shares.group) if recompute or not training else 0
-    semi, cast = settings["parallel"]["parallel_mode"], model["param_init_type"] != model["compute_dtype"]
+    semi, cast = sharded(settings), model["param_init_type"] != model["compute_dtype"]
     cell = 1 if model.get("use_flash_attention") else 4  # bytes of the mask's numbers
     logits = chunks(settings, shares)[0] * model["padded_vocab_size"] // shares.vocabulary * 4
     return {

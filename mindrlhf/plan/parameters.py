@@ -7,6 +7,7 @@ tests/test_plan.py has the record.
 import math
 from dataclasses import dataclass
 
+from mindrlhf.config import sharded
 from mindrlhf.models.glm4 import lora, weights
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -69,7 +70,7 @@ def layout_of(settings, devices):
         settings: as config.load() returns them.
         devices: number of cards.
     """
-    if settings["parallel"]["parallel_mode"] == 0:
+    if not sharded(settings):
         return Layout(data=devices, whole_vocabulary=True)
     plan = settings.get("parallel_config", {})
     return Layout(plan.get("data_parallel", 1), plan.get("model_parallel", 1),

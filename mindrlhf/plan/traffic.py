@@ -5,6 +5,7 @@ scatter over n cards moves (n - 1) / n of the whole, an all-reduce twice that.
 """
 import math
 
+from mindrlhf.config import sharded
 from mindrlhf.plan.memory import RESIDUAL, shares_of, widths
 from mindrlhf.plan.parameters import BYTES, held, layout_of
 
@@ -52,7 +53,7 @@ def volumes(settings, devices):
     table, model = held(settings, devices), settings["model"]["model_config"]
     compute, hidden, layers = BYTES[model["compute_dtype"]], model["hidden_size"], model["num_layers"]
     trained = [part for part in table.values() if part.trained]
-    if settings["parallel"]["parallel_mode"] == 0:
+    if not sharded(settings):
         return {"gradient all-reduce": 2 * _of(devices) * sum(part.bytes for part in trained)}
     gathered = sum(math.prod(part.gathered) * _of(part.shared_by)
                    * (compute if "encoder" in name else BYTES[part.dtype]) for name, part in table.items())

@@ -77,7 +77,7 @@ def load_weights(model, settings, data, resumed):
     Raises:
         UserError: they are others, unless dpo.check_reference is False.
     """
-    if resumed and sharded(settings):
+    if resumed and config.sharded(settings):
         return  # each card has its part, which train() loads
     if "lora" in settings:
         loaded = checkpoint.load_strictly(model, settings.get("load_checkpoint"), names=is_base,
@@ -98,16 +98,11 @@ def load_weights(model, settings, data, resumed):
                                       tokenizer=None, checkpoint=identity)
 
 
-def sharded(settings):
-    """Whether a plan spreads the model over cards."""
-    return settings["parallel"]["parallel_mode"] == 1
-
-
 def feeding(settings):
     """How the workers are fed: batch_size (rows that one reads for a step), shards and shard of the data."""
     runner = settings["runner_config"]
     rows = runner["batch_size"] * runner.get("gradient_accumulation_steps", 1)
-    if sharded(settings):  # every card is fed the whole batch and takes its part of it
+    if config.sharded(settings):  # every card is fed the whole batch and takes its part of it
         return {"batch_size": rows * settings["parallel_config"]["data_parallel"], "shards": 1, "shard": 0}
     return {"batch_size": rows, "shards": cli.workers(), "shard": cli.rank()}
 
@@ -138,7 +133,7 @@ def train(model, run_config, settings, data, resumed):
     run_config.lr_schedule.total_steps = total
     journal = Journal(settings["output_dir"], progress.first) if cli.rank() == 0 else None
     callbacks = make_callbacks(model, settings, data, progress, journal, resumed)
-    if resumed and sharded(settings):
+    if resumed and config.sharded(settings):
         backend.load_states_with(partial(state.load_own_part, resumed))
     trainer = Trainer(args=run_config, task="text_generation", model=model, train_dataset=dataset, callbacks=callbacks)
     trainer.finetune(finetune_checkpoint=str(resumed) if resumed else False, resume_training=bool(resumed),
