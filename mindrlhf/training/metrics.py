@@ -18,7 +18,9 @@ def means(sums, *, sft_weight):
         a scored token. logratio_size is the mean over answers of |log pi - log pi_ref|: 0 where policy and reference
         are the same. pairs and tokens (both sides, prompts included) are counts.
     """
-    total = dict(zip(SUMS, map(float, sums), strict=True))
+    if len(sums) != len(SUMS):
+        raise ValueError(f"{len(SUMS)} sums expected, got {len(sums)}")
+    total = dict(zip(SUMS, map(float, sums)))
     pairs = max(total["pairs"], 1.0)
     result = {"dpo_loss": total["dpo_loss"] / pairs, "sft_loss": total["sft_nll"] / max(total["chosen_tokens"], 1.0),
               "accuracy": total["correct"] / pairs,
