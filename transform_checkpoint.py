@@ -4,6 +4,8 @@ Shards and strategy of a parallel run become one file, one file becomes shards (
 become those of another plan (both). Ranks of a data-parallel run, which are equal, become one without a
 strategy.
 """
+from __future__ import annotations
+
 import os
 import shutil
 from dataclasses import dataclass
@@ -31,8 +33,8 @@ def parser():
                                               "empty or absent after data-parallel training")
     parse.add_argument("--dst_strategy", help="the same of a run with the plan to share the weights out by "
                                               "(default: one file)")
-    parse.add_argument("--base_checkpoint", help="after LoRA training: the base weights, to which the "
-                                                 "adapters are added")
+    parse.add_argument("--base_checkpoint", help="after LoRA training: the base weights, to which the adapters are "
+                                                 "added (default: one file of the adapters alone)")
     parse.add_argument("--dst_checkpoint", required=True,
                        help="folder for merged.ckpt, or a name that ends in .ckpt or .safetensors; with "
                             "--dst_strategy the new folder for rank_0, rank_1, ...")
@@ -107,12 +109,16 @@ def merge_replicas(files, ranks):
     return ranks[0]
 
 
-def add_adapters(source, adapters, base_path):
+def with_remarks(source: Source, tensors: dict) -> dict:
+    """Whole LoRA adapters, and rank and alpha beside them."""
+    remarks = {name: tensor for name, tensor in checkpoint.read(source.files[0]).items() if name in lora.REMARKS}
+    return {**tensors, **remarks}
+
+
+def add_adapters(adapters: dict, base_path: str, place: Path) -> list:
     """Base weights and whole LoRA adapters to full weights, in the base's dtype: items for write()."""
     base = weights_of(base_path)
-    first = source.files[0]
-    about = {name: tensor for name, tensor in checkpoint.read(first).items() if name.startswith("lora_")}
-    changed = lora.merged(base, {**adapters, **about}, first)
+    changed = lora.merged(base, adapters, place)
 
     def make(tensor):
         return lambda: checkpoint.narrow(changed[tensor.name](), tensor.dtype)
@@ -120,14 +126,15 @@ def add_adapters(source, adapters, base_path):
     return [(t.name, t.dtype, t.shape, make(t) if t.name in changed else t.chunks) for t in base.values()]
 
 
-def check_adapters(source, base_path):
-    """Raise UserError for adapters without base weights, and for base weights to what has no adapters."""
-    adapted = any(lora.is_adapter(name) for name in source.tensors)
-    if adapted and not base_path:
-        raise UserError(f"{source.place}: holds LoRA adapters; --base_checkpoint names the weights that "
-                        "they belong to")
+def check_adapters(adapted: bool, place: Path, base_path: str | None, strategy: Path | None) -> None:
+    """Raise UserError for what makes no sense with, or without, LoRA adapters."""
     if base_path and not adapted:
-        raise UserError(f"{source.place}: holds full weights, no adapters; leave --base_checkpoint out")
+        raise UserError(f"{place}: holds full weights, no adapters; leave --base_checkpoint out")
+    if base_path and strategy:
+        raise UserError("--base_checkpoint and --dst_strategy: merge the adapters first, then share the "
+                        "merged file out")
+    if adapted and strategy:
+        raise UserError(f"{place}: holds LoRA adapters, which every command takes as one file; leave --dst_strategy out")
 
 
 def name_files(arguments, cards):
@@ -156,15 +163,13 @@ def main(argv=None):
         raise UserError(f"{arguments.dst_strategy}: holds no strategy file; a parallel run writes them to "
                         "output/strategy")
     source = open_source(arguments.src_checkpoint, arguments.src_strategy, arguments.step)
-    check_adapters(source, arguments.base_checkpoint)
-    if arguments.base_checkpoint and strategy:
-        raise UserError("--base_checkpoint and --dst_strategy: merge the adapters first, then share the "
-                        "merged file out")
+    adapted = any(map(lora.is_adapter, source.tensors))
+    check_adapters(adapted, source.place, arguments.base_checkpoint, strategy)
     wanted = reshard.targets(source.tensors, strategy)
     target, names = name_files(arguments, len(wanted))
     with workshop(target) as folder:
         made = [folder / "out" / name for name in names]
-        identity, wanted = make(source, strategy, wanted, made, arguments.base_checkpoint)
+        identity, wanted = make(source, strategy, wanted, made, adapted, arguments.base_checkpoint)
         if strategy:
             (folder / "out" / "strategy").mkdir()
             shutil.copy(strategy, folder / "out" / "strategy" / "ckpt_strategy_rank_0.ckpt")
@@ -173,27 +178,30 @@ def main(argv=None):
     described = sidecar.carry(source.place, target, dtype=wanted[0][0][1], fingerprint=identity)
     size = reshard.size_on_disk(wanted) / 1e9
     unknown = "" if described else f"; without the numbers of the model, as the run left no {sidecar.MODEL}"
+    if adapted and not arguments.base_checkpoint:
+        print("these are LoRA adapters alone; --base_checkpoint adds them to the weights that they belong to")
     print(f"{target}: {len(wanted[0])} parameters, {size:.2f} GB, from {len(source.files)} rank(s)"
           f"{f' to {len(names)}' if strategy else ''}; read back and verified, fingerprint "
           f"{identity[:12]}{unknown}")
 
 
-def make(source, strategy, wanted, made, base):
+def make(source: Source, strategy: Path | None, wanted: list, made: list, adapted: bool, base: str | None) -> tuple:
     """Write and verify the files of all cards. Returns (fingerprint of the whole weights, wanted)."""
     folder, by_mindspore = made[0].parents[1 if strategy is None else 2], source.strategy or strategy
     size = reshard.size_on_disk(wanted)
     check_room(made[0], size + (reshard.room(source.tensors, source.ranks) if by_mindspore else 0))
     tensors = source.tensors
     if by_mindspore:
-        files = [folder / "adapters.ckpt"] if base else made
+        files = [folder / "adapters.ckpt"] if adapted else made
         with cli.progress(size, "transform", "B", unit_scale=True) as bar:
             reshard.transform(source.ranks, (source.strategy, strategy), wanted, files, folder, bar.update)
         identity = checkpoint.fingerprint(tensors)
         reshard.verify(identity, files, strategy)
         tensors = checkpoint.read(files[0])
-    if base or not by_mindspore:
-        items = [(t.name, t.dtype, t.shape, t.chunks) for t in tensors.values()]
-        items = add_adapters(source, tensors, base) if base else items
+    if adapted or not by_mindspore:
+        tensors = with_remarks(source, tensors)
+        items = add_adapters(tensors, base, source.files[0]) if base else \
+            [(t.name, t.dtype, t.shape, t.chunks) for t in tensors.values()]
         wanted = [[item[:3] for item in items]]
         size = reshard.size_on_disk(wanted)
         check_room(made[0], size)

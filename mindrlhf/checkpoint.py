@@ -3,14 +3,21 @@
 MindSpore's own readers hold a whole file in memory and load what fits, by name, without a word about the
 rest. Here nothing loads unless every name and every shape agrees. Reading and writing the files is in formats.py.
 """
+from __future__ import annotations
+
+from pathlib import Path
+
 from mindrlhf.cli import UserError
 from mindrlhf.files import atomic_file, write_json
 from mindrlhf.formats import Fingerprint, digest, read, write
+from mindrlhf.models.glm4.lora import REMARKS
+from mindrlhf.models.glm4.weights import is_cache
+from mindrlhf.ranks import choose
 from mindrlhf.shards import open_weights
 from mindrlhf.tensors import DTYPES, StoredTensor, in_order, narrow, pieces
 
 __all__ = ["DTYPES", "StoredTensor", "atomic_file", "difference", "fingerprint", "load_strictly", "narrow",
-           "open_weights", "read", "steps_done", "write", "write_json"]
+           "open_adapters", "open_weights", "read", "steps_done", "write", "write_json"]
 
 
 def fingerprint(tensors, *, sample=False, inspect=None):
@@ -59,7 +66,7 @@ def load_strictly(network, path, *, training_state=False, names=None, strategy=N
     A network that is spread over cards reads its part of each tensor when it is compiled, so files must stay until then.
 
     Args:
-        network: a Cell; its parameters' names and shapes decide.
+        network: a Cell; its parameters' names and shapes decide. Key-value caches are no part of a file.
         path: a .ckpt or .safetensors file with the whole (unsharded) weights, or a folder of shards.
         training_state: allow the optimizer's and the trainer's own tensors in the file (a resumed run).
         names: function from a name to whether this file is responsible for it; None: for all.
@@ -74,7 +81,7 @@ def load_strictly(network, path, *, training_state=False, names=None, strategy=N
     from mindrlhf.slices import FileTensor
     stored = open_weights(path, strategy)
     parameters = {parameter.name: parameter for parameter in network.get_parameters()
-                  if names is None or names(parameter.name)}
+                  if not is_cache(parameter.name) and (names is None or names(parameter.name))}
     if training_state:
         stored = {name: tensor for name, tensor in stored.items() if name in parameters}
     problem = difference({name: parameter.shape for name, parameter in parameters.items()},
@@ -83,6 +90,23 @@ def load_strictly(network, path, *, training_state=False, names=None, strategy=N
         raise UserError(f"{path}: does not fit the model of this YAML. {problem}")
     for name, parameter in parameters.items():
         parameter.set_data(FileTensor(stored[name], parameter.dtype))
+    return stored
+
+
+def open_adapters(path: str | Path, strategy: str | None = None) -> dict[str, StoredTensor]:
+    """Find the LoRA adapters of a run; their values stay in the files.
+
+    Args:
+        path: an adapter file, or a folder of rank_0, rank_1, ...: output/checkpoint_network of a run.
+        strategy: of the shards, as shards.open_weights takes it.
+
+    Returns:
+        name -> tensor, whole ones, lora.REMARKS included.
+    """
+    stored = open_weights(path, strategy)
+    if Path(path).is_dir():
+        first = read(choose(path)[0][0])
+        stored = {**stored, **{name: first[name] for name in REMARKS if name in first}}
     return stored
 
 

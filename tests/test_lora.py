@@ -65,7 +65,7 @@ def test_a_resumed_run_goes_on_as_the_unbroken_one(trained, golden, tmp_path):
 def unmerged(golden, trained):
     """The training network with its adapters loaded."""
     network = load_model(golden, "finetune").set_train(False)
-    lora.add_adapters(network, LORA)
+    lora.add_adapters(network, LORA, compute_dtype="float32", seed=1)
     checkpoint.load_strictly(network, adapter_file(trained[0]), names=lora.is_adapter, training_state=True)
     return network
 
@@ -101,7 +101,7 @@ def test_predict_takes_base_and_adapters(golden, trained):
     options = ["--config", golden.predict, "--load_checkpoint", golden.checkpoint, "--vocab_file", golden.tokenizer,
                "--predict_data", "旅行?"]
     plain = run_script(RUN_DPO, *options)
-    adapted = run_script(RUN_DPO, *options, "--adapter_checkpoint", adapter_file(trained[0]))
+    adapted = run_script(RUN_DPO, *options, "--adapter_checkpoint", trained[0] / "checkpoint_network")
     assert plain.returncode == adapted.returncode == 0, adapted.stderr
     assert plain.stdout != adapted.stdout
 
@@ -113,7 +113,7 @@ def test_only_adapters_are_trained(unmerged):
 
 def test_target_modules_are_a_choice(golden):
     network = load_model(golden, "finetune")
-    lora.add_adapters(network, {**LORA, "target_modules": ["dense"]})
+    lora.add_adapters(network, {**LORA, "target_modules": ["dense"]}, compute_dtype="float32", seed=1)
     names = {parameter.name for parameter in network.trainable_params()}
     assert len(names) == 3 * 2
     assert all(".self_attention.dense." in name for name in names)
@@ -129,9 +129,46 @@ def test_files_that_do_not_belong_together_are_refused(golden, trained, tmp_path
     half = {name: tensor for name, tensor in stored.items() if not name.endswith("layers.0.mlp.dense_4h_to_h" + lora.B)}
     with pytest.raises(UserError, match="lacks its other half"):
         lora.merged(base, half, "x")
-    with pytest.raises(UserError, match="--base_checkpoint names"):
-        transform_checkpoint.main(["--src_checkpoint", str(trained[0] / "checkpoint_network"), "--dst_checkpoint",
-                                   str(tmp_path / "x")])
+    with pytest.raises(UserError, match="holds full weights, no adapters"):
+        transform_checkpoint.main(["--src_checkpoint", str(golden.checkpoint), "--base_checkpoint", str(golden.checkpoint),
+                                   "--dst_checkpoint", str(tmp_path / "x")])
+
+
+def test_one_adapter_file_says_what_the_folder_says(golden, trained, tmp_path, capsys):
+    import transform_checkpoint
+    folder, target = trained[0] / "checkpoint_network", tmp_path / "adapters.safetensors"
+    transform_checkpoint.main(["--src_checkpoint", str(folder), "--dst_checkpoint", str(target)])
+    assert "these are LoRA adapters alone" in capsys.readouterr().out
+    base = checkpoint.read(golden.checkpoint)
+    changed = [lora.merged(base, checkpoint.open_adapters(path), path) for path in (folder, target, adapter_file(trained[0]))]
+    assert len(changed[0]) == 12
+    for name, make in changed[0].items():
+        for other in changed[1:]:
+            assert np.array_equal(make(), other[name]())
+
+
+def test_adapters_and_what_they_are_added_to_are_computed_in_the_type_of_the_yaml(golden):
+    """MindFormers 1.3.0 would take float16 for both, which no CPU test of float32 log-probs would pass."""
+    network = load_model(golden, "finetune")
+    lora.add_adapters(network, LORA, compute_dtype="float32", seed=1)
+    cell = network.transformer.encoder.layers[0].mlp.dense_4h_to_h
+    assert {parameter.dtype for parameter in network.trainable_params()} == {ms.float32}
+    assert cell.dtype == ms.float32
+    x = np.random.default_rng(0).standard_normal((5, 160)).astype(np.float32)
+    found = cell(ms.Tensor(x)).asnumpy()
+    np.testing.assert_allclose(found, x @ cell.weight.asnumpy().T, atol=1e-5)  # B is 0; float16 is off by 1e-3
+
+
+def test_adapters_start_alike_whatever_the_plan():
+    """A lies within 1 / sqrt(in) and depends on name and seed alone; B is 0."""
+    name = "transformer.encoder.layers.0.mlp.dense_4h_to_h"
+    a = lora.initial_values(name + lora.A, (4, 10000), 1)
+    assert np.array_equal(a, lora.initial_values(name + lora.A, (4, 10000), 1))
+    assert not np.array_equal(a, lora.initial_values(name + lora.A, (4, 10000), 2))
+    assert not np.array_equal(a, lora.initial_values(name.replace("0", "1") + lora.A, (4, 10000), 1))
+    assert np.abs(a).max() <= 0.01
+    assert a.std() == pytest.approx(0.01 / np.sqrt(3), rel=0.02)
+    assert not lora.initial_values(name + lora.B, (10000, 4), 1).any()
 
 
 @pytest.mark.parametrize(("text", "part"), [
@@ -149,5 +186,5 @@ def test_settings_are_checked(tmp_path, text, part):
 def test_adapters_leave_the_network_as_it_was_at_first(golden):
     network = load_model(golden, "finetune").set_train(False)
     before = logits(network)
-    lora.add_adapters(network, LORA)
+    lora.add_adapters(network, LORA, compute_dtype="float32", seed=1)
     assert np.array_equal(before, logits(network))

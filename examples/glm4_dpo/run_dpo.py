@@ -21,10 +21,10 @@ def parser():
     parse.add_argument("--load_checkpoint", help="finetune: the weights that preprocessed the data; predict: any")
     parse.add_argument("--auto_trans_ckpt", type=cli.boolean, metavar="True|False",
                        help="share the checkpoint, one whole file or shards, out over the cards of the parallel plan")
-    parse.add_argument("--src_strategy", help="where load_checkpoint is a folder of shards, rank_0, rank_1, ...: "
-                                              "output/strategy of the run that saved them")
-    parse.add_argument("--adapter_checkpoint", help="predict: LoRA adapters of a training, from output/checkpoint_network, "
-                       "on top of load_checkpoint")
+    parse.add_argument("--src_strategy", help="where load_checkpoint or adapter_checkpoint is a folder of shards, rank_0, "
+                                              "rank_1, ...: output/strategy of the run that saved them")
+    parse.add_argument("--adapter_checkpoint", help="predict: LoRA adapters on top of load_checkpoint: "
+                       "output/checkpoint_network of their training, or one file")
     parse.add_argument("--predict_data", metavar="TEXT", help="predict: what the user says")
     parse.add_argument("--resume", metavar="auto|FILE", help="finetune: go on from the last whole state in output_dir, or "
                        "from a file of output/checkpoint/rank_0")
@@ -82,12 +82,16 @@ def predict(settings, text, adapters=None):
     if room < 1:
         raise cli.UserError(f"--predict_data is {len(prompt)} tokens, seq_length {numbers['seq_length']}; shorten it")
     config.check_weights(settings)
+    path, strategy = settings["load_checkpoint"], settings.get("src_strategy")
+    if strategy and adapters and Path(path).is_dir() and Path(adapters).is_dir():
+        raise cli.UserError(f"--src_strategy: {path} and {adapters} are both folders of shards; merge one of them first")
     run_config = config.to_mindformers(settings)
     backend.start(run_config, parallel=False)
     model = backend.build_network(run_config)
-    base = checkpoint.load_strictly(model, settings.get("load_checkpoint"), strategy=settings.get("src_strategy"))
+    base = checkpoint.load_strictly(model, path, strategy=strategy if Path(path).is_dir() or not adapters else None)
     if adapters:
-        backend.set_values(model, lora.merged(base, checkpoint.read(adapters), adapters))
+        stored = checkpoint.open_adapters(adapters, strategy if not Path(path).is_dir() else None)
+        backend.set_values(model, lora.merged(base, stored, adapters))
     output = model.generate([prompt], max_new_tokens=min(numbers.get("max_decode_length", 512), room),
                             eos_token_id=tokenizer.stop_ids, pad_token_id=tokenizer.pad_id)[0]
     print(tokenizer.decode(output[len(prompt):]).strip(), flush=True)
