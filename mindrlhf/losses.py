@@ -212,8 +212,9 @@ class _VocabularyBlocks(nn.Cell):
             by_hidden -= self.matmul(softmax, block) * share
             done = by_hidden
             if self.trained:
-                place = ops.where(labels < begin + block.shape[0], labels - begin, -1)  # below 0: of another block
-                own = self.segment_sum(mine, place, block.shape[0])
+                inside = ops.logical_and(labels >= begin, labels < begin + block.shape[0])
+                place = ops.where(inside, labels - begin, block.shape[0])  # the last: labels of other blocks
+                own = self.segment_sum(mine, place, block.shape[0] + 1)[:block.shape[0]]
                 by_weight += ((own - self.left(softmax, (hidden * share).astype(dtype))).astype(dtype),)
                 done = ops.depend(by_weight[-1], by_hidden)
             hidden, weight, mine = ops.depend(hidden, done), ops.depend(weight, done), ops.depend(mine, done)
