@@ -2,11 +2,15 @@
 
 MindFormers 1.3's GLM-4 does not run on a CPU as it stands. Each cure here is applied only where it is needed.
 """
+from __future__ import annotations
+
 import contextlib
 import ctypes
+import importlib
 import os
 import sys
 import time
+from typing import Any
 
 os.environ.setdefault("GLOG_v", "3")  # errors only; read when MindSpore is imported
 
@@ -14,6 +18,9 @@ import mindspore as ms
 from mindspore import nn, ops
 
 from mindrlhf import cli
+from mindrlhf.cpu import operators, sink
+
+CLUSTER = ("MS_ROLE", "MS_SCHED_HOST", "MS_SCHED_PORT", "MS_NODE_ID", "MS_NODE_RANK", "MS_TOPO_TIMEOUT")
 
 
 def is_cpu():
@@ -42,16 +49,21 @@ def start(config, *, parallel):
         config: MindFormerConfig, changed in place as MindFormers expects it.
         parallel: False where each worker computes alone, or there is only one.
     """
-    from mindformers import build_context
+    context = importlib.import_module("mindformers.core.context.build_context")
     from mindformers.tools.utils import set_output_path
     quiet()
+    if config.context.device_target == "CPU":
+        operators.install()
+        sink.install()
+    context.CONTEXT_INSTANCE = None  # MindFormers would keep the settings of an earlier start() of this process
+    os.environ.pop("RUN_MODE", None)  # where it notes down that it predicts
     tensors_off_heap()
     set_output_path(config.output_dir)  # where the strategy of a plan goes; the Trainer sets it too late for that
     config.use_parallel = parallel
     config.context.device_id = int(os.environ.get("DEVICE_ID", 0))
     crowded = parallel and config.context.device_target == "CPU" and hasattr(os, "sched_setaffinity")  # Linux
     with _meeting() if crowded else contextlib.nullcontext():
-        build_context(config)
+        context.build_context(config)
 
 
 @contextlib.contextmanager
@@ -89,9 +101,15 @@ def seed_dataset(seed):
 
 
 def leave_cluster():
-    """Make this process independent of the launcher's cluster; the scheduler process, which has no work then, ends."""
-    if os.environ.pop("MS_ROLE", None) == "MS_SCHED":
+    """Make this process independent of the launcher's cluster; the scheduler process, which has no work then, ends.
+
+    MindSpore 2.4 takes a process for one of a cluster where MS_ROLE or MS_SCHED_HOST is set (UseDynamicCluster).
+    MS_WORKER_NUM and RANK_ID stay: the project reads its share of the work from them.
+    """
+    if os.environ.get("MS_ROLE") == "MS_SCHED":
         raise SystemExit(0)
+    for name in CLUSTER:
+        os.environ.pop(name, None)
 
 
 def is_sharded():
@@ -155,18 +173,11 @@ def peak_memory():
 
 
 class _FloatMaskMul(nn.Cell):
-    """mask * -10000 with a float mask. On the CPU MindFormers' uint8 mask times -10000 wraps to +240, and attention
-    then prefers what it must not see."""
+    """mask * -10000 with a float mask. MindFormers' uint8 mask times -10000 wraps to +240 without flash attention, and
+    attention then prefers what it must not see."""
 
     def construct(self, mask, factor):
         return mask.astype(ms.float32) * factor
-
-
-def before_build():
-    """Cures that must be there when the network is built."""
-    if is_cpu():  # no RmsNorm kernel: take the formula
-        import mindformers.models.glm2.glm2_modules as modules
-        modules.check_rmsnorm_big_kernel_valid = lambda: False
 
 
 def cure(network):
@@ -174,11 +185,9 @@ def cure(network):
     encoder = network.transformer.encoder
     if not hasattr(encoder, "cast"):  # nn.Cell had a cast up to MindSpore 2.6
         encoder.cast = ops.Cast()
-    if is_cpu():
-        network.argmax = ops.argmax  # mint.argmax has no CPU kernel
-        for layer in encoder.layers:
-            if hasattr(layer.self_attention, "core_attention"):
-                layer.self_attention.core_attention.mul_mask = _FloatMaskMul()
+    for layer in encoder.layers:
+        if hasattr(layer.self_attention, "core_attention"):
+            layer.self_attention.core_attention.mul_mask = _FloatMaskMul()
     return network
 
 
@@ -198,16 +207,17 @@ def finish(status=0):
 
 
 def lean(network, config):
-    """Spend less time and memory where that is possible: float32 on the CPU, not sharded. In place.
+    """Spend less time and memory where that is possible: float32 on the CPU, not sharded, without the NPU's attention.
+    In place.
 
     Args:
         network: as cure() takes it.
         config: the model_config section.
     """
     from mindrlhf.models.glm4.network import replace_cells
-    if is_cpu() and not is_sharded():
+    if is_cpu() and not is_sharded() and not (config.use_flash_attention or config.use_past):
         _fuse_adamw()
-        if config.compute_dtype == config.rotary_dtype == "float32" and not config.use_past:
+        if config.compute_dtype == config.rotary_dtype == "float32":
             replace_cells(network)
     return network
 
@@ -243,6 +253,21 @@ def load_states_with(load):
     base_trainer.transform_and_load_checkpoint = load_instead
 
 
+def resume_after(steps: int) -> None:
+    """Have MindFormers' Trainer go on after so many optimizer steps, whether they were made in sink mode or not.
+
+    MindFormers takes the epoch from the state, where it counts steps in sink mode and passes over the data otherwise.
+    """
+    from mindformers.trainer import base_trainer
+
+    def load_context(config: Any, dataset: Any) -> None:
+        runner = config.runner_config
+        runner.initial_step = steps
+        runner.initial_epoch = steps // (runner.sink_size if runner.sink_mode else dataset.get_dataset_size())
+
+    base_trainer.load_resume_context_from_checkpoint = load_context
+
+
 def build_network(config):
     """Build the network that the YAML names, with the cures.
 
@@ -257,13 +282,12 @@ def build_network(config):
 
     import mindrlhf.models.glm4.dpo  # noqa: F401  registers Glm4DPO
     build_parallel_config(config)
-    before_build()
     network = cure(build(config.model, default_args={"parallel_config": config.parallel_config, "dpo": config.dpo,
                                                      "lora": config.lora}))
     lean(network, config.model.model_config)
     if config.lora:
         from mindrlhf.models.glm4.lora import add_adapters
-        add_adapters(network, config.lora)
+        add_adapters(network, config.lora, compute_dtype=config.model.model_config.compute_dtype, seed=config.seed)
     return network
 
 

@@ -124,13 +124,13 @@ def contradictions(settings):
          "lora needs rank, alpha, dropout and target_modules"),
         ("lora" in settings and not lora.get("target_modules"), "lora.target_modules names none of qkv, dense, mlp"),
         ("lora" in settings and mode != "finetune", "lora is for run_mode finetune: predict takes --adapter_checkpoint"),
-        (cpu and model.get("use_flash_attention"), "use_flash_attention needs an NPU: set it to False for the CPU"),
-        (cpu and model.get("use_past"), "use_past needs an NPU: set it to False for the CPU"),
         (cpu and "bfloat16" in (model.get("compute_dtype"), model.get("param_init_type")),
          "bfloat16 needs an NPU: set compute_dtype and param_init_type to float32 for the CPU"),
-        (cpu and get(settings, "runner_config.sink_mode"),
-         "runner_config.sink_mode counts steps wrongly on the CPU: set it to False"),
+        (not cpu and model.get("compute_dtype") == "float32" and (model.get("use_flash_attention") or model.get("use_past")),
+         "use_flash_attention and use_past need compute_dtype bfloat16 or float16 on an NPU: its operators take no float32"),
         (model.get("use_flash_attention") and model["seq_length"] % 16, "flash attention needs a seq_length that 16 divides"),
+        (model.get("use_flash_attention") and (model.get("kv_channels", 16) % 16 or model.get("kv_channels", 16) > 512),
+         "flash attention needs kv_channels, the size of a head, to be a multiple of 16 up to 512"),
         (model.get("num_attention_heads", 1) % model.get("multi_query_group_num", 1),
          "num_attention_heads is no multiple of multi_query_group_num"),
         (model.get("num_attention_heads", 1) % plan.get("model_parallel", 1),
@@ -188,6 +188,7 @@ def to_mindformers(settings):
     for key in ("eval_dataset", "load_checkpoint", "src_strategy", "resume_training"):  # run_dpo.py does these itself
         merged.pop(key, None)
     merged["callbacks"] = []
+    merged["runner_config"].setdefault("sink_size", 1)  # MindFormers' own default is none
     if "runner_wrapper" in merged:  # MindFormers accumulates in semi-auto parallel mode only, our step everywhere
         steps = merged["runner_config"].pop("gradient_accumulation_steps", 1)
         merged["runner_wrapper"]["accumulation"] = steps

@@ -91,7 +91,7 @@ SCHEMA = {
     "lora": {"rank": _whole(1), "alpha": _number(0, above=True), "dropout": _number(0, 1),
              "target_modules": _list_of(_one_of("qkv", "dense", "mlp"))},
     "train_dataset": _DATASET, "eval_dataset": _DATASET,
-    "runner_config": {"epochs": _whole(1), "batch_size": _whole(1), "sink_mode": _boolean, "sink_size": _whole(1),
+    "runner_config": {"epochs": _whole(1), "batch_size": _whole(1), "sink_mode": _boolean, "sink_size": _one_of(1),
                       "max_steps": _whole(0), "gradient_accumulation_steps": _whole(1)},
     "runner_wrapper": {"type": _one_of("DPOTrainOneStepCell"), "max_grad_norm": _number(0, above=True)},
     "optimizer": {"type": _one_of("AdamW", "FP32StateAdamWeightDecay"), "betas": _list_of(_number(0, 1), 2),

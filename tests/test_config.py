@@ -87,10 +87,14 @@ def test_all_problems_come_at_once(tmp_path):
 
 
 @pytest.mark.parametrize(("text", "part"), [
-    ("model: {model_config: {use_flash_attention: True}}", "use_flash_attention needs an NPU"),
+    ("model: {model_config: {use_flash_attention: True, kv_channels: 24}}", "a multiple of 16 up to 512"),
+    ("model: {model_config: {use_flash_attention: True, seq_length: 40}}", "a seq_length that 16 divides"),
+    ("context: {device_target: Ascend}\nmodel: {model_config: {use_flash_attention: True}}",
+     "need compute_dtype bfloat16 or float16 on an NPU"),
+    ("context: {device_target: Ascend}\nmodel: {model_config: {use_past: True}}",
+     "need compute_dtype bfloat16 or float16 on an NPU"),
     ("model: {model_config: {compute_dtype: bfloat16}}", "bfloat16 needs an NPU"),
     ("model: {model_config: {multi_query_group_num: 3}}", "no multiple of multi_query_group_num"),
-    ("runner_config: {sink_mode: True}", "sink_mode counts steps wrongly on the CPU"),
     ("dpo: {loss_type: ipo, label_smoothing: 0.1}", "does nothing for loss_type ipo"),
     ("run_mode: predict", "needs model.arch.type ChatGLM2ForConditionalGeneration"),
     ("parallel_config: {model_parallel: 2}", "model_parallel needs parallel.parallel_mode 1"),
@@ -101,10 +105,10 @@ def test_contradictions_are_named(tmp_path, text, part):
 
 
 def test_contradictions_come_at_once(tmp_path):
-    text = "model: {model_config: {use_flash_attention: True, compute_dtype: bfloat16}}\nrunner_config: {sink_mode: True}"
+    text = "model: {model_config: {use_flash_attention: True, kv_channels: 8, compute_dtype: bfloat16}}"
     with pytest.raises(UserError) as error:
         load(overlay(tmp_path, text))
-    assert all(part in str(error.value) for part in ("use_flash_attention", "bfloat16", "sink_mode"))
+    assert all(part in str(error.value) for part in ("kv_channels", "bfloat16"))
 
 
 @pytest.mark.parametrize(("content", "part"), [

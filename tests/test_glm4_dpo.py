@@ -5,10 +5,10 @@ import mindspore as ms
 import numpy as np
 import pytest
 from conftest import GOLDEN, SEQ_LEN, load_model
-from mindformers.models.glm2 import glm2_modules
 from mindspore import nn, ops
 
 from mindrlhf import backend
+from mindrlhf.cpu import operators
 from mindrlhf.data.features import TokenPair, row_columns
 
 
@@ -159,9 +159,8 @@ def small():
     from mindformers import ChatGLM2Config, ChatGLM2ForConditionalGeneration
     config = json.loads((GOLDEN / "hf_chatglm/config.json").read_text())
 
-    def build(*, before=backend.before_build, cure=backend.cure):
+    def build(*, cure=backend.cure):
         ms.set_seed(1)
-        before()
         network = ChatGLM2ForConditionalGeneration(ChatGLM2Config(
             num_layers=1, padded_vocab_size=330, hidden_size=96, ffn_hidden_size=160, kv_channels=16,
             num_attention_heads=6, multi_query_group_num=2, seq_length=16, layernorm_epsilon=config["layernorm_epsilon"],
@@ -171,9 +170,8 @@ def small():
             parameter.set_data(ops.normal(parameter.shape, 0.0, 0.3, seed=2) if len(parameter.shape) > 1 else parameter)
         return cure(network).set_train(False)
 
-    original = glm2_modules.check_rmsnorm_big_kernel_valid
-    yield build
-    glm2_modules.check_rmsnorm_big_kernel_valid = original
+    operators.install()
+    return build
 
 
 def test_with_all_cures_a_network_runs(small):
@@ -182,10 +180,10 @@ def test_with_all_cures_a_network_runs(small):
     assert last > 0
 
 
-def test_without_the_rmsnorm_cure_there_is_no_kernel(small, monkeypatch):
-    monkeypatch.setattr(glm2_modules, "check_rmsnorm_big_kernel_valid", lambda: True)
+def test_without_its_stand_in_rmsnorm_has_no_kernel(small, monkeypatch):
+    monkeypatch.setattr(ms.ops.operations, "RmsNorm", ms.ops.auto_generate.RmsNorm)
     with pytest.raises(Exception, match="RmsNorm"):
-        _logits(small(before=lambda: None), np.ones((1, 16), np.int32))
+        _logits(small(), np.ones((1, 16), np.int32))
 
 
 def test_without_the_cast_cure_the_encoder_lacks_one(small):
@@ -202,22 +200,12 @@ def test_without_the_mask_cure_the_future_leaks(small):
     assert earlier > 0.1
 
 
-def test_without_the_argmax_cure_greedy_decoding_fails(small):
+def test_without_its_stand_in_argmax_has_no_kernel(small):
     network = small()
     assert len(network.generate([[318, 320, 5]], max_new_tokens=2, do_sample=False)[0]) >= 4
-    network.argmax = ms.mint.argmax
+    network.argmax = ms.ops.function.math_func.argmax_ext
     with pytest.raises(Exception, match="ArgMax"):
         network.generate([[318, 320, 5]], max_new_tokens=2, do_sample=False)
-
-
-def test_cures_are_for_the_cpu_only(small, monkeypatch):
-    """On another device nothing is replaced but the cast that every MindSpore since 2.6 lacks."""
-    monkeypatch.setattr(backend, "is_cpu", lambda: False)
-    kept = glm2_modules.check_rmsnorm_big_kernel_valid
-    network = small()
-    assert glm2_modules.check_rmsnorm_big_kernel_valid is kept
-    assert not isinstance(network.transformer.encoder.layers[0].self_attention.core_attention.mul_mask, nn.Cell)
-    assert network.argmax is ms.mint.argmax
 
 
 def test_mask_dtype_follows_the_attention_kernel():

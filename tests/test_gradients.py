@@ -33,11 +33,14 @@ def batch(expected, pytorch):
     return [*columns([[pairs[k] for k in place] for place in PLACES], references), weights]
 
 
-@pytest.mark.parametrize(("sft_weight", "chunk", "plan"), [  # 2560 positions: the last chunk is shorter
-    (0.0, 0, False), (1.0, 200, False), (1.0, 200, True)], ids=["plain", "blocks", "cells of a parallel plan"])
-def test_gradient_of_every_parameter_is_pytorchs(golden, expected, pytorch, sft_weight, chunk, plan, monkeypatch):
+@pytest.mark.parametrize(("sft_weight", "chunk", "plan", "flash"), [  # 2560 positions: the last chunk is shorter
+    (0.0, 0, False, False), (1.0, 200, False, False), (1.0, 200, True, False), (1.0, 200, False, True),
+    (0.0, 200, True, True)],
+    ids=["plain", "blocks", "cells of a parallel plan", "flash attention on one NPU", "flash attention in a plan"])
+def test_gradient_of_every_parameter_is_pytorchs(golden, expected, pytorch, sft_weight, chunk, plan, flash, monkeypatch):
     monkeypatch.setattr(backend, "is_sharded", lambda: plan)  # MindFormers' own cells, log-probs for a spread vocabulary
-    network = load_model(golden, "finetune", {"dpo.sft_weight": sft_weight, "dpo.logps_chunk_size": chunk})
+    network = load_model(golden, "finetune", {"dpo.sft_weight": sft_weight, "dpo.logps_chunk_size": chunk,
+                                              "model.model_config.use_flash_attention": flash})
     parameters = network.set_train().trainable_params()
     (loss, _, _), gradients = ms.value_and_grad(network, None, parameters, has_aux=True)(*batch(expected, pytorch))
     dpo, sft = pytorch["losses"]

@@ -50,9 +50,10 @@ def test_rotation_turns_pairs_and_leaves_the_rest():
 
 @pytest.mark.parametrize(("cpu", "sharded", "change", "expected"), [
     (True, False, {}, 1), (False, False, {}, 0), (True, True, {}, 0), (True, False, {"compute_dtype": "float16"}, 0),
-    (True, False, {"use_past": True}, 0)])
+    (True, False, {"use_past": True}, 0), (True, False, {"use_flash_attention": True}, 0)])
 def test_cells_are_replaced_only_where_they_fit(monkeypatch, cpu, sharded, change, expected):
-    config = {"compute_dtype": "float32", "rotary_dtype": "float32", "use_past": False, **change}
+    config = {"compute_dtype": "float32", "rotary_dtype": "float32", "use_past": False,
+              "use_flash_attention": False, **change}
     replaced = []
     monkeypatch.setattr(network, "replace_cells", replaced.append)
     monkeypatch.setattr(backend, "is_cpu", lambda: cpu)

@@ -26,6 +26,14 @@ def config(golden):
     return write_overlay(golden.folder / "long.yaml", "finetune", more)
 
 
+@pytest.fixture(scope="module")
+def sinking(golden, config):
+    """The same in sink mode."""
+    path = golden.folder / "sinking.yaml"
+    path.write_text(f"base_config: {config.name}\nrunner_config: {{sink_mode: True, sink_size: 1}}\n")
+    return path
+
+
 def start(golden, config, output, *more):
     return subprocess.Popen([sys.executable, str(RUN_DPO), *map(str, arguments(golden, config, output, more=more))],
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -51,9 +59,9 @@ def unbroken(golden, config):
     return records(output)
 
 
-def test_killed_damaged_and_terminated_it_ends_as_the_unbroken_run(golden, config, unbroken, tmp_path):
-    """kill -9 after step 3; the newest state is cut short, so it goes on from the one before; SIGTERM after step 7 saves
-    a state and ends with 143; the last run goes to the end."""
+def test_killed_damaged_and_terminated_it_ends_as_the_unbroken_run(golden, config, sinking, unbroken, tmp_path):
+    """kill -9 after step 3; the newest state is cut short, so it goes on from the one before, in sink mode; SIGTERM after
+    step 7 saves a state and ends with 143; the last run goes to the end."""
     process = start(golden, config, tmp_path)
     wait_for(lambda: steps_written(tmp_path) >= 3, process)
     process.kill()
@@ -63,7 +71,7 @@ def test_killed_damaged_and_terminated_it_ends_as_the_unbroken_run(golden, confi
     newest.chmod(0o600)
     newest.write_bytes(newest.read_bytes()[:-1000])
 
-    process = start(golden, config, tmp_path, "--resume", "auto")
+    process = start(golden, sinking, tmp_path, "--resume", "auto")
     wait_for(lambda: steps_written(tmp_path) >= 7, process)
     process.send_signal(signal.SIGTERM)
     out, error = process.communicate(timeout=200)
@@ -146,7 +154,7 @@ def test_a_full_disk_is_told_before_it_costs_anything(tmp_path, capsys):
     from mindspore import nn
     network = nn.Dense(100, 100)  # 40,400 bytes
     network.optimizer = SimpleNamespace(global_step=1)
-    parameters = SimpleNamespace(train_network=network, cur_epoch_num=1)
+    parameters = SimpleNamespace(network=network, cur_epoch_num=1)
     context = SimpleNamespace(original_args=lambda: parameters)
     free = [1000]
     monitor = saver(tmp_path, network, free)
@@ -183,7 +191,7 @@ def test_two_workers_stop_after_the_same_step(tmp_path, monkeypatch):
 def test_sigterm_to_the_launcher_saves_the_states_of_both_workers(golden, config, tmp_path):
     output = tmp_path / "run"
     more = MORE.format(sft_weight=0.5, check=True, batch_size=1, shuffle=True)
-    long = write_overlay(tmp_path / "long.yaml", "finetune", more.replace("epochs: 2", "epochs: 300").replace(
+    long = write_overlay(tmp_path / "long.yaml", "finetune", more.replace("epochs: 2", "sink_mode: True, epochs: 300").replace(
         "save_checkpoint_steps: 1", "save_checkpoint_steps: 100000"))
     command = " ".join(map(str, [RUN_DPO, *arguments(golden, long, output)]))
     process = subprocess.Popen(["bash", str(ROOT / "scripts/msrun_launcher.sh"), command, "2", "0", str(tmp_path / "log"),

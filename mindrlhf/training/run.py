@@ -1,4 +1,6 @@
 """A training run: its data, its weights, and MindFormers' Trainer around them."""
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -133,6 +135,8 @@ def train(model, run_config, settings, data, resumed):
     run_config.lr_schedule.total_steps = total
     journal = Journal(settings["output_dir"], progress.first) if cli.rank() == 0 else None
     callbacks = make_callbacks(model, settings, data, progress, journal, resumed)
+    if resumed:
+        backend.resume_after(progress.first)
     if resumed and config.sharded(settings):
         backend.load_states_with(partial(state.load_own_part, resumed))
     trainer = Trainer(args=run_config, task="text_generation", model=model, train_dataset=dataset, callbacks=callbacks)
@@ -185,7 +189,7 @@ class _Stop(Callback):
     def on_train_begin(self, run_context):
         """Check the state."""
         if self.resumed:
-            check_optimizer_state(run_context.original_args().train_network.optimizer, self.resumed)
+            check_optimizer_state(run_context.original_args().network.optimizer, self.resumed)
 
     def on_train_step_end(self, run_context):
         """Stop at the end."""

@@ -44,7 +44,7 @@ class DPOCheckpointMonitor(Callback):
 
     def on_train_begin(self, run_context):
         """Look for room, and listen for SIGTERM."""
-        cell = run_context.original_args().train_network
+        cell = run_context.original_args().network  # train_network is wrapped in sink mode
         self.size = sum(parameter.nbytes for parameter in self._chosen(cell))
         if (free := self._free()) < self.size:
             raise cli.UserError(f"{self.output}: a training state takes {self.size / 1e9:.2f} GB, {free / 1e9:.2f} GB are "
@@ -103,9 +103,9 @@ class DPOCheckpointMonitor(Callback):
             parameters: what MindSpore tells callbacks of the run.
         """
         name = state.file_name(self.prefix, self.progress.step)
-        cell = parameters.train_network
+        cell = parameters.network
         about = {"step_num": self.progress.step, "epoch_num": parameters.cur_epoch_num, "loss_scale": 1.0,
-                   "global_step": cell.optimizer.global_step, **self.remarks}
+                 "global_step": cell.optimizer.global_step, **self.remarks}
         if self._save(cell, state.folder(self.output), name, about):
             for path in list(state.saved(self.output).values())[:-self.keep]:
                 path.unlink()

@@ -9,8 +9,14 @@ from dataclasses import dataclass
 from mindrlhf.cli import UserError
 
 EMBEDDING = "transformer.embedding.embedding_weight"
+CACHES = (".key_cache", ".value_cache")  # of prediction with use_past: Parameters, but no weights
 LAYER = re.compile(r"transformer\.encoder\.layers\.(\d+)\.")
 DERIVED = "transformer.rotary_pos_emb.inv_freq"  # stored by the original repositories, computed by the model
+
+
+def is_cache(name):
+    """Whether a parameter holds keys or values of earlier tokens, which no checkpoint has."""
+    return name.endswith(CACHES)
 
 
 @dataclass(frozen=True)
