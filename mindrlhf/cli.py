@@ -1,7 +1,12 @@
 """What the commands share: errors of one line, arguments, output on rank 0 only."""
+from __future__ import annotations
+
 import argparse
+import contextlib
+import ctypes
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -76,6 +81,21 @@ def say(*lines):
     """Print on rank 0."""
     if rank() == 0:
         print(*lines, sep="\n", flush=True)
+
+
+@contextlib.contextmanager
+def quiet_stdout() -> Iterator[None]:
+    """Send what libraries write to stdout, C++ included, to stderr, so that stdout holds the answer alone."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 def progress(total, what, unit, **options):

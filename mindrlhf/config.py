@@ -144,6 +144,8 @@ def contradictions(settings):
          "run_mode predict needs model.arch.type ChatGLM2ForConditionalGeneration"),
         (mode != "predict" and arch != "Glm4DPO", f"run_mode {mode} needs model.arch.type Glm4DPO"),
         (mode != "predict" and model.get("use_past"), "use_past is for run_mode predict"),
+        (model.get("use_past") and get(settings, "context.jit_config.jit_level", "O0") != "O0",
+         "use_past needs context.jit_config.jit_level O0: PagedAttention has a kernel for it alone"),
         (model.get("is_dynamic") and not model.get("use_past"), "is_dynamic needs use_past"),
         (dpo.get("label_smoothing") and dpo.get("loss_type") in ("hinge", "ipo"),
          f"dpo.label_smoothing does nothing for loss_type {dpo.get('loss_type')}: set it to 0.0"),

@@ -68,7 +68,8 @@ SCHEMA = {
     "resume_training": lambda value: None if value is False else _text(value),
     "context": {"mode": _one_of(0), "device_target": _one_of("Ascend", "CPU"), "max_device_memory": _text,
                 "max_call_depth": _whole(1), "memory_optimize_level": _one_of("O0", "O1"),
-                "jit_config": {"jit_level": _one_of("O0", "O1", "O2")}, "save_graphs": _boolean, "save_graphs_path": _text},
+                "jit_config": {"jit_level": _one_of("O0", "O1", "O2"), "infer_boost": _one_of("on", "off")},
+                "save_graphs": _boolean, "save_graphs_path": _text},
     "model": {
         "model_config": {
             "type": _one_of("ChatGLM2Config"), "batch_size": _whole(1), "num_layers": _whole(1),

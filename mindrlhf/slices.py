@@ -3,7 +3,10 @@
 In a parallel plan, MindSpore knows a card's part of a parameter when it has compiled the network, and asks
 the parameter's initial value for it then. Here that value is a tensor in a file, or one spread over files.
 """
+from __future__ import annotations
+
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from mindspore import Tensor
@@ -17,7 +20,7 @@ class FileTensor(Tensor):
     """A Tensor whose values lie in a file until MindSpore wants them.
 
     Args:
-        stored: StoredTensor, whole.
+        stored: StoredTensor or Values, whole.
         dtype: the parameter's.
     """
 
@@ -35,6 +38,25 @@ class FileTensor(Tensor):
                                group=group or (1, 0))
         values = np.ascontiguousarray(self.stored.block(block))
         return Tensor(convert(values, self.stored.dtype, "F32"), self.dtype)
+
+
+@dataclass(frozen=True)
+class Values:
+    """An array in the place of a StoredTensor, for FileTensor: what a parameter starts with in every plan.
+
+    Attributes:
+        values: float32 array.
+    """
+    values: np.ndarray
+    dtype: str = "F32"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    def block(self, block: tuple[slice, ...]) -> np.ndarray:
+        """A part of it."""
+        return self.values[block]
 
 
 class OwnPart(Tensor):

@@ -10,7 +10,21 @@ import yaml
 from mindrlhf import checkpoint, cli, config
 
 TOLERANCE = 1e-4  # relative, of losses, rewards and gradient norms
-HEAD, LAYERS, POSITIONS, VOCABULARY = 8, 2, 128, 528  # kv_channels, num_layers, seq_length, padded_vocab_size at least
+STEPS = 6
+# what is other than in the user's YAMLs, and why: sizes, so that it fits a CPU and ends in minutes
+SIZES = {"model.model_config.num_layers": 2, "model.model_config.kv_channels": 16, "model.model_config.hidden_size": 256,
+         "model.model_config.ffn_hidden_size": 512, "model.model_config.seq_length": 128}
+VOCABULARY = 528  # padded_vocab_size, at least
+# types: a CPU has no bfloat16 kernels
+TYPES = {"context.device_target": "CPU", "model.model_config.compute_dtype": "float32",
+         "model.model_config.param_init_type": "float32"}
+# lengths of the run, and a learning rate at which a random model changes enough to be compared
+RUN = {"runner_config.max_steps": STEPS, "runner_config.epochs": STEPS, "lr_schedule.learning_rate": 1e-3,
+       "dpo.reference_tolerance": 1e-3}
+# one process computes with cells of its own: no plan, no flash attention, no sink mode
+ALONE = {"parallel.parallel_mode": 0, "parallel.enable_parallel_optimizer": False, "parallel.full_batch": False,
+         "parallel_config.data_parallel": 1, "parallel_config.model_parallel": 1, "runner_config.sink_mode": False,
+         "model.model_config.use_flash_attention": False, "context.jit_config": {}}
 
 
 def illegal(settings, cards):
@@ -27,8 +41,14 @@ def illegal(settings, cards):
     return problems
 
 
-def shrink(path, cards, folder):
-    """Write many.yaml, one.yaml, process.yaml and predict.yaml: the plan, no plan, and the commands around.
+def shrunk(settings, vocabulary):
+    """Settings of a YAML with small sizes, on a CPU; all else as it is."""
+    return config.changed(settings, {**SIZES, **TYPES, "model.model_config.padded_vocab_size": vocabulary})
+
+
+def shrink(path, process, predict, cards, folder):
+    """Write the YAMLs of the rehearsal: many (the plan), one (the same in one process), process, predict, plain (predict
+    without a cache).
 
     Raises:
         UserError: the YAML is not one of a semi-auto parallel training.
@@ -40,32 +60,36 @@ def shrink(path, cards, folder):
         print(f"the plan is illegal: {'; '.join(problems)}")
         sys.exit(1)
     model, plan = settings["model"]["model_config"], settings["parallel_config"]
-    hidden = HEAD * model["num_attention_heads"]
-    small = {"num_layers": LAYERS, "kv_channels": HEAD, "hidden_size": hidden, "ffn_hidden_size": 2 * hidden,
-             "padded_vocab_size": -(-VOCABULARY // cards) * cards, "seq_length": POSITIONS}
+    vocabulary = -(-VOCABULARY // cards) * cards
+    chunk = settings["dpo"].get("logps_chunk_size") and SIZES["model.model_config.seq_length"] * plan["data_parallel"]
+    callbacks = [{**entry, "save_checkpoint_steps": 2} if "save_checkpoint_steps" in entry else entry
+                 for entry in settings["callbacks"]]
+    many = config.changed(shrunk(settings, vocabulary), {**RUN, "dpo.logps_chunk_size": chunk, "callbacks": callbacks})
+    rows = settings["runner_config"]["batch_size"] * plan["data_parallel"]
+    heads = {f"model.model_config.{name}": model[name] for name in ("num_attention_heads", "multi_query_group_num",
+                                                                    "layernorm_epsilon", "rope_ratio")}
+    process = config.changed(shrunk(config.load(process, run_mode="preprocess"), vocabulary), heads)
+    predict = config.changed(shrunk(config.load(predict, run_mode="predict"), vocabulary),
+                             {**heads, "model.model_config.max_decode_length": 16})
+    plain = config.changed(predict, {"model.model_config.use_past": False, "model.model_config.is_dynamic": False,
+                                     "model.model_config.use_flash_attention": False, "context.jit_config": {}})
+    made = {"many": many, "one": config.changed(many, {**ALONE, "runner_config.batch_size": rows}), "process": process,
+            "predict": predict, "plain": plain}
+    for name, content in made.items():
+        (Path(folder) / f"{name}.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    describe(path, settings, many, cards)
+
+
+def describe(path, settings, many, cards):
+    """Say what is rehearsed, and what is other than in the YAML."""
+    model, plan, runner = settings["model"]["model_config"], settings["parallel_config"], settings["runner_config"]
     print(f"{path} on {cards} CPU processes: data_parallel {plan['data_parallel']} x model_parallel "
           f"{plan['model_parallel']}, optimizer sharding {settings['parallel'].get('enable_parallel_optimizer', False)}, "
-          f"{model['num_attention_heads']} heads, {model['multi_query_group_num']} groups as they are\nshrunk: "
-          + ", ".join(f"{name} {model[name]} -> {value}" for name, value in small.items()))
-    chunk = settings["dpo"].get("logps_chunk_size") and POSITIONS * plan["data_parallel"]  # two chunks
-    many = config.merge(settings, {
-        "context": {"device_target": "CPU"},
-        "model": {"model_config": {**small, "use_flash_attention": False, "compute_dtype": "float32",
-                                   "param_init_type": "float32"}},
-        "dpo": {"logps_chunk_size": chunk, "check_reference": True, "reference_tolerance": 1e-3},
-        "runner_config": {"sink_mode": False, "max_steps": 3, "epochs": 3},
-        "lr_schedule": {"learning_rate": 1e-3, "warmup_ratio": 0.0}})
-    single = {"parallel": {"parallel_mode": 0, "enable_parallel_optimizer": False, "full_batch": False},
-              "parallel_config": {"data_parallel": 1, "model_parallel": 1}}
-    rows = settings["runner_config"]["batch_size"] * plan["data_parallel"]
-    one = config.merge(many, {**single, "runner_config": {"batch_size": rows}})
-    base = {key: value for key, value in one.items() if key != "lora"}
-    process = config.merge(base, {"run_mode": "preprocess"})
-    predict = config.merge(base, {"run_mode": "predict", "model": {
-        "arch": {"type": "ChatGLM2ForConditionalGeneration"},
-        "model_config": {"batch_size": 1, "use_past": False, "max_decode_length": 16, "do_sample": False}}})
-    for name, content in {"many": many, "one": one, "process": process, "predict": predict}.items():
-        (Path(folder) / f"{name}.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+          f"{model['num_attention_heads']} heads, {model['multi_query_group_num']} groups, flash attention "
+          f"{model.get('use_flash_attention', False)}, sink mode {runner.get('sink_mode', False)}, LoRA {'lora' in settings}"
+          "\nother than in the YAML: " + ", ".join(
+              f"{key.split('.')[-1]} {config.get(settings, key, 'unset')} -> {config.get(many, key)}"
+              for key in (*SIZES, "model.model_config.padded_vocab_size", *TYPES, *RUN, "dpo.logps_chunk_size")))
 
 
 def steps(run):
@@ -101,10 +125,14 @@ def compare(folder, cards):
     """Say how the run on many cards agrees with that in one process; status 1 where it does not."""
     folder = Path(folder)
     one, many = steps(folder / "one"), steps(folder / "many")
+    if len(one) != STEPS or len(many) != STEPS:
+        print(f"one process made {len(one)} steps, {cards} cards {len(many)}, where {STEPS} were expected: see {folder}")
+        sys.exit(1)
     found = differences(one, many)
     name, weights = weight_difference(*(folder / run / "merged/merged.ckpt" for run in ("one", "many")), folder / "tiny.ckpt")
-    answers = [(folder / f"answer_{run}.txt").read_text() for run in ("one", "many")]
-    print(f"{'over 3 steps':<18}{'one process':>16}{f'{cards} cards':>16}   largest relative difference")
+    answers = {path.name.removeprefix("answer_"): path.read_text() for path in sorted(folder.glob("answer_*"))}
+    different = [name for name, text in answers.items() if text != answers[name.split("_")[0]]]
+    print(f"{f'over {STEPS} steps':<18}{'one process':>16}{f'{cards} cards':>16}   largest relative difference")
     wrong = []
     for metric, value in found.items():
         bad = not value <= TOLERANCE
@@ -112,7 +140,9 @@ def compare(folder, cards):
         wrong += [f"{metric} differs by {value:.1e} (allowed: {TOLERANCE:.0e})"] if bad else []
     print(f"  merged weights: largest difference {weights:.1e} of what training changed, in {name}")
     wrong += [] if weights <= 100 * TOLERANCE else [f"merged weights differ by {weights:.1e} of their change, in {name}"]
-    wrong += [] if answers[0] == answers[1] else ["the merged models answer differently"]
+    print(f"  answers before and after training, with the YAML's predict and without a cache: "
+          f"{'  '.join(different) + '  WRONG' if different else 'the same'}")
+    wrong += [f"the answer {name} is another one: see {folder}/answer_*" for name in different]
     if wrong:
         print("the plan does NOT compute what one process computes: " + "; ".join(wrong))
         sys.exit(1)
@@ -134,7 +164,7 @@ def explain(output, log):
 def main():
     command, *arguments = sys.argv[1:]
     if command == "shrink":
-        shrink(arguments[0], int(arguments[1]), arguments[2])
+        shrink(*arguments[:3], int(arguments[3]), arguments[4])
     elif command == "compare":
         compare(*arguments)
     else:

@@ -1,61 +1,88 @@
 #!/usr/bin/env bash
-# Rehearse the parallel plan of a training YAML on CPU processes, with a tiny model, before NPUs are paid for.
+# Rehearse a training YAML on CPU processes, with a tiny model, before NPUs are paid for.
 #
-#   bash scripts/rehearse.sh examples/glm4_dpo/finetune_glm4_9b.yaml 8 [FOLDER]
+#   bash scripts/rehearse.sh examples/glm4_dpo/finetune_glm4_9b.yaml 8 [FOLDER [PROCESS_YAML PREDICT_YAML]]
 #
-# The parallel, recomputation, LoRA and optimizer sections, the numbers of heads and groups and the structure of a layer
-# stay; widths, layers, vocabulary and positions shrink. It preprocesses, trains 3 steps on N processes and on one,
-# merges, predicts, and compares. Status: 0 all agrees, 1 the plan is wrong, 2 it could not be tried.
-# Needs g++ and MindSpore 2.7. FOLDER (default: output/rehearsal) is written anew. About 2 minutes for 8 processes on 2 cores.
+# Everything is as in the YAMLs but sizes, bfloat16, the device, the number of steps and the learning rate: parallel plan,
+# flash attention, sink mode, recomputation, accumulation, LoRA, optimizer sharding, KV cache. scripts/rig/README.md lists
+# every key. It preprocesses, trains some steps on N processes, stops them by SIGTERM, resumes, merges, predicts, and
+# compares with one process that has no plan and cells of its own.
+# Status: 0 all agrees, 1 the plan is wrong, 2 it could not be tried.
+# Needs g++ and MindSpore 2.7. FOLDER (default: output/rehearsal) is written anew. Some minutes for 8 processes on 2 cores.
 set -euo pipefail
-usage="usage: bash scripts/rehearse.sh CONFIG N [FOLDER]; CONFIG: YAML with run_mode finetune, N: number of cards"
+usage="usage: bash scripts/rehearse.sh CONFIG N [FOLDER [PROCESS_YAML PREDICT_YAML]]; CONFIG: YAML with run_mode finetune, \
+N: number of cards, PROCESS_YAML and PREDICT_YAML: those of the 9B model unless given"
 fail() { echo "error: $1" >&2; exit "${2:-2}"; }
-[[ $# == 2 || $# == 3 ]] || fail "$usage"
-[[ -f $1 ]] || fail "$1: no such file; $usage"
-[[ $2 =~ ^[0-9]+$ && $2 -gt 1 ]] || fail "N is '$2'; a whole number above 1 expected"
-command -v g++ >/dev/null || fail "g++ is missing (apt-get install g++): the rehearsal builds a small library with it"
-
+[[ $# == 2 || $# == 3 || $# == 5 ]] || fail "$usage"
 root=$(cd "$(dirname "$0")/.." && pwd)
-config=$(realpath "$1") cards=$2 out=$(realpath -m "${3:-output/rehearsal}")
 example=$root/examples/glm4_dpo rig=$root/scripts/rig
+config=$1 cards=$2 out=${3:-output/rehearsal}
+process=${4:-$example/process_glm4_9b.yaml} predict=${5:-$example/predict_glm4_9b.yaml}
+for file in "$config" "$process" "$predict"; do [[ -f $file ]] || fail "$file: no such file; $usage"; done
+[[ $cards =~ ^[0-9]+$ && $cards -gt 1 ]] || fail "N is '$cards'; a whole number above 1 expected"
+command -v g++ >/dev/null || fail "g++ is missing (apt-get install g++): the rehearsal builds a small library with it"
+config=$(realpath "$config") process=$(realpath "$process") predict=$(realpath "$predict") out=$(realpath -m "$out")
 export PYTHONPATH=$root GLOG_v=${GLOG_v:-3}
 mkdir -p "$out"
-rm -rf "$out"/{hf,one,many,log,*.yaml,*.ckpt*,*.mindrecord*,*.jsonl,*.txt}
+rm -rf "$out"/{hf,one,many,output,log,log_*,answer_*,*.yaml,*.ckpt*,*.mindrecord*,*.jsonl,*.txt}
 cd "$out"
 
 step() { printf '== %s\n' "$1"; }
+explain() { # NAME: why it failed
+  python "$root/scripts/rehearse.py" explain "$1.txt" "log_$1"
+  exit 1
+}
 quietly() { # NAME COMMAND...: its output goes to NAME.txt; where it fails, the reason is shown
   local name=$1
   shift
-  "$@" >"$name.txt" 2>&1 || { python "$root/scripts/rehearse.py" explain "$name.txt" log; exit 1; }
+  "$@" >"$name.txt" 2>&1 || explain "$name"
+}
+on_cards() { # NAME COMMAND: on N processes that form the plan
+  LD_PRELOAD=$build/librig_hook.so exec bash "$root/scripts/msrun_launcher.sh" "$rig/on_cpu.py '$build' $2" \
+    "$cards" 0 "log_$1" True 600
 }
 train() { # CONFIG OUTPUT_DIR: the command that trains
   echo "$example/run_dpo.py --config $1 --train_dataset train.mindrecord --vocab_file hf/tokenizer.model" \
     "--load_checkpoint tiny.ckpt --auto_trans_ckpt True --output_dir $2"
 }
-finish() { # OUTPUT_DIR: merge what was trained, and let it answer
-  local strategy=()
-  [[ $1 == one ]] || strategy=(--src_strategy="$1/strategy")
-  grep -q '^lora:' many.yaml && strategy+=(--base_checkpoint=tiny.ckpt)
-  quietly "merge_$1" python "$root/transform_checkpoint.py" --src_checkpoint="$1/checkpoint_network" \
-    "${strategy[@]}" --dst_checkpoint="$1/merged"
-  quietly "answer_$1" python "$example/run_dpo.py" --config predict.yaml --load_checkpoint "$1/merged/merged.ckpt" \
-    --vocab_file hf/tokenizer.model --predict_data "How do I start running?"
+answer() { # NAME CONFIG CHECKPOINT [OPTIONS]: its stdout goes to answer_NAME
+  quietly "predict_$1" bash -c '"$@" >answer_'"$1" - python "$example/run_dpo.py" --config "$2" --load_checkpoint "$3" \
+    "${@:4}" --vocab_file hf/tokenizer.model --predict_data "How do I start running?"
 }
 
-python "$root/scripts/rehearse.py" shrink "$config" "$cards" .
+python "$root/scripts/rehearse.py" shrink "$config" "$process" "$predict" "$cards" .
 build=$(bash "$rig/build.sh") || fail "the rig could not be built"
-step "a tiny model and pairs, their reference log-probs"
+step "a tiny model and pairs, their reference log-probs (2 workers)"
 quietly make python "$example/make_tiny_glm4.py" --output_path . --config many.yaml
 quietly convert python "$root/convert_weight.py" --model glm-n --input_path hf/ --output_path tiny.ckpt --dtype fp32
-quietly preprocess python "$example/dpo_preprocess_glm4_parallel.py" --src train.jsonl --dst train.mindrecord \
-  --config process.yaml --tokenizer hf/tokenizer.model --load_checkpoint tiny.ckpt
-step "3 steps in one process"
+quietly preprocess bash "$root/scripts/msrun_launcher.sh" "$example/dpo_preprocess_glm4_parallel.py --src train.jsonl \
+  --dst train.mindrecord --config process.yaml --tokenizer hf/tokenizer.model --load_checkpoint tiny.ckpt" \
+  2 0 log_preprocess True 600
+step "training in one process"
 quietly one python $(train one.yaml one)
-step "3 steps on $cards processes"
-LD_PRELOAD=$build/librig_hook.so quietly many bash "$root/scripts/msrun_launcher.sh" \
-  "$rig/on_cpu.py '$build' $(train many.yaml many)" "$cards" 0 log True 600
+step "training on $cards processes, until SIGTERM after the first steps"
+(on_cards stopped "$(train many.yaml many)") >stopped.txt 2>&1 &
+launcher=$!
+until [[ -s many/metrics.jsonl ]] || ! kill -0 $launcher 2>/dev/null; do sleep 0.1; done
+kill -TERM $launcher 2>/dev/null || true
+status=0
+wait $launcher || status=$?
+[[ $status == 143 ]] || explain stopped
+grep -h "stopped by SIGTERM" stopped.txt
+step "resumed, to the end"
+(on_cards many "$(train many.yaml many) --resume auto") >many.txt 2>&1 || explain many
+grep -h "^resuming from" many.txt
 step "merge and predict"
-finish one
-finish many
+base=()
+! grep -q '^lora:' many.yaml || base=(--base_checkpoint=tiny.ckpt)
+quietly merge_one python "$root/transform_checkpoint.py" --src_checkpoint=one/checkpoint_network "${base[@]}" \
+  --dst_checkpoint=one/merged
+quietly merge_many python "$root/transform_checkpoint.py" --src_checkpoint=many/checkpoint_network \
+  --src_strategy=many/strategy "${base[@]}" --dst_checkpoint=many/merged
+answer before predict.yaml tiny.ckpt
+answer before_plain plain.yaml tiny.ckpt
+answer after predict.yaml many/merged/merged.ckpt
+answer after_plain plain.yaml many/merged/merged.ckpt
+[[ ${#base[@]} == 0 ]] || answer after_adapters predict.yaml tiny.ckpt \
+  --adapter_checkpoint many/checkpoint_network --src_strategy many/strategy
 python "$root/scripts/rehearse.py" compare . "$cards"

@@ -96,6 +96,7 @@ def test_all_problems_come_at_once(tmp_path):
     ("model: {model_config: {compute_dtype: bfloat16}}", "bfloat16 needs an NPU"),
     ("model: {model_config: {multi_query_group_num: 3}}", "no multiple of multi_query_group_num"),
     ("dpo: {loss_type: ipo, label_smoothing: 0.1}", "does nothing for loss_type ipo"),
+    ("context: {jit_config: {jit_level: O1}}\nmodel: {model_config: {use_past: True}}", "needs context.jit_config.jit_level"),
     ("run_mode: predict", "needs model.arch.type ChatGLM2ForConditionalGeneration"),
     ("parallel_config: {model_parallel: 2}", "model_parallel needs parallel.parallel_mode 1"),
 ])
@@ -146,3 +147,13 @@ def test_schema_offers_nothing_that_mindformers_does_not_take():
     from mindformers.generation import GenerationConfig
     known = {*inspect.signature(ChatGLM2Config.__init__).parameters, *vars(GenerationConfig()), "type"}
     assert set(schema.SCHEMA["model"]["model_config"]) - known == {"max_decode_length"}  # PretrainedConfig's
+
+
+@pytest.mark.parametrize(("name", "jit_config"), [
+    ("process_glm4_9b", {"jit_level": "O1"}), ("finetune_glm4_9b", {"jit_level": "O1"}),
+    ("finetune_glm4_9b_lora", {"jit_level": "O1"}), ("predict_glm4_9b", {"jit_level": "O0", "infer_boost": "on"})])
+def test_the_9b_yamls_state_how_their_graphs_are_compiled(name, jit_config):
+    """Unset, a 910B takes jit_level O0 and MindSpore a call depth of 1000."""
+    context = load(EXAMPLE / f"{name}.yaml")["context"]
+    assert context["jit_config"] == jit_config
+    assert context["max_call_depth"] == 10000

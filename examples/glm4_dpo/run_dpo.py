@@ -85,15 +85,16 @@ def predict(settings, text, adapters=None):
     path, strategy = settings["load_checkpoint"], settings.get("src_strategy")
     if strategy and adapters and Path(path).is_dir() and Path(adapters).is_dir():
         raise cli.UserError(f"--src_strategy: {path} and {adapters} are both folders of shards; merge one of them first")
-    run_config = config.to_mindformers(settings)
-    backend.start(run_config, parallel=False)
-    model = backend.build_network(run_config)
-    base = checkpoint.load_strictly(model, path, strategy=strategy if Path(path).is_dir() or not adapters else None)
-    if adapters:
-        stored = checkpoint.open_adapters(adapters, strategy if not Path(path).is_dir() else None)
-        backend.set_values(model, lora.merged(base, stored, adapters))
-    output = model.generate([prompt], max_new_tokens=min(numbers.get("max_decode_length", 512), room),
-                            eos_token_id=tokenizer.stop_ids, pad_token_id=tokenizer.pad_id)[0]
+    with cli.quiet_stdout():
+        run_config = config.to_mindformers(settings)
+        backend.start(run_config, parallel=False)
+        model = backend.build_network(run_config)
+        base = checkpoint.load_strictly(model, path, strategy=strategy if Path(path).is_dir() or not adapters else None)
+        if adapters:
+            stored = checkpoint.open_adapters(adapters, strategy if not Path(path).is_dir() else None)
+            backend.set_values(model, lora.merged(base, stored, adapters))
+        output = model.generate([prompt], max_new_tokens=min(numbers.get("max_decode_length", 512), room),
+                                eos_token_id=tokenizer.stop_ids, pad_token_id=tokenizer.pad_id)[0]
     print(tokenizer.decode(output[len(prompt):]).strip(), flush=True)
 
 

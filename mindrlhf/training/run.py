@@ -79,14 +79,13 @@ def load_weights(model, settings, data, resumed):
     Raises:
         UserError: they are others, unless dpo.check_reference is False.
     """
-    if resumed and config.sharded(settings):
-        return  # each card has its part, which train() loads
+    sharded = config.sharded(settings)  # then each card has its part of a state, which train() loads
     if "lora" in settings:
         loaded = checkpoint.load_strictly(model, settings.get("load_checkpoint"), names=is_base,
                                           strategy=settings.get("src_strategy"))
-        if resumed:
+        if resumed and not sharded:
             checkpoint.load_strictly(model, resumed, training_state=True, names=is_adapter)
-    else:
+    elif not (resumed and sharded):
         loaded = checkpoint.load_strictly(model, resumed or settings.get("load_checkpoint"), training_state=bool(resumed),
                                           strategy=None if resumed else settings.get("src_strategy"))
     if resumed:
@@ -138,7 +137,8 @@ def train(model, run_config, settings, data, resumed):
     if resumed:
         backend.resume_after(progress.first)
     if resumed and config.sharded(settings):
-        backend.load_states_with(partial(state.load_own_part, resumed))
+        saved = (lambda name: not is_base(name)) if "lora" in settings else None
+        backend.load_states_with(partial(state.load_own_part, resumed, names=saved))
     trainer = Trainer(args=run_config, task="text_generation", model=model, train_dataset=dataset, callbacks=callbacks)
     trainer.finetune(finetune_checkpoint=str(resumed) if resumed else False, resume_training=bool(resumed),
                      auto_trans_ckpt=False)

@@ -87,12 +87,13 @@ def set_aside_later(output_dir, step):
             path.rename(path.with_suffix(".ckpt.unusable"))
 
 
-def load_own_part(path, network, optimizer):
+def load_own_part(path, network, optimizer, *, names=None):
     """Load what this rank saved of a parallel plan, before the plan is compiled.
 
     Args:
         path: state of this rank; the plan is the one that saved it.
         network, optimizer: Cells with whole parameters.
+        names: function from a name to whether it is in the state; None: all are.
 
     Raises:
         UserError: a parameter is missing, or its part cannot be one of this plan.
@@ -101,7 +102,8 @@ def load_own_part(path, network, optimizer):
 
     from mindrlhf.slices import OwnPart
     stored = checkpoint.read(path)
-    for parameter in {p.name: p for cell in (network, optimizer) for p in cell.get_parameters()}.values():
+    for parameter in {p.name: p for cell in (network, optimizer) for p in cell.get_parameters()
+                      if names is None or names(p.name)}.values():
         tensor = stored.get(parameter.name)
         whole = parameter.shape
         if tensor is None or len(tensor.shape) != len(whole) or any(

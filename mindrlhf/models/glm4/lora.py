@@ -36,7 +36,8 @@ def add_adapters(network, lora, *, compute_dtype, seed):
     """
     from mindformers.pet.pet_config import LoraConfig
     from mindformers.pet.tuners.lora_adapter import LoraAdapter
-    from mindspore import Tensor
+
+    from mindrlhf.slices import FileTensor, Values
     pattern = "|".join(TARGETS[target] for target in lora["target_modules"])
     LoraAdapter.get_pet_model(network.transformer.encoder, LoraConfig(
         lora_rank=lora["rank"], lora_alpha=lora["alpha"], lora_dropout=lora["dropout"], target_modules=f"({pattern})$",
@@ -45,7 +46,8 @@ def add_adapters(network, lora, *, compute_dtype, seed):
         parameter.requires_grad = is_adapter(name)
         if is_adapter(name):
             parameter.name = name  # MindFormers names it within its cell only
-            parameter.set_data(Tensor(initial_values(name, parameter.shape, seed)))
+            start = Values(initial_values(name, parameter.shape, seed))
+            parameter.set_data(FileTensor(start, parameter.dtype))  # of which each card of a plan takes its part
 
 
 def initial_values(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
