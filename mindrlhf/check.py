@@ -1,13 +1,18 @@
 """Does this machine compute GLM-4 and its DPO loss as PyTorch does? Run it first on new NPUs.
 
-A tiny GLM-4 with recorded answers (tests/golden/case_1) goes through the code and the settings that a 9B
-model goes through; only the sizes are its own. Each line says how far off the machine is and how much is
-allowed. Exit status: 0 if all passes, 1 if something fails, 2 if the check cannot run.
+A tiny GLM-4 with recorded answers (tests/golden/case_2) goes through the code and the settings that a 9B model goes
+through; only the sizes are its own. Each line says how far off the machine is and how much is allowed. Then two workers
+rehearse the commands: a parallel plan in sink mode, a stop and a resume, a merge, prediction with a KV cache.
+Exit status: 0 if all passes, 1 if something fails, 2 if the check cannot run.
 """
+from __future__ import annotations
+
 import contextlib
 import io
 import json
 import math
+import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -22,11 +27,14 @@ from mindrlhf.data.features import SIDES, TokenPair, tokenize
 from mindrlhf.data.packing import pack
 from mindrlhf.models.glm4 import sidecar
 
-EXAMPLE = """  python -m mindrlhf.check                        # on an NPU, some minutes
-  python -m mindrlhf.check --device_target CPU    # anywhere, half a minute; float32 only"""
+EXAMPLE = """  python -m mindrlhf.check                        # on two NPUs, some minutes
+  python -m mindrlhf.check --workers 1            # on one: without the commands of a plan
+  python -m mindrlhf.check --device_target CPU    # anywhere, in float32, through stand-ins for the NPU's operators"""
 ROOT = Path(__file__).resolve().parents[1]
-CASE = ROOT / "tests" / "golden" / "case_1"
+TEXTS = ROOT / "tests" / "golden" / "case_1"  # pairs, their token ids, the tokenizer
+CASE = ROOT / "tests" / "golden" / "case_2"  # weights with heads of 128, and PyTorch's answers
 SEQ_LEN = 320  # positions of a row; flash attention wants a multiple of 16
+CHUNK = 128  # positions whose logits exist at once: several chunks a row
 LEAK = 1e-3  # nats that a log-prob may move when something changes that it must not see: rightly 0
 LN_2 = math.log(2)
 
@@ -52,16 +60,23 @@ class Way:
 
 
 ONE_CARD = {"parallel.full_batch": False, "parallel.enable_parallel_optimizer": False,
-            "parallel_config.data_parallel": 1, "parallel_config.model_parallel": 1}
-# float32 on a CPU is off by 1.8e-4 nats, 2e-6 in the loss, 2e-6 of the norm. An NPU adds up in another order and
-# has an exp of its own: it is allowed ten times as much. float16 is off by 0.11 nats (answers have 84 to 899),
-# 0.0021 and 0.3 %; bfloat16 keeps 3 bits less, so 8 times that: 0.9 nats (imitated: the same, and 0.39 in the
-# root mean square), 0.017 and 2.2 %. Allowed is twice that or more; see benchmarks/bfloat16_check.py. What is
-# wrong costs more: 34 nats without rope_ratio, 7 without one layer's bias.
-WAYS = {"CPU": (Way("float32", "glm4_tiny.yaml", logps=3e-4, loss=1e-4, norm=1e-4),),
+            "parallel_config.data_parallel": 1, "parallel_config.model_parallel": 1, "dpo.logps_chunk_size": CHUNK}
+IN_FLOAT32 = {f"model.model_config.{name}": "float32" for name in ("compute_dtype", "param_init_type")}
+# float32 on a CPU is off by 1.7e-4 nats, 3e-6 in the loss, 3e-6 of the norm. An NPU adds up in another order and has an
+# exp of its own: it is allowed ten times as much. float16 is off by 0.08 nats (answers have 84 to 899), 0.0008 and
+# 0.04 %; bfloat16 keeps 3 bits less, so 8 times that: 0.7 nats (imitated: 0.25), 0.006 and 0.3 %. Allowed is twice that
+# or more; see benchmarks/bfloat16_check.py.
+WAYS = {"CPU": (Way("float32, in the CPU's own cells", "glm4_tiny.yaml", logps=3e-4, loss=1e-4, norm=1e-4),
+                Way("float32 and flash attention, in the cells of an NPU", "glm4_9b.yaml", logps=3e-4, loss=1e-4, norm=1e-4,
+                    changes={**ONE_CARD, **IN_FLOAT32})),
         "Ascend": (Way("float32", "glm4_tiny.yaml", logps=3e-3, loss=1e-3, norm=1e-3),
                    Way("bfloat16 and flash attention, as in the YAMLs of GLM-4-9B", "glm4_9b.yaml",
                        logps=2.0, loss=0.05, norm=0.05, changes=ONE_CARD))}
+LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": ["qkv", "dense", "mlp"]}
+PLAN = """base_config: {base}
+parallel_config: {{data_parallel: 1, model_parallel: 2}}
+runner_config: {{batch_size: 2}}
+"""
 
 
 class Report:
@@ -98,22 +113,44 @@ def load_settings(way, mode, device, tokenizer, numbers):
         "parallel.parallel_mode": 0, "processor.tokenizer.vocab_file": str(tokenizer.path), **way.changes})
 
 
-def build(settings, weights):
-    """The network of some settings, with its weights."""
+def build(settings, weights, *, names=None):
+    """The network of some settings, with its weights: those whose names the function `names` takes."""
     from mindrlhf import backend, checkpoint
     run = config.to_mindformers(settings)
     backend.start(run, parallel=False)
     network = backend.build_network(run)
-    checkpoint.load_strictly(network, weights)
+    checkpoint.load_strictly(network, weights, names=names)
     return network
 
 
-def recorded():
-    """(pairs as text, their TokenPairs, log-probs (N, 2)) as PyTorch computed them."""
-    source = preference.read([CASE / "pairs.jsonl"], "cvalues")
-    answers = json.loads((CASE / "expected.json").read_text())["pairs"]
-    tokens = [TokenPair(pair["prompt_ids"], pair["chosen_ids"], pair["rejected_ids"]) for pair in answers]
-    return source.pairs, tokens, np.array([[pair[f"ref_{side}_logps"] for side in SIDES] for pair in answers])
+@dataclass(frozen=True)
+class Recorded:
+    """The pairs, and what PyTorch says of them.
+
+    Attributes:
+        texts: list[Pair].
+        tokens: list[TokenPair].
+        logps: nats, (N, 2): of the chosen and the rejected answers.
+        references: nats, (N, 2): other log-probs, of a reference that the policy has left.
+        loss: DPO loss of the policy with these references.
+        norm: of its gradient.
+    """
+    texts: list
+    tokens: list
+    logps: np.ndarray
+    references: np.ndarray
+    loss: float
+    norm: float
+
+
+def recorded() -> Recorded:
+    """What tests/golden holds."""
+    texts = preference.read([TEXTS / "pairs.jsonl"], "cvalues").pairs
+    pairs = json.loads((TEXTS / "expected.json").read_text())["pairs"]
+    tokens = [TokenPair(pair["prompt_ids"], pair["chosen_ids"], pair["rejected_ids"]) for pair in pairs]
+    answers = json.loads((CASE / "expected.json").read_text())
+    logps, references = (np.array([answers[f"{side}_{what}"] for side in SIDES]).T for what in ("logps", "references"))
+    return Recorded(texts, tokens, logps, references, answers["loss"], answers["grad_norm"])
 
 
 def convert(folder):
@@ -165,47 +202,79 @@ def batch_of(tokens, references, pad_id):
     return [ms.Tensor(np.stack([row[name] for row in made])) for name in mindrecord.COLUMNS]
 
 
-def check_training(report, way, network, tokens, logps, pad_id):
-    """Three steps: on the log-probs just found, on PyTorch's references, and on these after an update."""
+def trainer(network, rates):
+    """Function from TokenPairs, their references and pad_id to (loss, norm of the gradient, whether it is finite)."""
     from mindspore import nn
-    from safetensors.numpy import load_file
 
     from mindrlhf.training.wrapper import DPOTrainOneStepCell
-    pytorch = load_file(CASE / "gradients.safetensors")
-    norm = math.sqrt(sum(float((gradient.astype(np.float64) ** 2).sum())
-                         for name, gradient in pytorch.items() if name.startswith("dpo/")))
-    references = np.stack([pytorch[f"{side}_ref_logps"] for side in SIDES], 1)
-    optimizer = nn.AdamWeightDecay(network.trainable_params(), learning_rate=[0.0, 1e-3, 0.0])
+    optimizer = nn.AdamWeightDecay(network.trainable_params(), learning_rate=rates)
     step = DPOTrainOneStepCell(network, optimizer).set_train()
 
-    def run(reference):
-        loss, overflow, _, _, found, _, _, _ = step(*batch_of(tokens, reference, pad_id))
-        return float(loss), float(found), not bool(overflow)
+    def train(tokens, references, pad_id):
+        loss, overflow, _, _, norm, _, _, _ = step(*batch_of(tokens, references, pad_id))
+        return float(loss), float(norm), not bool(overflow)
 
-    loss, size, finite = run(logps)
+    return train
+
+
+def check_training(report, way, network, expected, logps, pad_id):
+    """Three steps: on the log-probs just found, on PyTorch's references, and on these after an update."""
+    train = trainer(network, [0.0, 1e-3, 0.0])
+    loss, size, finite = train(expected.tokens, logps, pad_id)
     report.off("a first step's loss is ln 2", abs(loss - LN_2), way.loss, "nats")
     report.line(finite and 0 < size < math.inf, "its gradients are numbers", f"norm {size:.4g}")
-    loss, size, _ = run(references)
-    report.off("PyTorch's loss with other references", abs(loss - pytorch["losses"][0]), way.loss, "nats")
-    report.off("PyTorch's norm of the gradient", abs(size / norm - 1), way.norm, "of it")
-    later = run(references)[0]
+    loss, size, _ = train(expected.tokens, expected.references, pad_id)
+    report.off("PyTorch's loss with other references", abs(loss - expected.loss), way.loss, "nats")
+    report.off("PyTorch's norm of the gradient", abs(size / expected.norm - 1), way.norm, "of it")
+    later = train(expected.tokens, expected.references, pad_id)[0]
     report.line(later < loss, "an update lowers the loss", f"{loss:.4f} -> {later:.4f}")
+
+
+def check_lora(report, way, settings, weights, expected, logps, pad_id):
+    """Two steps of adapters: they start at the reference, in the types that the YAML says, and learn."""
+    from mindrlhf.models.glm4.lora import is_adapter
+    network = build({**settings, "lora": LORA}, weights, names=lambda name: not is_adapter(name))
+    types = {str(parameter.dtype) for parameter in network.trainable_params()}
+    computed = {str(cell.dtype) for _, cell in network.cells_and_names() if hasattr(cell, "mindpet_delta_lora_a")}
+    wanted = settings["model"]["model_config"]["compute_dtype"]
+    report.line(types == {"Float32"} and {name.lower() for name in computed} == {wanted},
+                "LoRA: adapters float32, products as in the YAML", f"{', '.join(types)}; {', '.join(computed)}")
+    train = trainer(network, [1e-2, 0.0])
+    loss, norm, finite = train(expected.tokens, logps, pad_id)
+    report.off("LoRA: a first step's loss is ln 2", abs(loss - LN_2), way.loss, "nats")
+    later = train(expected.tokens, logps, pad_id)[0]
+    report.line(finite and norm > 0 and later < loss, "LoRA: an update lowers the loss", f"{loss:.4f} -> {later:.4f}")
 
 
 def check_way(report, way, device, weights, numbers, tokenizer):
     """All that depends on how is computed."""
     from mindrlhf.data.reference import Scorer
-    _, tokens, wanted = recorded()
+    expected = recorded()
     cli.say(f"{way.name}:")
     with report.guard("computes"):
         settings = load_settings(way, "preprocess", device, tokenizer, numbers)
         scorer = Scorer(build(settings, weights), seq_len=SEQ_LEN, batch_size=1, pad_id=tokenizer.pad_id)
-        logps = scorer(tokens)
-        error = np.abs(logps - wanted).max()
+        logps = scorer(expected.tokens)
+        error = np.abs(logps - expected.logps).max()
         report.off(f"PyTorch's log-probs of {logps.size} answers", error, way.logps, "nats")
-        check_attention(report, scorer, tokens)
+        check_attention(report, scorer, expected.tokens)
         settings = load_settings(way, "finetune", device, tokenizer, numbers)
-        check_training(report, way, build(settings, weights), tokens, logps, tokenizer.pad_id)
+        check_training(report, way, build(settings, weights), expected, logps, tokenizer.pad_id)
+        check_lora(report, way, settings, weights, expected, logps, tokenizer.pad_id)
+
+
+def check_commands(report, device, folder):
+    """scripts/rehearse.sh with two workers: what the 9B YAML does, from preprocessing to prediction."""
+    cli.say("the commands, with two workers (about two minutes on a CPU):")
+    plan = Path(folder) / "plan.yaml"
+    plan.write_text(PLAN.format(base=ROOT / "examples/glm4_dpo/finetune_glm4_9b.yaml"))
+    result = subprocess.run(["bash", str(ROOT / "scripts/rehearse.sh"), str(plan), "2", str(Path(folder) / "rehearsal")],
+                            capture_output=True, text=True, check=False,
+                            env={**os.environ, "DEVICE": device, "PYTHON": sys.executable,
+                                 "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
+    lines = (result.stdout + result.stderr).strip().splitlines() or ["-"]
+    good = result.returncode == 0
+    report.line(good, "plan, sink mode, save, resume, merge, KV cache", lines[-1] if good else "; ".join(lines[-3:]))
 
 
 def open_device(device):
@@ -223,11 +292,14 @@ def parser():
     parse = cli.Parser(__doc__, EXAMPLE)
     parse.add_argument("--device_target", default="Ascend", choices=("Ascend", "CPU"),
                        help="what to check (default: Ascend, the NPU DEVICE_ID, 0 unless set)")
+    parse.add_argument("--workers", type=int, default=2, choices=(1, 2), help="2 (default): two workers rehearse the commands "
+                       "in a parallel plan; 1: where there is one NPU, leave that out")
     return parse
 
 
 def main(argv=None):
-    device = parser().parse_args(argv).device_target
+    arguments = parser().parse_args(argv)
+    device = arguments.device_target
     if not CASE.is_dir():
         raise cli.UserError(f"{CASE}: no such folder; run the check from a clone of the project")
     from mindrlhf import backend
@@ -236,14 +308,15 @@ def main(argv=None):
     open_device(device)
     began, report = time.monotonic(), Report()
     cli.say(f"{device}: {', '.join(f'{name} {number}' for name, number in backend.versions().items())}")
-    tokenizer = Glm4Tokenizer(CASE / "tokenizer.model")
-    texts, tokens, _ = recorded()
-    good = sum(tokenize(tokenizer, text) == pair for text, pair in zip(texts, tokens))
-    report.line(good == len(texts), "tokens", f"{good} of {len(texts)} pairs as recorded")
+    tokenizer, expected = Glm4Tokenizer(TEXTS / "tokenizer.model"), recorded()
+    good = sum(tokenize(tokenizer, text) == pair for text, pair in zip(expected.texts, expected.tokens))
+    report.line(good == len(expected.texts), "tokens", f"{good} of {len(expected.texts)} pairs as recorded")
     with tempfile.TemporaryDirectory() as folder:
         weights, numbers = convert(folder)
         for way in WAYS[device]:
             check_way(report, way, device, weights, numbers, tokenizer)
+        if arguments.workers > 1:
+            check_commands(report, device, folder)
     cli.say(f"{'PASS' if report.passed else 'FAIL'} after {time.monotonic() - began:.0f} s")
     if not report.passed:
         sys.exit(1)

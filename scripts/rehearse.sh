@@ -2,6 +2,7 @@
 # Rehearse a training YAML on CPU processes, with a tiny model, before NPUs are paid for.
 #
 #   bash scripts/rehearse.sh examples/glm4_dpo/finetune_glm4_9b.yaml 8 [FOLDER [PROCESS_YAML PREDICT_YAML]]
+#   DEVICE=Ascend bash scripts/rehearse.sh ...    the same on N NPUs, in bfloat16
 #
 # Everything is as in the YAMLs but sizes, bfloat16, the device, the number of steps and the learning rate: parallel plan,
 # flash attention, sink mode, recomputation, accumulation, LoRA, optimizer sharding, KV cache. scripts/rig/README.md lists
@@ -20,9 +21,10 @@ config=$1 cards=$2 out=${3:-output/rehearsal}
 process=${4:-$example/process_glm4_9b.yaml} predict=${5:-$example/predict_glm4_9b.yaml}
 for file in "$config" "$process" "$predict"; do [[ -f $file ]] || fail "$file: no such file; $usage"; done
 [[ $cards =~ ^[0-9]+$ && $cards -gt 1 ]] || fail "N is '$cards'; a whole number above 1 expected"
-command -v g++ >/dev/null || fail "g++ is missing (apt-get install g++): the rehearsal builds a small library with it"
+device=${DEVICE:-CPU}
+[[ $device == Ascend ]] || command -v g++ >/dev/null || fail "g++ is missing (apt-get install g++): the rehearsal builds a small library with it"
 config=$(realpath "$config") process=$(realpath "$process") predict=$(realpath "$predict") out=$(realpath -m "$out")
-export PYTHONPATH=$root GLOG_v=${GLOG_v:-3}
+export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$root GLOG_v=${GLOG_v:-3}
 mkdir -p "$out"
 rm -rf "$out"/{hf,one,many,output,log,log_*,answer_*,*.yaml,*.ckpt*,*.mindrecord*,*.jsonl,*.txt}
 cd "$out"
@@ -38,6 +40,7 @@ quietly() { # NAME COMMAND...: its output goes to NAME.txt; where it fails, the 
   "$@" >"$name.txt" 2>&1 || explain "$name"
 }
 on_cards() { # NAME COMMAND: on N processes that form the plan
+  [[ $device == CPU ]] || exec bash "$root/scripts/msrun_launcher.sh" "$2" "$cards" 0 "log_$1" True 600
   LD_PRELOAD=$build/librig_hook.so exec bash "$root/scripts/msrun_launcher.sh" "$rig/on_cpu.py '$build' $2" \
     "$cards" 0 "log_$1" True 600
 }
@@ -50,8 +53,8 @@ answer() { # NAME CONFIG CHECKPOINT [OPTIONS]: its stdout goes to answer_NAME
     "${@:4}" --vocab_file hf/tokenizer.model --predict_data "How do I start running?"
 }
 
-python "$root/scripts/rehearse.py" shrink "$config" "$process" "$predict" "$cards" .
-build=$(bash "$rig/build.sh") || fail "the rig could not be built"
+python "$root/scripts/rehearse.py" shrink "$config" "$process" "$predict" "$cards" . "$device"
+[[ $device == Ascend ]] || build=$(bash "$rig/build.sh") || fail "the rig could not be built"
 step "a tiny model and pairs, their reference log-probs (2 workers)"
 quietly make python "$example/make_tiny_glm4.py" --output_path . --config many.yaml
 quietly convert python "$root/convert_weight.py" --model glm-n --input_path hf/ --output_path tiny.ckpt --dtype fp32
@@ -60,7 +63,7 @@ quietly preprocess bash "$root/scripts/msrun_launcher.sh" "$example/dpo_preproce
   2 0 log_preprocess True 600
 step "training in one process"
 quietly one python $(train one.yaml one)
-step "training on $cards processes, until SIGTERM after the first steps"
+step "training on $cards workers, until SIGTERM after the first steps"
 (on_cards stopped "$(train many.yaml many)") >stopped.txt 2>&1 &
 launcher=$!
 until [[ -s many/metrics.jsonl ]] || ! kill -0 $launcher 2>/dev/null; do sleep 0.1; done
@@ -85,4 +88,4 @@ answer after predict.yaml many/merged/merged.ckpt
 answer after_plain plain.yaml many/merged/merged.ckpt
 [[ ${#base[@]} == 0 ]] || answer after_adapters predict.yaml tiny.ckpt \
   --adapter_checkpoint many/checkpoint_network --src_strategy many/strategy
-python "$root/scripts/rehearse.py" compare . "$cards"
+python "$root/scripts/rehearse.py" compare . "$cards" "$device"

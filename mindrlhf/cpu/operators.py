@@ -6,6 +6,7 @@ takes the operator's arguments, keeps its documented contract, refuses what the 
 | operator | who calls it | source of the contract (MindSpore 2.4.10) |
 |---|---|---|
 | FlashAttentionScore | training, preprocessing; prefill with a KV cache | op_def/yaml/doc/flash_attention_score_doc.yaml |
+| UnsortedSegmentSum | gradient of the log-probs | op_def/yaml/doc/unsorted_segment_sum_doc.yaml |
 | RmsNorm | every layer | op_def/yaml/doc/rms_norm_doc.yaml |
 | ApplyRotaryPosEmb | prediction with a KV cache | infer/ops_func_impl/apply_rotary_pos_emb.cc; its test |
 | ReshapeAndCache | the same | op_def/yaml/doc/reshape_and_cache_doc.yaml; its test |
@@ -28,6 +29,7 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 HIDDEN = -1e30  # added to scores that must not count: exp of it is 0
+UNSORTED_SEGMENT_SUM = ops.UnsortedSegmentSum
 NO_OUTPUT = Tensor([0.0], ms.float32)  # for outputs that nobody reads
 
 
@@ -144,6 +146,19 @@ class FlashAttentionScore(nn.Cell):
             raise ValueError("FlashAttentionScore: the key-value heads must divide the query heads")
         wide = self.repeat(self.reshape(x, (batch, groups, 1, length * size)), (1, 1, self.heads // groups, 1))
         return self.reshape(wide, (batch, self.heads, length, size))
+
+
+class UnsortedSegmentSum(nn.Cell):
+    """Sum of the rows of each segment. The CPU has a kernel, which passes over negative ids; on Ascend they are an
+    execution error, and here the result is NaN."""
+
+    def __init__(self):
+        super().__init__()
+        self.sum = UNSORTED_SEGMENT_SUM()
+
+    def construct(self, x: Tensor, segment_ids: Tensor, num_segments: int) -> Tensor:
+        """x (N, ...), segment_ids int32 (N,) -> (num_segments, ...)."""
+        return self.sum(x, segment_ids, num_segments) + ops.where((segment_ids < 0).any(), float("nan"), 0.0)
 
 
 class RmsNorm(nn.Cell):
@@ -329,6 +344,7 @@ def cumsum(x: Tensor, dim: int) -> Tensor:
 
 # where MindFormers takes each operator from -> the stand-in
 REPLACED = {"mindformers.modules.flash_attention.FlashAttentionScore": FlashAttentionScore,
+            "mindspore.ops.UnsortedSegmentSum": UnsortedSegmentSum,
             "mindspore.ops.operations.RmsNorm": RmsNorm,
             "mindspore.ops.ApplyRotaryPosEmb": ApplyRotaryPosEmb,
             "mindspore.ops.auto_generate.ReshapeAndCache": ReshapeAndCache,

@@ -98,8 +98,6 @@ def load_own_part(path, network, optimizer, *, names=None):
     Raises:
         UserError: a parameter is missing, or its part cannot be one of this plan.
     """
-    from mindspore import Tensor
-
     from mindrlhf.slices import OwnPart
     stored = checkpoint.read(path)
     for parameter in {p.name: p for cell in (network, optimizer) for p in cell.get_parameters()
@@ -111,5 +109,4 @@ def load_own_part(path, network, optimizer, *, names=None):
             raise UserError(f"{path}: has {'no ' if tensor is None else 'another shape of '}{parameter.name}; resume with "
                             "the YAML and the number of workers that saved it")
         values = tensor.array() if tensor.dtype.startswith("I") else tensor.float32()
-        parameter.set_data(Tensor(values, parameter.dtype) if tensor.shape == whole else
-                           OwnPart(values, whole, parameter.dtype))
+        parameter.set_data(OwnPart(values, whole, parameter.dtype))
