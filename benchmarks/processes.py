@@ -1,4 +1,7 @@
 """For the benchmarks: what a process of its own takes, and what `cp` takes."""
+from __future__ import annotations
+
+import platform
 import shutil
 import subprocess
 import sys
@@ -32,3 +35,10 @@ def copy(source, target):
 def remove(path):
     """Delete a file or a folder, if it is there."""
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def cpu_model() -> str:
+    """The CPU's name and its number of cores, for figures that depend on them."""
+    names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+             if line.startswith("model name")]
+    return f"{len(names)} x {names[0]}" if names else platform.processor()

@@ -18,7 +18,6 @@ import mindspore as ms
 from mindspore import nn, ops
 
 from mindrlhf import cli
-from mindrlhf.cpu import operators, rules, sink
 
 CLUSTER = ("MS_ROLE", "MS_SCHED_HOST", "MS_SCHED_PORT", "MS_NODE_ID", "MS_NODE_RANK", "MS_TOPO_TIMEOUT")
 
@@ -53,6 +52,7 @@ def start(config, *, parallel):
     from mindformers.tools.utils import set_output_path
     quiet()
     if config.context.device_target == "CPU":
+        from mindrlhf.cpu import operators, rules, sink
         for stand_in in (operators, rules, sink):
             stand_in.install()
     context.CONTEXT_INSTANCE = None  # MindFormers would keep the settings of an earlier start() of this process

@@ -82,8 +82,10 @@ quietly merge_one python "$root/transform_checkpoint.py" --src_checkpoint=one/ch
   --dst_checkpoint=one/merged
 quietly merge_many python "$root/transform_checkpoint.py" --src_checkpoint=many/checkpoint_network \
   --src_strategy=many/strategy "${base[@]}" --dst_checkpoint=many/merged
-answer before predict.yaml tiny.ckpt
-answer before_plain plain.yaml tiny.ckpt
+if [[ ${#base[@]} == 0 ]]; then
+  answer before predict.yaml tiny.ckpt
+  answer before_plain plain.yaml tiny.ckpt
+fi
 answer after predict.yaml many/merged/merged.ckpt
 answer after_plain plain.yaml many/merged/merged.ckpt
 [[ ${#base[@]} == 0 ]] || answer after_adapters predict.yaml tiny.ckpt \

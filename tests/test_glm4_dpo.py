@@ -133,8 +133,8 @@ def test_loss_and_metrics_by_hand(training_model, expected):
             ref[side][row, :len(place)] = [expected["pairs"][k][f"ref_{side}_logps"] + shift for k in place]
     tokens = sum(len(pair["chosen_ids"]) for pair in expected["pairs"][:5])
     weights = ms.Tensor(np.tile([[1 / 5, 1 / tokens]], (4, 1)), ms.float32)
-    loss, sums, finite = training_model(*columns(rows, ref, width), weights)
-    assert finite.asnumpy().all()
+    loss, sums, faulty = training_model(*columns(rows, ref, width), weights)
+    assert (faulty.asnumpy() == -1).all()
     found = metrics.means(sums.asnumpy(), sft_weight=1.0)
     five = expected["pairs"][:5]
     nll = -sum(pair["ref_chosen_logps"] for pair in five) / tokens

@@ -86,8 +86,8 @@ def test_the_9b_yaml_agrees_with_one_process_to_the_end(rehearsal):
 
 def test_the_rehearsal_changes_only_what_it_says(rehearsal):
     """Sizes, types, device, length and learning rate; all else of the three YAMLs is the user's."""
-    said = {*rehearse.SIZES, *rehearse.TYPES, *rehearse.RUN, "model.model_config.padded_vocab_size", "dpo.logps_chunk_size",
-            "callbacks", "model.model_config.max_decode_length"}
+    said = {*rehearse.SIZES, rehearse.HEAD, *rehearse.TYPES, *rehearse.RUN, "model.model_config.padded_vocab_size",
+            "dpo.logps_chunk_size", "callbacks", "model.model_config.max_decode_length"}
     for name, base in (("many", "finetune"), ("process", "process"), ("predict", "predict")):
         settings = rehearse.config.load(EXAMPLE / f"{base}_glm4_9b.yaml", run_mode=schema.RUN_MODES)
         found = yaml.safe_load((rehearsal[0] / f"{name}.yaml").read_text())
@@ -160,10 +160,11 @@ PLAIN = {"model": {"model_config": {"use_flash_attention": False}}}  # 2 key-val
 
 
 def test_heads_spread_over_all_cards(rehearsal, launch):
-    """1 x 8, with optimizer sharding."""
+    """1 x 4, with optimizer sharding."""
     folder = rehearsal[0]
-    launch("wide", "run_dpo.py", "many.yaml", {"parallel_config": {"data_parallel": 1, "model_parallel": 8},
-                                               "runner_config": {"batch_size": 4}, **PLAIN}, training(folder, "wide"))
+    launch("wide", "run_dpo.py", "many.yaml", {
+        "parallel_config": {"data_parallel": 1, "model_parallel": 4}, "runner_config": {"batch_size": 4}, **PLAIN},
+        training(folder, "wide"), workers=4)
     assert_as_one_process(folder, "wide")
 
 
@@ -174,11 +175,11 @@ def logits(folder, vocabulary):
 
 
 def test_no_card_ever_holds_logits_of_the_whole_vocabulary(rehearsal, launch):
-    """2 x 4, no optimizer sharding. 528 ids, which is no other size of the model; chunks of 256 positions."""
-    folder, cards, whole = rehearsal[0], 8, rehearse.VOCABULARY
-    changes = {"parallel_config": {"data_parallel": 2, "model_parallel": 4}, "runner_config": {"batch_size": 2},
+    """2 x 2, no optimizer sharding. 528 ids, which is no other size of the model; chunks of 256 positions."""
+    folder, cards, whole = rehearsal[0], 4, rehearse.VOCABULARY
+    changes = {"parallel_config": {"data_parallel": 2, "model_parallel": 2}, "runner_config": {"batch_size": 2},
                "parallel": {"enable_parallel_optimizer": False}, "dpo": {"logps_chunk_size": 256}, **PLAIN}
-    launch("spread", "run_dpo.py", "many.yaml", changes, training(folder, "spread"),
+    launch("spread", "run_dpo.py", "many.yaml", changes, training(folder, "spread"), workers=4,
            environment=save_graphs(folder, "spread"))
     assert_as_one_process(folder, "spread")
     graph = folder / "graphs_spread" / "rank_0"

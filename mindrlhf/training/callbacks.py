@@ -55,7 +55,7 @@ class DPOMonitor(Callback):
         Raises:
             UserError: policy and reference differ at the first step, or too many steps were not finite.
         """
-        _, overflow, _, learning_rate, norm, sums, pair_ids, finite = run_context.original_args().net_outputs
+        _, overflow, _, learning_rate, norm, sums, pair_ids, faulty = run_context.original_args().net_outputs
         values = metrics.means(sums.asnumpy().tolist(), sft_weight=self.sft_weight)
         seconds = time.perf_counter() - self.started
         self.progress.step += 1
@@ -71,7 +71,7 @@ class DPOMonitor(Callback):
             self.journal.add("train", self.progress.step, values)
         self.show(values)
         if self.bad_in_a_row >= self.max_bad_steps:
-            raise cli.UserError(self.fault(values, pair_ids.asnumpy(), finite.asnumpy()))
+            raise cli.UserError(self.fault(values, pair_ids.asnumpy(), faulty.asnumpy()))
 
     def show(self, values):
         """Print the console line where it is due."""
@@ -94,11 +94,10 @@ class DPOMonitor(Callback):
             "tokenizer or settings. Preprocess again with this checkpoint and YAML; dpo.check_reference False in the "
             "YAML trains all the same")
 
-    def fault(self, values, pair_ids, finite):
+    def fault(self, values, pair_ids, faulty):
         """What to say of steps that were not finite: the pairs of this worker that caused it, or that were there."""
-        faulty = sorted(pair_ids[(pair_ids >= 0) & ~finite].tolist())
-        if faulty:
-            who = f"the loss of pair(s) {', '.join(map(str, faulty[:10]))} (numbers in the source, from 0) is not finite"
+        if culprits := sorted(faulty[faulty >= 0].tolist()):
+            who = f"the loss of pair(s) {', '.join(map(str, culprits[:10]))} (numbers in the source, from 0) is not finite"
         elif math.isfinite(values["loss"]):
             there = sorted(pair_ids[pair_ids >= 0].tolist())
             who = f"the gradients of a batch with pairs {', '.join(map(str, there[:10]))}... are not finite"

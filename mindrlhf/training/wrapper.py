@@ -125,15 +125,15 @@ class DPOTrainOneStepCell(MFTrainOneStepCell):
 
     def construct(self, *columns):
         """Columns of a batch -> (loss, overflow, loss scale, learning rate, gradient norm before clipping, sums over the
-        global batch, pair_ids (rows, P), finite bool (rows, P): whether each pair's loss is a number)."""
+        global batch, pair_ids (rows, P), faulty (rows of this card, P): pairs whose loss is not finite, -1 for others)."""
         # one function for all parts: MindSpore 2.7 loses the values of the earlier ones when each makes its own
         forward_backward = ops.value_and_grad(self.part_loss, None, self.weights, has_aux=True)
-        (loss, sums, finite), gradients = forward_backward(*self.part(columns, 0))
+        (loss, sums, faulty), gradients = forward_backward(*self.part(columns, 0))
         for number in range(1, self.accumulation):
             later = (ops.depend(columns[0], gradients),) + columns[1:]  # one part's activations at a time
             values, more = forward_backward(*self.part(later, number))
             gradients = self.hyper_map(add_gradients, gradients, more)
-            loss, sums, finite = loss + values[0], sums + values[1], ops.concat((finite, values[2]))
+            loss, sums, faulty = loss + values[0], sums + values[1], ops.concat((faulty, values[2]))
         gradients = self.grad_reducer(gradients)
         gradients, norm = self.clip_grad_norm(gradients)
         overflow = ops.logical_not(ops.isfinite(norm)).all()
@@ -143,4 +143,4 @@ class DPOTrainOneStepCell(MFTrainOneStepCell):
         if not overflow:
             loss = ops.depend(loss, self.optimizer(gradients))
         return (loss, overflow, self.scale_sense, learning_rate, norm, self.sum_over_workers(sums), columns[PAIR_IDS],
-                finite)
+                faulty)

@@ -16,6 +16,7 @@ if os.environ.get("MS_ROLE") == "MS_WORKER":  # the scheduler compiles nothing
     os.environ.setdefault("GLOG_v", "3")
     context = importlib.import_module("mindformers.core.context.build_context")
     rig = importlib.import_module("rig")
+    rig.allow(build, rig.PASSES_TARGET, "CPU")
     join = context.init
 
     def join_and_install():

@@ -60,7 +60,7 @@ class Glm4DPO(ChatGLM2ForConditionalGeneration):
     def construct(self, chosen_input_ids, chosen_labels, chosen_loss_mask, chosen_segment_ids, chosen_ref_logps,
                   rejected_input_ids, rejected_labels, rejected_loss_mask, rejected_segment_ids, rejected_ref_logps,
                   pair_ids, weights):
-        """Columns of a batch, in the order of mindrecord.COLUMNS, and weights, to (loss, sums, finite).
+        """Columns of a batch, in the order of mindrecord.COLUMNS, and weights, to (loss, sums, faulty).
 
         Args:
             weights: float32 (B or 1, 2), for each row the weight of a pair's loss and of a chosen token's negative
@@ -70,7 +70,8 @@ class Glm4DPO(ChatGLM2ForConditionalGeneration):
         Returns:
             loss: float32 (), the part of the global loss.
             sums: float32, those of metrics.SUMS over this batch.
-            finite: bool (B, P), whether a pair's loss is a number.
+            faulty: int32 (B, P), pair_ids where a pair's loss is not finite, elsewhere -1. Not bool: evaluation in a plan
+                gathers what the network returns, and Ascend's AllGather takes no bool.
         """
         batch, pairs = pair_ids.shape
         logps, counts = self.pair_logps(
@@ -98,7 +99,8 @@ class Glm4DPO(ChatGLM2ForConditionalGeneration):
             (chosen * there).sum(), (rejected * there).sum(),
             self.beta * chosen_term.sum(), self.beta * rejected_term.sum(),
             correct.sum(), (ops.abs(chosen_logratio) + ops.abs(rejected_logratio)).sum()))
-        return loss, ops.stop_gradient(sums), ops.isfinite(losses)
+        finite = ops.isfinite(losses).astype(ms.int32)
+        return loss, ops.stop_gradient(sums), pair_ids - finite * (pair_ids + 1)
 
 
 class ReferenceLogps(nn.Cell):
