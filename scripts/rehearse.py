@@ -106,11 +106,15 @@ def steps(run):
 
 
 def differences(one, many):
-    """Largest relative difference of each metric over the steps, dict; rewards are relative to their largest."""
-    result = {}
-    for name in ("loss", "chosen_reward", "rejected_reward", "grad_norm"):
-        left, right = (np.array([step[name] for step in run]) for run in (one, many))
-        scale = np.abs(left) if name in ("loss", "grad_norm") else np.abs(left).max()
+    """Largest relative difference of each metric over the steps, dict; rewards are relative to the largest of both."""
+    def over_steps(run, name):
+        return np.array([step[name] for step in run])
+
+    rewards, result = ("chosen_reward", "rejected_reward"), {}
+    largest = max(np.abs(over_steps(one, name)).max() for name in rewards)
+    for name in ("loss", *rewards, "grad_norm"):
+        left, right = over_steps(one, name), over_steps(many, name)
+        scale = largest if name in rewards else np.abs(left)
         result[name] = float((np.abs(left - right) / scale).max()) if len(left) == len(right) else np.inf
     return result
 

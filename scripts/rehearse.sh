@@ -71,10 +71,10 @@ kill -TERM $launcher 2>/dev/null || true
 status=0
 wait $launcher || status=$?
 [[ $status == 143 ]] || explain stopped
-grep -h "stopped by SIGTERM" stopped.txt
+grep -h "stopped by SIGTERM" stopped.txt || explain stopped
 step "resumed, to the end"
 (on_cards many "$(train many.yaml many) --resume auto") >many.txt 2>&1 || explain many
-grep -h "^resuming from" many.txt
+grep -h "^resuming from" many.txt || explain many
 step "merge and predict"
 base=()
 ! grep -q '^lora:' many.yaml || base=(--base_checkpoint=tiny.ckpt)
