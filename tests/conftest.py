@@ -85,4 +85,6 @@ def load_model(golden, command, more=None):
     backend.start(run, parallel=False)
     network = backend.build_network(run)
     checkpoint.load_strictly(network, golden.checkpoint)
+    for name in ("RUN_MODE", "MS_ALLOC_CONF"):  # what MindFormers leaves for a process that predicts; others inherit it
+        os.environ.pop(name, None)
     return network

@@ -17,7 +17,7 @@ takes the operator's arguments, keeps its documented contract, refuses what the 
 The tests named are tests/st/ops/ascend/test_internal_ops/*.py of the same source. The NPU's overflow registers have no
 stand-in: the training step does not read them (see training/wrapper.py).
 
-A CPU has no bfloat16 kernels, so float32 takes the place of bfloat16 here. On an NPU these operators refuse float32,
+A CPU has no bfloat16 kernels, so float32 takes its place here. On an NPU those of attention and cache refuse float32,
 and so does mindrlhf.config.
 """
 from __future__ import annotations
