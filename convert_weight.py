@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from mindrlhf import checkpoint, cli, files, formats, tensors
+from mindrlhf import cli, files
+from mindrlhf.checkpoints import containers, strict, tensors
 from mindrlhf.cli import UserError
-from mindrlhf.models.glm4 import hf, sidecar, weights
+from mindrlhf.models.glm4 import hf, sidecar, weight_names
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 EXAMPLE = """  python convert_weight.py --model glm-n --input_path glm-4-9b-chat/ --output_path glm4_9b.ckpt
@@ -89,15 +90,15 @@ class Conversion:
 
 def to_mindspore(source, target, conversion, progress):
     """Hugging Face folder -> checkpoint file and its sidecar. Returns the Numbers."""
-    formats.check_name(target)
+    containers.check_name(target)
     numbers, layout, stored = hf.read_folder(source)
     items = []
-    for name, shape in weights.shapes(numbers).items():
-        parts = [stored[part] for part, _ in weights.hf_parts(name, numbers, layout)]
+    for name, shape in weight_names.shapes(numbers).items():
+        parts = [stored[part] for part, _ in weight_names.hf_parts(name, numbers, layout)]
         items.append(conversion.item(name, shape, [(part, 0, part.elements) for part in parts]))
     _announce(items, target, progress)
     sidecar.forget(target)  # it would describe other weights, if this were stopped
-    identity = checkpoint.write(target, items, progress.update)
+    identity = containers.write(target, items, progress.update)
     sidecar.write(target, numbers, dtype=conversion.dtype, fingerprint=identity, source=source,
                   source_layout=layout)
     return numbers
@@ -105,15 +106,15 @@ def to_mindspore(source, target, conversion, progress):
 
 def to_hugging_face(source, target, conversion, progress, *, layout, config):
     """Checkpoint file -> Hugging Face folder. Returns the Numbers."""
-    stored = checkpoint.read(source)
+    stored = containers.read(source)
     numbers = find_numbers(source, config)
-    problem = checkpoint.difference(weights.shapes(numbers), {name: t.shape for name, t in stored.items()})
+    problem = strict.difference(weight_names.shapes(numbers), {name: t.shape for name, t in stored.items()})
     if problem:
         raise UserError(f"{source}: the weights are not those of its numbers. {problem}")
     items = []
-    for name, shape in weights.shapes(numbers).items():
+    for name, shape in weight_names.shapes(numbers).items():
         row, first = math.prod(shape[1:]), 0
-        for part, rows in weights.hf_parts(name, numbers, layout):
+        for part, rows in weight_names.hf_parts(name, numbers, layout):
             count = (shape[0] if rows is None else rows) * row
             items.append(conversion.item(part, (count // row, *shape[1:]), [(stored[name], first, count)]))
             first += count
@@ -131,7 +132,7 @@ def find_numbers(source, config):
                             "give --config with the config.json of the model that it comes from")
         return numbers
     content = files.read_json(cli.existing_file(config, "a config.json or a sidecar"))
-    given = sidecar.read_sidecar(config)[0] if "numbers" in content else weights.read_numbers(content, config)
+    given = sidecar.read_sidecar(config)[0] if "numbers" in content else weight_names.read_numbers(content, config)
     wrong = numbers and sidecar.differences(
         asdict(numbers), {name: getattr(given, name) for name in sidecar.IN_YAML})
     if wrong:

@@ -11,12 +11,13 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from mindrlhf import checkpoint, cli, layouts, reshard, shards
+from mindrlhf import cli
+from mindrlhf.checkpoints import containers, layouts, reshard, shards, strict, tensors
+from mindrlhf.checkpoints.containers import SUFFIXES
+from mindrlhf.checkpoints.runs import choose, weights_of
 from mindrlhf.cli import UserError
 from mindrlhf.files import check_room, workshop
-from mindrlhf.formats import SUFFIXES
 from mindrlhf.models.glm4 import lora, sidecar
-from mindrlhf.ranks import choose, weights_of
 
 EXAMPLE = """  python transform_checkpoint.py --src_checkpoint=output/checkpoint_network \\
     --src_strategy=output/strategy --dst_checkpoint=merged
@@ -101,9 +102,9 @@ def merge_replicas(files, ranks):
     Raises:
         UserError: two ranks differ, so they are no replicas.
     """
-    identity = checkpoint.fingerprint(ranks[0])
+    identity = strict.fingerprint(ranks[0])
     for path, tensors in zip(files[1:], ranks[1:]):
-        if checkpoint.fingerprint(tensors) != identity:
+        if strict.fingerprint(tensors) != identity:
             raise UserError(f"{path}: differs from {files[0]}; weights of a model-parallel run need "
                             "--src_strategy, replicas of a data-parallel run are equal: is this one run?")
     return ranks[0]
@@ -111,7 +112,7 @@ def merge_replicas(files, ranks):
 
 def with_remarks(source: Source, tensors: dict) -> dict:
     """Whole LoRA adapters, and rank and alpha beside them."""
-    remarks = {name: tensor for name, tensor in checkpoint.read(source.files[0]).items() if name in lora.REMARKS}
+    remarks = {name: tensor for name, tensor in containers.read(source.files[0]).items() if name in lora.REMARKS}
     return {**tensors, **remarks}
 
 
@@ -121,7 +122,7 @@ def add_adapters(adapters: dict, base_path: str, place: Path) -> list:
     changed = lora.merged(base, adapters, place)
 
     def make(tensor):
-        return lambda: checkpoint.narrow(changed[tensor.name](), tensor.dtype)
+        return lambda: tensors.narrow(changed[tensor.name](), tensor.dtype)
 
     return [(t.name, t.dtype, t.shape, make(t) if t.name in changed else t.chunks) for t in base.values()]
 
@@ -195,9 +196,9 @@ def make(source: Source, strategy: Path | None, wanted: list, made: list, adapte
         files = [folder / "adapters.ckpt"] if adapted else made
         with cli.progress(size, "transform", "B", unit_scale=True) as bar:
             reshard.transform(source.ranks, (source.strategy, strategy), wanted, files, folder, bar.update)
-        identity = checkpoint.fingerprint(tensors)
+        identity = strict.fingerprint(tensors)
         reshard.verify(identity, files, strategy)
-        tensors = checkpoint.read(files[0])
+        tensors = containers.read(files[0])
     if adapted or not by_mindspore:
         tensors = with_remarks(source, tensors)
         items = add_adapters(tensors, base, source.files[0]) if base else \
@@ -206,7 +207,7 @@ def make(source: Source, strategy: Path | None, wanted: list, made: list, adapte
         size = reshard.size_on_disk(wanted)
         check_room(made[0], size)
         with cli.progress(size, "write", "B", unit_scale=True) as bar:
-            identity = checkpoint.write(made[0], items, bar.update)
+            identity = containers.write(made[0], items, bar.update)
         reshard.verify(identity, made, None)
     return identity, wanted
 

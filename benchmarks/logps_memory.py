@@ -41,9 +41,9 @@ def measure(arguments):
     import mindspore as ms
     from mindspore import nn
 
-    from mindrlhf import backend
+    from mindrlhf import runtime
     from mindrlhf.losses import SequenceLogps
-    backend.tensors_off_heap()
+    runtime.tensors_off_heap()
     ms.set_context(mode=0, device_target="CPU")
 
     class Loss(nn.Cell):

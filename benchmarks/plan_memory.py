@@ -58,8 +58,8 @@ def measure_logps(name, positions, chunk_size):
     import numpy as np
     from mindspore import nn, ops
 
-    from mindrlhf import backend, losses
-    backend.tensors_off_heap()
+    from mindrlhf import losses, runtime
+    runtime.tensors_off_heap()
     ms.set_context(mode=1, device_target="CPU")
     output_layer = nn.Dense(NARROW, VOCABULARY, has_bias=False)
     options = {"vocab_shards": 1} if name == "SpreadLogps" else {}
@@ -80,11 +80,11 @@ def measure(shape):
     import numpy as np
     from mindspore import nn, ops
 
-    from mindrlhf import backend
-    backend.quiet()
-    backend.tensors_off_heap()
+    from mindrlhf import runtime
+    runtime.quiet()
+    runtime.tensors_off_heap()
     ms.set_context(mode=1, device_target="CPU")
-    backend.before_build()
+    runtime.before_build()
     from mindformers import ChatGLM2Config
     from mindformers.models.glm2.glm2 import ChatGLM2Model
     from mindformers.modules.transformer import TransformerOpParallelConfig, TransformerRecomputeConfig

@@ -13,7 +13,7 @@ import data_model
 import numpy as np
 from processes import cpu_model
 
-from mindrlhf import backend, config
+from mindrlhf import config, runtime
 
 LENGTHS = (16, 64, 128, 192)
 PROMPT = list(range(20, 40))
@@ -27,9 +27,9 @@ def build(form: dict) -> object:
     settings = config.load(data_model.ROOT / "examples/glm4_dpo/predict_glm4_tiny.yaml", run_mode="predict",
                            overrides={f"model.model_config.{key}": value for key, value in form.items()})
     run = config.to_mindformers(settings)
-    backend.start(run, parallel=False)
-    network, random = backend.build_network(run), np.random.default_rng(0)
-    backend.set_values(network, {
+    runtime.start(run, parallel=False)
+    network, random = runtime.build_network(run), np.random.default_rng(0)
+    runtime.set_values(network, {
         parameter.name: lambda shape=parameter.shape: random.normal(0, 0.1, shape).astype(np.float32)
         for parameter in network.get_parameters() if len(parameter.shape) == 2})
     return network.set_train(False)

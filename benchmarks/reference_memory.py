@@ -28,7 +28,7 @@ def run(chunk):
     """Score one pair with a chunk size; print peak bytes above the start, seconds, and the log-prob."""
     import mindspore
 
-    from mindrlhf import backend, config
+    from mindrlhf import config, runtime
     from mindrlhf.data.features import TokenPair
     from mindrlhf.data.reference import Scorer
     numbers = {"seq_length": SEQ_LEN, "padded_vocab_size": VOCABULARY, "num_layers": 1, "hidden_size": 64,
@@ -38,9 +38,9 @@ def run(chunk):
         overrides={"dpo.logps_chunk_size": chunk,
                    **{f"model.model_config.{name}": value for name, value in numbers.items()}})
     config_ = config.to_mindformers(settings)
-    backend.start(config_, parallel=False)
+    runtime.start(config_, parallel=False)
     mindspore.set_seed(0)
-    model = backend.build_network(config_)
+    model = runtime.build_network(config_)
     random = np.random.default_rng(0)
     pair = TokenPair(*(random.integers(0, VOCABULARY, count).tolist() for count in (24, 1000, 1000)))
     scorer = Scorer(model, seq_len=SEQ_LEN, batch_size=1, pad_id=0)

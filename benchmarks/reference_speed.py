@@ -19,12 +19,12 @@ BATCH, ROWS, REPEATS = 2, 48, 5
 
 def load_model(seq_len):
     """The tiny GLM-4 for rows of seq_len."""
-    from mindrlhf import backend
+    from mindrlhf import runtime
     settings = config.load(data_model.ROOT / "examples/glm4_dpo/process_glm4_tiny.yaml", run_mode="preprocess",
                            overrides={"model.model_config.seq_length": seq_len})
     run = config.to_mindformers(settings)
-    backend.start(run, parallel=False)
-    return backend.build_network(run)
+    runtime.start(run, parallel=False)
+    return runtime.build_network(run)
 
 
 def seconds(scorer, pairs):

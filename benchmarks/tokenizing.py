@@ -32,8 +32,8 @@ def make_pairs(tokenizer, count, seed):
 
 
 def worker(seed, ready, go, results):
-    from mindrlhf import backend
-    backend.quiet()
+    from mindrlhf import runtime
+    runtime.quiet()
     from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
     tokenizer = Glm4Tokenizer(TOKENIZER)
     pairs = make_pairs(tokenizer, PAIRS, seed)

@@ -29,13 +29,13 @@ REFERENCE = -1400.0  # log-prob of every answer, about what the random weights g
 
 def numbers():
     """Sizes as weights.shapes takes them."""
-    from mindrlhf.models.glm4.weights import Numbers
+    from mindrlhf.models.glm4.weight_names import Numbers
     return Numbers(**SIZES, layernorm_epsilon=EPS, rope_ratio=ROPE_RATIO, eos_token_id=(1,), pad_token_id=0)
 
 
 def make_weights():
     """Name and value of every weight, MindFormers' names, one after another."""
-    from mindrlhf.models.glm4.weights import shapes
+    from mindrlhf.models.glm4.weight_names import shapes
     random = np.random.default_rng(0)
     for name, shape in shapes(numbers()).items():
         plain = 1.0 if "norm" in name else 0.0 if name.endswith("bias") else None
@@ -83,16 +83,16 @@ def ours(chunk):
     from mindformers.wrapper import build_wrapper
     from mindspore import nn, ops
 
-    from mindrlhf import backend, config
-    from mindrlhf.training import wrapper  # noqa: F401  registers the step
+    from mindrlhf import config, runtime
+    from mindrlhf.training import train_step
     base = memory()
     sizes = {**SIZES, "seq_length": LENGTH}
     overrides = {f"model.model_config.{name}": value for name, value in sizes.items()}
     settings = config.load(HERE.parent / "examples/glm4_dpo/finetune_glm4_tiny.yaml", run_mode="finetune",
                            overrides={**overrides, "dpo.logps_chunk_size": chunk, "dpo.sft_weight": SFT_WEIGHT})
     run = config.to_mindformers(settings)
-    backend.start(run, parallel=False)
-    network = backend.build_network(run).set_train()
+    runtime.start(run, parallel=False)
+    network = runtime.build_network(run).set_train()
     parameters = {parameter.name: parameter for parameter in network.get_parameters()}
     for name, value in make_weights():
         parameters[name].set_data(ms.Tensor(value))
@@ -127,8 +127,8 @@ def ours(chunk):
             return total
 
     wide = ms.Tensor(np.ones((2 * ROWS * LENGTH, 2 * SIZES["ffn_hidden_size"]), "f4"))
-    products, gradients = Products(), ms.value_and_grad(network, None, step.weights, has_aux=True)
-    serve({"step": lambda: float(step(*columns)[0]), "forward": lambda: float(network(*inputs)[0]),
+    products, gradients = Products(), ms.value_and_grad(network, None, train_step.weights, has_aux=True)
+    serve({"step": lambda: float(train_step(*columns)[0]), "forward": lambda: float(network(*inputs)[0]),
            "gradients": lambda: float(gradients(*inputs)[0][0]), "products": lambda: float(products(wide))}, base)
 
 

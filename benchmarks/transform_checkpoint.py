@@ -19,16 +19,16 @@ import processes
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from mindrlhf import checkpoint, layouts, reshard  # noqa: E402
-from mindrlhf.models.glm4 import weights  # noqa: E402
-from mindrlhf.tensors import PIECE, size_of  # noqa: E402
+from mindrlhf.checkpoints import containers, layouts, reshard
+from mindrlhf.checkpoints.tensors import PIECE, size_of  # noqa: E402
+from mindrlhf.models.glm4 import weight_names  # noqa: E402
 
 # 2 * 151552 * 768 + 40 * (768 * 1024 + 768 * 768 + 3 * 768 * 2568) = 5.25e8 parameters, 2.1e9 bytes
-NUMBERS = weights.Numbers(num_layers=40, padded_vocab_size=151552, hidden_size=768, ffn_hidden_size=2568,
+NUMBERS = weight_names.Numbers(num_layers=40, padded_vocab_size=151552, hidden_size=768, ffn_hidden_size=2568,
                           num_attention_heads=12, multi_query_group_num=2, kv_channels=64,
                           layernorm_epsilon=1.5625e-07, rope_ratio=1, eos_token_id=(151329,),
                           pad_token_id=151329)
-SHAPES = weights.shapes(NUMBERS)
+SHAPES = weight_names.shapes(NUMBERS)
 REPEATS = 2
 CHILD = """
 import os, sys, time
@@ -84,7 +84,7 @@ def make_shards(folder, strategy):
             # what several cards hold must be the same on them; here it is the same on all
             held = tuple(size // parts for size, parts in zip(shape, plan[name].splits))
             items.append((name, "F32", held, lambda held=held: pieces(int(np.prod(held)))))
-        checkpoint.write(folder / f"rank_{rank}" / "x.ckpt", items, hashed=False)
+        containers.write(folder / f"rank_{rank}" / "x.ckpt", items, hashed=False)
 
 
 def main():

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+import mindrlhf.checkpoints.strict
 from mindrlhf import cli, config
 from mindrlhf.data import mindrecord, preference
 from mindrlhf.data.features import SIDES, TokenPair, tokenize
@@ -115,11 +116,11 @@ def load_settings(way, mode, device, tokenizer, numbers):
 
 def build(settings, weights, *, names=None):
     """The network of some settings, with its weights: those whose names the function `names` takes."""
-    from mindrlhf import backend, checkpoint
+    from mindrlhf import runtime
     run = config.to_mindformers(settings)
-    backend.start(run, parallel=False)
-    network = backend.build_network(run)
-    checkpoint.load_strictly(network, weights, names=names)
+    runtime.start(run, parallel=False)
+    network = runtime.build_network(run)
+    mindrlhf.checkpoints.strict.load_strictly(network, weights, names=names)
     return network
 
 
@@ -206,7 +207,7 @@ def trainer(network, rates):
     """Function from TokenPairs, their references and pad_id to (loss, norm of the gradient, whether it is finite)."""
     from mindspore import nn
 
-    from mindrlhf.training.wrapper import DPOTrainOneStepCell
+    from mindrlhf.training.train_step import DPOTrainOneStepCell
     optimizer = nn.AdamWeightDecay(network.trainable_params(), learning_rate=rates)
     step = DPOTrainOneStepCell(network, optimizer).set_train()
 
@@ -302,12 +303,12 @@ def main(argv=None):
     device = arguments.device_target
     if not CASE.is_dir():
         raise cli.UserError(f"{CASE}: no such folder; run the check from a clone of the project")
-    from mindrlhf import backend
+    from mindrlhf import runtime
     from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
-    backend.quiet()
+    runtime.quiet()
     open_device(device)
     began, report = time.monotonic(), Report()
-    cli.say(f"{device}: {', '.join(f'{name} {number}' for name, number in backend.versions().items())}")
+    cli.say(f"{device}: {', '.join(f'{name} {number}' for name, number in runtime.versions().items())}")
     tokenizer, expected = Glm4Tokenizer(TEXTS / "tokenizer.model"), recorded()
     good = sum(tokenize(tokenizer, text) == pair for text, pair in zip(expected.texts, expected.tokens))
     report.line(good == len(expected.texts), "tokens", f"{good} of {len(expected.texts)} pairs as recorded")

@@ -11,7 +11,7 @@ in nats.
 import mindspore as ms
 from mindspore import nn, ops
 
-from mindrlhf import backend
+from mindrlhf import runtime
 
 LOSS_TYPES = ("sigmoid", "robust", "hinge", "ipo")
 MOST_CHUNKS = 64  # of SpreadLogps: each is a part of the compiled graph
@@ -235,7 +235,7 @@ class SequenceLogps(nn.Cell):
 
     def __init__(self, output_layer, vocab_size, *, vocab_shards=1, chunk_size=0, trained=True):
         super().__init__(auto_prefix=False)
-        if vocab_shards > 1 or backend.is_sharded():
+        if vocab_shards > 1 or runtime.is_sharded():
             self.token_logps = SpreadLogps(output_layer, vocab_size, vocab_shards=vocab_shards, chunk_size=chunk_size,
                                            trained=trained)
         else:

@@ -207,20 +207,20 @@ def compile_one(graph: str, build: str) -> None:
     rig = importlib.import_module("rig").allow(build, "Ascend", "Ascend")
     settings = small(graph)
     plan = stand_for_rank_0(rig, settings) if config.sharded(settings) else None
-    from mindrlhf import backend
-    from mindrlhf.training import wrapper  # noqa: F401  registers the training step
+    from mindrlhf import runtime
+    from mindrlhf.training import train_step  # noqa: F401  registers the training step
     run_config = config.to_mindformers(settings)
     run_config.parallel.global_rank = 0
-    backend.start(run_config, parallel=plan is not None)
-    model = backend.build_network(run_config)
+    runtime.start(run_config, parallel=plan is not None)
+    model = runtime.build_network(run_config)
     if graph in ("train", "lora"):
         train(model, run_config, settings)
     elif graph == "evaluation":
         batch = columns(settings)
         weights = tensor((batch[0].shape[0], 2), "float32")
-        backend.evaluation_network(model).set_train(False).compile(*batch, weights)
+        runtime.evaluation_network(model).set_train(False).compile(*batch, weights)
     elif graph == "reference":
-        from mindrlhf.models.glm4.dpo import ReferenceLogps
+        from mindrlhf.models.glm4.network import ReferenceLogps
         rows = settings["runner_config"]["batch_size"]
         ReferenceLogps(model, PAIRS).set_train(False).compile(*[tensor((rows, LENGTH), "int32")] * 8)
     else:

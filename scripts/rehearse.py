@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from mindrlhf import checkpoint, cli, config
+from mindrlhf import cli, config
+from mindrlhf.checkpoints import containers, strict
 
 # of losses, gradient norms (relative) and rewards (relative to the largest). float32 gives 1e-5. An NPU's bfloat16 moves
 # an answer's log-prob by up to 2 nats (mindrlhf/check.py), its reward by beta times that; that was not tried on an NPU
@@ -121,8 +122,8 @@ def differences(one, many):
 
 def weight_difference(one, many, before):
     """(name, value) of the weight that differs most: norm of the difference over norm of what training changed."""
-    one, many, before = (checkpoint.read(path) for path in (one, many, before))
-    if problem := checkpoint.difference({name: tensor.shape for name, tensor in one.items()},
+    one, many, before = (containers.read(path) for path in (one, many, before))
+    if problem := strict.difference({name: tensor.shape for name, tensor in one.items()},
                                         {name: tensor.shape for name, tensor in many.items()}):
         return problem, np.inf
 

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
+import mindrlhf.checkpoints.strict
+
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "glm4_dpo"
 GOLDEN = ROOT / "tests" / "golden" / "case_1"
@@ -79,12 +81,12 @@ def golden(tmp_path_factory):
 
 def load_model(golden, command, more=None):
     """A network of the golden case with its weights, built as the commands build it."""
-    from mindrlhf import backend, checkpoint, config, schema
+    from mindrlhf import config, runtime, schema
     settings = config.load(getattr(golden, command), run_mode=schema.RUN_MODES, overrides=more)
     run = config.to_mindformers(settings)
-    backend.start(run, parallel=False)
-    network = backend.build_network(run)
-    checkpoint.load_strictly(network, golden.checkpoint)
+    runtime.start(run, parallel=False)
+    network = runtime.build_network(run)
+    mindrlhf.checkpoints.strict.load_strictly(network, golden.checkpoint)
     for name in ("RUN_MODE", "MS_ALLOC_CONF"):  # what MindFormers leaves for a process that predicts; others inherit it
         os.environ.pop(name, None)
     return network

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import xxhash
 
-from mindrlhf import checkpoint, files, formats, tensors
+from mindrlhf import files
+from mindrlhf.checkpoints import containers, strict, tensors
 from mindrlhf.cli import UserError
 
 SUFFIXES = (".ckpt", ".safetensors")
@@ -46,10 +47,10 @@ def rewrite(path, content):
 def test_mindspore_reads_what_is_written(tmp_path, monkeypatch, suffix, dtype):
     """Also where a tensor takes several records of a .ckpt: 12 elements of 2 or 4 bytes in records of 16."""
     import mindspore as ms
-    monkeypatch.setattr(formats, "RECORD", 16)
+    monkeypatch.setattr(containers, "RECORD", 16)
     path = tmp_path / f"x{suffix}"
     stored = {name: tensors.narrow(array, dtype) for name, array in small().items()}
-    checkpoint.write(path, items(stored, dtype))
+    containers.write(path, items(stored, dtype))
     read = ms.load_checkpoint(str(path), format=suffix[1:])
     assert sorted(read) == sorted(stored)
     for name, array in small().items():  # the values are exact in each dtype
@@ -68,23 +69,23 @@ def test_reads_what_mindspore_wrote(tmp_path, options):
     path = tmp_path / "m.ckpt"
     ms.save_checkpoint([{"name": name, "data": value} for name, value in values.items()], str(path),
                        append_dict={"epoch": 3, "note": "text"}, **options)
-    read = checkpoint.read(path)
+    read = containers.read(path)
     assert np.array_equal(read["big"].array(), array)
     assert np.array_equal(read["half"].array(), array[:3].astype(np.float16))
     assert np.array_equal(read["brain"].float32(), values["brain"].astype(ms.float32).asnumpy())
     assert read["flag"].array().tolist() == [True, False]
     assert read["step_num"].shape == ()
-    assert checkpoint.steps_done(path) == 7
+    assert strict.steps_done(path) == 7
     assert "note" not in read
 
 
 def test_empty_tensors_and_many_pieces_survive(tmp_path, monkeypatch):
     monkeypatch.setattr(tensors, "PIECE", 5)
-    monkeypatch.setattr(formats, "RECORD", 32)
+    monkeypatch.setattr(containers, "RECORD", 32)
     arrays = {"none": np.zeros((0, 4), np.float32), "some": np.arange(23, dtype=np.float32)}
     for suffix in SUFFIXES:
-        checkpoint.write(tmp_path / f"x{suffix}", items(arrays))
-        read = checkpoint.read(tmp_path / f"x{suffix}")
+        containers.write(tmp_path / f"x{suffix}", items(arrays))
+        read = containers.read(tmp_path / f"x{suffix}")
         for name, array in arrays.items():
             assert read[name].shape == array.shape
             assert np.array_equal(read[name].array(), array)
@@ -131,7 +132,7 @@ def test_all_values_of_16_bits_convert_as_numpy_converts_them():
 
 def test_fingerprint_is_what_its_documentation_says(tmp_path, monkeypatch):
     monkeypatch.setattr(tensors, "PIECE", 8)
-    checkpoint.write(tmp_path / "x.ckpt", items(small()))
+    containers.write(tmp_path / "x.ckpt", items(small()))
 
     def sha(content):
         return hashlib.sha256(content).digest()
@@ -145,20 +146,20 @@ def test_fingerprint_is_what_its_documentation_says(tmp_path, monkeypatch):
         sha(b"b.weight F32 [3, 4]\n" + xxh(array[:8]) + xxh(array[8:])),
         sha(b"scale F32 []\n" + xxh(np.float32(3.25))),
     ]
-    assert checkpoint.fingerprint(checkpoint.read(tmp_path / "x.ckpt")) == sha(b"".join(parts)).hex()
+    assert strict.fingerprint(containers.read(tmp_path / "x.ckpt")) == sha(b"".join(parts)).hex()
 
 
 def test_fingerprint_does_not_depend_on_files(tmp_path):
     arrays = small()
-    written = {checkpoint.write(tmp_path / f"x{suffix}", items(arrays)) for suffix in SUFFIXES}
-    written |= {checkpoint.write(tmp_path / "reordered.ckpt", items(dict(reversed(arrays.items()))))}
+    written = {containers.write(tmp_path / f"x{suffix}", items(arrays)) for suffix in SUFFIXES}
+    written |= {containers.write(tmp_path / "reordered.ckpt", items(dict(reversed(arrays.items()))))}
     for number, name in enumerate(arrays):
-        checkpoint.write(tmp_path / f"shard_{number}.safetensors", items({name: arrays[name]}))
+        containers.write(tmp_path / f"shard_{number}.safetensors", items({name: arrays[name]}))
     shards = {}
     for number in range(len(arrays)):
-        shards |= checkpoint.read(tmp_path / f"shard_{number}.safetensors")
-    read = {checkpoint.fingerprint(checkpoint.read(tmp_path / f"x{suffix}")) for suffix in SUFFIXES}
-    assert len(written | read | {checkpoint.fingerprint(shards)}) == 1
+        shards |= containers.read(tmp_path / f"shard_{number}.safetensors")
+    read = {strict.fingerprint(containers.read(tmp_path / f"x{suffix}")) for suffix in SUFFIXES}
+    assert len(written | read | {strict.fingerprint(shards)}) == 1
 
 
 @pytest.mark.parametrize(
@@ -170,8 +171,8 @@ def test_fingerprint_does_not_depend_on_files(tmp_path):
     ],
 )
 def test_fingerprint_depends_on_names_shapes_and_values(tmp_path, change):
-    one = checkpoint.write(tmp_path / "one.ckpt", items(small()))
-    assert checkpoint.write(tmp_path / "two.ckpt", items({**small(), **change})) != one
+    one = containers.write(tmp_path / "one.ckpt", items(small()))
+    assert containers.write(tmp_path / "two.ckpt", items({**small(), **change})) != one
 
 
 # writing
@@ -183,7 +184,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
 
     for suffix in SUFFIXES:
         with pytest.raises(KeyboardInterrupt):
-            checkpoint.write(tmp_path / f"x{suffix}", [*items(small()), ("late", "F32", (1,), fail)])
+            containers.write(tmp_path / f"x{suffix}", [*items(small()), ("late", "F32", (1,), fail)])
     with (
         pytest.raises(UserError, match="cannot be written"),
         files.atomic_folder(tmp_path / "folder") as folder,
@@ -195,7 +196,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
 def test_pieces_that_do_not_fill_the_shape_are_an_error(tmp_path):
     for pieces in ([], [np.zeros(2, np.float32)], [np.zeros(3, np.float32)] * 2):
         with pytest.raises(ValueError, match="piece"):
-            checkpoint.write(tmp_path / "x.ckpt", [("a", "F32", (3,), lambda pieces=pieces: pieces)])
+            containers.write(tmp_path / "x.ckpt", [("a", "F32", (3,), lambda pieces=pieces: pieces)])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -205,7 +206,7 @@ def test_leftovers_of_dead_processes_go_and_of_living_ones_stay(tmp_path):
     temporary = files._temporary(tmp_path / "x.ckpt")
     for number in (dead.pid, os.getppid()):
         temporary.with_name(temporary.name.replace(str(os.getpid()), str(number))).write_text("left")
-    checkpoint.write(tmp_path / "x.ckpt", items(small()))
+    containers.write(tmp_path / "x.ckpt", items(small()))
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         ["x.ckpt", temporary.name.replace(str(os.getpid()), str(os.getppid()))])
 
@@ -218,7 +219,7 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path, suffix):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
     try:
         with pytest.raises(UserError, match="cannot be written"):
-            checkpoint.write(tmp_path / f"x{suffix}", items(arrays))
+            containers.write(tmp_path / f"x{suffix}", items(arrays))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
@@ -235,7 +236,7 @@ def test_wrong_places_are_refused(tmp_path):
         ("x.bin", "ends in .ckpt or"),
     ):
         with pytest.raises(UserError, match=said):
-            checkpoint.write(tmp_path / path, items(small()))
+            containers.write(tmp_path / path, items(small()))
     with pytest.raises(UserError, match="exists"), files.atomic_folder(tmp_path / "full"):
         pass
     with pytest.raises(UserError, match="do not fit"):
@@ -257,12 +258,12 @@ def test_json_must_be_an_object_without_doubts(tmp_path, text, said):
 def test_a_file_cut_anywhere_never_gives_other_values(tmp_path, suffix):
     """A .ckpt has no end mark: cut between two records, it is a file of fewer tensors."""
     path = tmp_path / f"x{suffix}"
-    checkpoint.write(path, items(small()))
+    containers.write(path, items(small()))
     whole, lengths = path.read_bytes(), []
     for length in range(len(whole)):
         rewrite(path, whole[:length])
         try:
-            found = checkpoint.read(path)
+            found = containers.read(path)
         except UserError as error:
             one_line(error)
             continue
@@ -295,8 +296,8 @@ def _mutate(content, places, choose):
 def test_2000_damaged_headers_never_give_other_values(tmp_path, suffix):
     """Whatever is read under a name of the original is the original, or of another dtype or shape."""
     path, choose = tmp_path / f"x{suffix}", random.Random(1)
-    checkpoint.write(path, items(small()))
-    whole, original = path.read_bytes(), checkpoint.read(path)
+    containers.write(path, items(small()))
+    whole, original = path.read_bytes(), containers.read(path)
     spans = [span for tensor in original.values() for span in tensor.spans]
     places = [
         place for place in range(len(whole)) if not any(0 <= place - offset < size for offset, size in spans)
@@ -305,7 +306,7 @@ def test_2000_damaged_headers_never_give_other_values(tmp_path, suffix):
     for _ in range(2000):
         rewrite(path, _mutate(whole, places, choose))
         try:
-            found = checkpoint.read(path)
+            found = containers.read(path)
         except UserError as error:
             one_line(error)
             refused += 1
@@ -319,8 +320,8 @@ def test_2000_damaged_headers_never_give_other_values(tmp_path, suffix):
 
 def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path):
     path = tmp_path / "x.safetensors"
-    checkpoint.write(path, items(small()))
-    read = checkpoint.read(path)
+    containers.write(path, items(small()))
+    read = containers.read(path)
     os.truncate(path, 100)
     with pytest.raises(UserError, match=r"x\.safetensors: became shorter"):
         [tensor.array() for tensor in read.values()]
@@ -340,11 +341,11 @@ def test_loading_is_strict_and_changes_nothing_where_it_fails(tmp_path):
         ({"weight": np.ones((2, 3), np.float32)}, r"of another shape: weight \(\[2, 3\] in the file"),
     ):
         arrays = {name: array for name, array in {**good, **change}.items() if array is not None}
-        checkpoint.write(path, items(arrays))
+        containers.write(path, items(arrays))
         with pytest.raises(UserError, match=said):
-            checkpoint.load_strictly(network, path)
+            strict.load_strictly(network, path)
         assert np.array_equal(network.weight.asnumpy(), before)
-    checkpoint.write(path, items({**good, "step_num": np.ones(1, np.float32)}))
-    assert sorted(checkpoint.load_strictly(network, path, training_state=True)) == ["bias", "weight"]
+    containers.write(path, items({**good, "step_num": np.ones(1, np.float32)}))
+    assert sorted(strict.load_strictly(network, path, training_state=True)) == ["bias", "weight"]
     assert np.array_equal(network.weight.asnumpy(), good["weight"])
     assert np.array_equal(network.bias.asnumpy(), good["bias"])

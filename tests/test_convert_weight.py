@@ -14,9 +14,10 @@ import pytest
 from conftest import GOLDEN, ROOT, assert_one_error, run_script
 
 import convert_weight
-from mindrlhf import checkpoint, cli, formats, tensors
+from mindrlhf import cli
+from mindrlhf.checkpoints import containers, strict, tensors
 from mindrlhf.cli import UserError
-from mindrlhf.models.glm4 import hf, sidecar, weights
+from mindrlhf.models.glm4 import hf, sidecar, weight_names
 
 STORED = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
@@ -99,14 +100,14 @@ def folder(tmp_path):
 def test_golden_forward(tmp_path, layout, dtype, suffix):
     """Both folders hold the same values; hf_chatglm is bfloat16."""
     path = convert(f"{GOLDEN / f'hf_{layout}'}/", tmp_path / f"x{suffix}", "--dtype", dtype)
-    found = checkpoint.read(path)
+    found = containers.read(path)
     wanted = by_hand()
     assert found.keys() == wanted.keys()
     for name, array in wanted.items():
         assert found[name].dtype == DTYPES[dtype]
         assert found[name].array().tobytes() == in_dtype(np.ascontiguousarray(array), DTYPES[dtype]).tobytes()
     about = json.loads(sidecar.path_of(path).read_text())
-    assert about["fingerprint"] == checkpoint.fingerprint(found)
+    assert about["fingerprint"] == strict.fingerprint(found)
     assert (about["dtype"], about["source_layout"]) == (DTYPES[dtype], layout)
     assert sorted(each.name for each in tmp_path.iterdir()) == [path.name, f"{path.name}.json"]
 
@@ -116,7 +117,7 @@ def test_golden_forward(tmp_path, layout, dtype, suffix):
 def test_golden_there_and_back_is_bit_exact(tmp_path, monkeypatch, layout, dtype, suffix):
     """In several shards, in pieces that end within q, k and v, and in a .ckpt of many records."""
     monkeypatch.setattr(tensors, "PIECE", 1000)
-    monkeypatch.setattr(formats, "RECORD", 4096)
+    monkeypatch.setattr(containers, "RECORD", 4096)
     monkeypatch.setattr(hf, "SHARD", 150_000)
     source = GOLDEN / f"hf_{layout}"
     path = convert(source, tmp_path / f"x{suffix}", "--dtype", dtype)
@@ -145,7 +146,7 @@ def test_one_spelling_to_the_other(tmp_path, source, target, dtype):
     path = convert(GOLDEN / f"hf_{source}", tmp_path / "x.ckpt", "--dtype", "fp32")
     back = convert(path, tmp_path / "back", "--reversed", "--hf_layout", target, "--dtype", dtype)
     assert same(raw(GOLDEN / f"hf_{target}"), raw(back))
-    assert weights.read_numbers(json.loads((back / "config.json").read_text()), "x") == weights.read_numbers(
+    assert weight_names.read_numbers(json.loads((back / "config.json").read_text()), "x") == weight_names.read_numbers(
         json.loads((GOLDEN / "hf_glm" / "config.json").read_text()), "x")
 
 
@@ -162,8 +163,8 @@ def test_a_trained_checkpoint_there_and_back_is_bit_exact(tmp_path, layout, dtyp
             f"u{STORED[DTYPES[dtype]].itemsize}").view(STORED[DTYPES[dtype]])
         return np.where(tensors.finite(array, DTYPES[dtype]), array, array.dtype.type(1))
 
-    trained = {name: values(shape) for name, shape in weights.shapes(numbers).items()}
-    checkpoint.write(tmp_path / "trained.ckpt", [(name, DTYPES[dtype], array.shape, lambda array=array: array)
+    trained = {name: values(shape) for name, shape in weight_names.shapes(numbers).items()}
+    containers.write(tmp_path / "trained.ckpt", [(name, DTYPES[dtype], array.shape, lambda array=array: array)
                                                  for name, array in trained.items()])
     shutil.copy(GOLDEN / "hf_chatglm" / "config.json", tmp_path / "config.json")
     back = convert(
@@ -177,7 +178,7 @@ def test_a_trained_checkpoint_there_and_back_is_bit_exact(tmp_path, layout, dtyp
         "--config",
         str(tmp_path / "config.json"),
     )
-    again = checkpoint.read(convert(back, tmp_path / "again.safetensors", "--dtype", dtype))
+    again = containers.read(convert(back, tmp_path / "again.safetensors", "--dtype", dtype))
     assert all(again[name].array().tobytes() == array.tobytes() for name, array in trained.items())
 
 
@@ -255,7 +256,7 @@ def test_bad_values_name_their_tensor(tmp_path, folder, bits, dtype, said):
 def test_not_finite_may_pass_but_overflow_may_not(tmp_path, folder):
     name = set_last(folder, 0x7F80)
     path = convert(folder, tmp_path / "x.ckpt", "--dtype", "fp16", "--allow_nonfinite")
-    assert sum(np.isinf(tensor.float32()).sum() for tensor in checkpoint.read(path).values()) == 1
+    assert sum(np.isinf(tensor.float32()).sum() for tensor in containers.read(path).values()) == 1
     set_last(folder, 0x4780)
     with pytest.raises(UserError, match=f"{name} holds 65536"):
         convert(folder, tmp_path / "x.ckpt", "--dtype", "fp16", "--allow_nonfinite")
@@ -429,12 +430,12 @@ def test_the_command_ends_with_status_2_and_one_line(tmp_path):
 def test_2000_damaged_shards_never_give_other_values(tmp_path):
     """A one-layer model; what is damaged is the length and the header of its only shard: dtypes, shapes,
     offsets, names. What is read all the same must be what the whole file holds."""
-    numbers = weights.Numbers(1, 4, 4, 4, 2, 1, 2, 1e-5, 1, (1,), 1)
+    numbers = weight_names.Numbers(1, 4, 4, 4, 2, 1, 2, 1e-5, 1, (1,), 1)
     source, choose = tmp_path / "hf", random.Random(0)
     values = np.random.default_rng(0)
     hf.write_folder(source, numbers, "glm", "F32", [
         (name, "F32", shape, lambda shape=shape: values.normal(size=shape).astype(np.float32))
-        for name, shape in weights.hf_shapes(numbers, "glm").items()])
+        for name, shape in weight_names.hf_shapes(numbers, "glm").items()])
     (source / hf.INDEX).unlink()
     (shard,) = source.glob("*.safetensors")
     whole = shard.read_bytes()
@@ -471,10 +472,10 @@ def test_2000_damaged_shards_never_give_other_values(tmp_path):
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
     """A folder of 430 MB that takes no room: the shard is a hole behind its header, all zeros."""
-    numbers = weights.Numbers(4, 65536, 1024, 3072, 8, 2, 128, 1e-5, 1, (1,), 1)
+    numbers = weight_names.Numbers(4, 65536, 1024, 3072, 8, 2, 128, 1e-5, 1, (1,), 1)
     folder, header, offset = tmp_path_factory.mktemp("large") / "hf", {}, 0
     folder.mkdir()
-    for name, shape in weights.hf_shapes(numbers, "glm").items():
+    for name, shape in weight_names.hf_shapes(numbers, "glm").items():
         end = offset + 2 * int(np.prod(shape))
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, end]}
         offset = end
@@ -571,5 +572,5 @@ def test_progress_counts_bytes(tmp_path, monkeypatch):
 
     monkeypatch.setattr(cli, "progress", lambda *_, **__: Bar())
     path = convert(GOLDEN / "hf_chatglm", tmp_path / "x.ckpt")
-    size = sum(tensor.nbytes for tensor in checkpoint.read(path).values())
+    size = sum(tensor.nbytes for tensor in containers.read(path).values())
     assert seen[0] == size == sum(seen[1:])

@@ -7,7 +7,7 @@ import pytest
 from conftest import GOLDEN, SEQ_LEN, load_model
 from mindspore import nn, ops
 
-from mindrlhf import backend
+from mindrlhf import runtime
 from mindrlhf.cpu import operators
 from mindrlhf.data.features import TokenPair, row_columns
 
@@ -159,7 +159,7 @@ def small():
     from mindformers import ChatGLM2Config, ChatGLM2ForConditionalGeneration
     config = json.loads((GOLDEN / "hf_chatglm/config.json").read_text())
 
-    def build(*, cure=backend.cure):
+    def build(*, cure=runtime.cure):
         ms.set_seed(1)
         network = ChatGLM2ForConditionalGeneration(ChatGLM2Config(
             num_layers=1, padded_vocab_size=330, hidden_size=96, ffn_hidden_size=160, kv_channels=16,
@@ -210,5 +210,5 @@ def test_without_its_stand_in_argmax_has_no_kernel(small):
 
 def test_mask_dtype_follows_the_attention_kernel():
     from types import SimpleNamespace
-    assert backend.attention_mask_dtype(SimpleNamespace(use_flash_attention=True)) == ms.uint8
-    assert backend.attention_mask_dtype(SimpleNamespace(use_flash_attention=False)) == ms.float32
+    assert runtime.attention_mask_dtype(SimpleNamespace(use_flash_attention=True)) == ms.uint8
+    assert runtime.attention_mask_dtype(SimpleNamespace(use_flash_attention=False)) == ms.float32

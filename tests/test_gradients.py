@@ -8,8 +8,8 @@ from conftest import GOLDEN, load_model
 from safetensors.numpy import load_file
 from test_glm4_dpo import columns, token_pairs
 
-from mindrlhf import backend
-from mindrlhf.models.glm4 import weights
+from mindrlhf import runtime
+from mindrlhf.models.glm4 import weight_names
 
 PLACES = ((0, 1), (2, 3, 4), (5,), (6, 7))  # which pairs stand in which row
 TOLERANCE = 1e-4  # of the largest element of each gradient
@@ -38,7 +38,7 @@ def batch(expected, pytorch):
     (0.0, 200, True, True)],
     ids=["plain", "blocks", "cells of a parallel plan", "flash attention on one NPU", "flash attention in a plan"])
 def test_gradient_of_every_parameter_is_pytorchs(golden, expected, pytorch, sft_weight, chunk, plan, flash, monkeypatch):
-    monkeypatch.setattr(backend, "is_sharded", lambda: plan)  # MindFormers' own cells, log-probs for a spread vocabulary
+    monkeypatch.setattr(runtime, "is_sharded", lambda: plan)  # MindFormers' own cells, log-probs for a spread vocabulary
     network = load_model(golden, "finetune", {"dpo.sft_weight": sft_weight, "dpo.logps_chunk_size": chunk,
                                               "model.model_config.use_flash_attention": flash})
     parameters = network.set_train().trainable_params()
@@ -47,12 +47,12 @@ def test_gradient_of_every_parameter_is_pytorchs(golden, expected, pytorch, sft_
     assert float(loss) == pytest.approx(dpo + sft_weight * sft, rel=1e-5)
 
     config = json.loads((GOLDEN / "hf_glm/config.json").read_text())
-    numbers = weights.read_numbers(config, "config.json")
-    assert [parameter.name for parameter in parameters] == list(weights.shapes(numbers))
+    numbers = weight_names.read_numbers(config, "config.json")
+    assert [parameter.name for parameter in parameters] == list(weight_names.shapes(numbers))
     seen = 0
     for parameter, gradient in zip(parameters, gradients, strict=True):
         begin = 0
-        for name, rows in weights.hf_parts(parameter.name, numbers, "glm"):
+        for name, rows in weight_names.hf_parts(parameter.name, numbers, "glm"):
             wanted = pytorch[f"dpo/{name}"]
             found = gradient.asnumpy()[begin:begin + (rows or len(gradient))]
             if sft_weight:  # of the SFT part the file has every 8th row

@@ -153,14 +153,14 @@ def test_wrong_arguments_are_named(folder, arguments, part):
 
 def test_a_process_that_leaves_the_cluster_keeps_nothing_that_mindspore_takes_it_for_one_of_it(monkeypatch):
     """MindSpore 2.4's UseDynamicCluster looks at MS_ROLE and at MS_SCHED_HOST."""
-    from mindrlhf import backend, cli
+    from mindrlhf import cli, runtime
     launched = {"MS_ROLE": "MS_WORKER", "MS_SCHED_HOST": "127.0.0.1", "MS_SCHED_PORT": "8118", "MS_TOPO_TIMEOUT": "600",
                 "MS_NODE_ID": "1", "MS_NODE_RANK": "0", "MS_WORKER_NUM": "2", "RANK_ID": "1", "RANK_SIZE": "2"}
     for name, value in launched.items():
         monkeypatch.setenv(name, value)
-    backend.leave_cluster()
+    runtime.leave_cluster()
     assert {name for name in os.environ if name.startswith("MS_")} == {"MS_WORKER_NUM"}
     assert (cli.rank(), cli.workers()) == (1, 2)
     monkeypatch.setenv("MS_ROLE", "MS_SCHED")
     with pytest.raises(SystemExit):
-        backend.leave_cluster()
+        runtime.leave_cluster()

@@ -5,7 +5,8 @@ import pytest
 from conftest import load_model, run_script, write_overlay
 from test_training import RUN_DPO, arguments, records
 
-from mindrlhf import checkpoint, config
+from mindrlhf import config
+from mindrlhf.checkpoints import containers, strict
 from mindrlhf.cli import UserError
 from mindrlhf.models.glm4 import lora
 
@@ -43,12 +44,12 @@ def test_it_starts_at_the_reference_and_learns(trained):
 
 def test_only_adapters_are_saved(trained, golden):
     """3 layers of A (4, in) and B (out, 4): qkv 96 -> 160, dense 96 -> 96, mlp 96 -> 320 and 160 -> 96."""
-    stored = checkpoint.read(adapter_file(trained[0]))
+    stored = containers.read(adapter_file(trained[0]))
     adapters = {name: tensor for name, tensor in stored.items() if lora.is_adapter(name)}
     assert set(stored) - set(adapters) == {"lora_rank", "lora_alpha"}
     assert len(adapters) == 3 * 4 * 2
     assert sum(np.prod(t.shape) for t in adapters.values()) == 3 * 4 * ((96 + 160) + (96 + 96) + (96 + 320) + (160 + 96))
-    state = checkpoint.read(trained[0] / "checkpoint/rank_0/glm4_dpo-step_00000002.ckpt")
+    state = containers.read(trained[0] / "checkpoint/rank_0/glm4_dpo-step_00000002.ckpt")
     assert not any(lora.is_base(name) for name in state)
 
 
@@ -66,7 +67,7 @@ def unmerged(golden, trained):
     """The training network with its adapters loaded."""
     network = load_model(golden, "finetune").set_train(False)
     lora.add_adapters(network, LORA, compute_dtype="float32", seed=1)
-    checkpoint.load_strictly(network, adapter_file(trained[0]), names=lora.is_adapter, training_state=True)
+    strict.load_strictly(network, adapter_file(trained[0]), names=lora.is_adapter, training_state=True)
     return network
 
 
@@ -82,7 +83,7 @@ def test_merged_and_unmerged_logits_agree(golden, trained, unmerged, tmp_path):
                                str(golden.checkpoint), "--dst_checkpoint", str(tmp_path / "merged.ckpt")])
     network = load_model(golden, "finetune").set_train(False)
     base = logits(network)
-    checkpoint.load_strictly(network, tmp_path / "merged.ckpt")
+    strict.load_strictly(network, tmp_path / "merged.ckpt")
     merged = logits(network)
     assert np.abs(merged - logits(unmerged)).max() < 1e-5 * np.abs(merged).max()
     assert np.abs(merged - base).max() > 0.1  # the adapters do something
@@ -90,7 +91,7 @@ def test_merged_and_unmerged_logits_agree(golden, trained, unmerged, tmp_path):
 
 def test_by_hand(golden, trained):
     """W + alpha / rank * B A, for one matrix."""
-    base, stored = checkpoint.read(golden.checkpoint), checkpoint.read(adapter_file(trained[0]))
+    base, stored = containers.read(golden.checkpoint), containers.read(adapter_file(trained[0]))
     name = "transformer.encoder.layers.1.mlp.dense_4h_to_h"
     a, b = (stored[f"{name}.mindpet_delta_lora_{half}"].float32() for half in "ab")
     expected = base[f"{name}.weight"].float32() + 2.0 * np.einsum("or,ri->oi", b, a)
@@ -121,7 +122,7 @@ def test_target_modules_are_a_choice(golden):
 
 def test_files_that_do_not_belong_together_are_refused(golden, trained, tmp_path):
     import transform_checkpoint
-    base, stored = checkpoint.read(golden.checkpoint), checkpoint.read(adapter_file(trained[0]))
+    base, stored = containers.read(golden.checkpoint), containers.read(adapter_file(trained[0]))
     with pytest.raises(UserError, match="holds no adapters"):
         lora.merged(base, base, "x")
     with pytest.raises(UserError, match="does not fit the base"):
@@ -139,8 +140,8 @@ def test_one_adapter_file_says_what_the_folder_says(golden, trained, tmp_path, c
     folder, target = trained[0] / "checkpoint_network", tmp_path / "adapters.safetensors"
     transform_checkpoint.main(["--src_checkpoint", str(folder), "--dst_checkpoint", str(target)])
     assert "these are LoRA adapters alone" in capsys.readouterr().out
-    base = checkpoint.read(golden.checkpoint)
-    changed = [lora.merged(base, checkpoint.open_adapters(path), path) for path in (folder, target, adapter_file(trained[0]))]
+    base = containers.read(golden.checkpoint)
+    changed = [lora.merged(base, strict.open_adapters(path), path) for path in (folder, target, adapter_file(trained[0]))]
     assert len(changed[0]) == 12
     for name, make in changed[0].items():
         for other in changed[1:]:

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from mindspore import nn
 
-from mindrlhf import backend
-from mindrlhf.models.glm4 import network
+from mindrlhf import runtime
+from mindrlhf.cpu import cells
 
 
 def test_adamw_is_the_formula():
     """Three steps of AdamW (arXiv:1711.05101, algorithm 2) in float64, with and without weight decay."""
     from mindformers.core.optim import AdamW
-    backend._fuse_adamw()
+    runtime._fuse_adamw()
     random = np.random.default_rng(0)
     start, gradients = random.normal(size=(2, 40)), random.normal(size=(3, 2, 40)) * [[[1e-4]], [[1.0]], [[10.0]]]
     parameters = [ms.Parameter(ms.Tensor(row, ms.float32), name=f"p{k}") for k, row in enumerate(start)]
@@ -35,14 +35,14 @@ def test_queries_see_what_the_mask_leaves_them():
     values = np.array([3.0, 5.0, 10.0])
     qkv = ms.Tensor(np.stack([np.zeros(3), np.zeros(3), values], 1)[None], ms.float32)
     bias = ms.Tensor(np.triu(np.full((3, 3), -10000.0), 1)[None, None], ms.float32)
-    own, swapped, swap = map(ms.Tensor, network.rotation(np.ones((3, 0)), np.ones((3, 0)), heads=1, groups=1, width=1))
-    context = network.Attention(1, 1)(qkv, bias, own, swapped, swap)
+    own, swapped, swap = map(ms.Tensor, cells.rotation(np.ones((3, 0)), np.ones((3, 0)), heads=1, groups=1, width=1))
+    context = cells.Attention(1, 1)(qkv, bias, own, swapped, swap)
     np.testing.assert_allclose(context.asnumpy().ravel(), [3, 4, 6], rtol=1e-6)
 
 
 def test_rotation_turns_pairs_and_leaves_the_rest():
     """(1, 2) turned by 90 degrees is (-2, 1); the channels after the first R stay. Queries are halved: width 4."""
-    own, swapped, swap = network.rotation(np.array([[0.0]]), np.array([[1.0]]), heads=1, groups=1, width=4)
+    own, swapped, swap = cells.rotation(np.array([[0.0]]), np.array([[1.0]]), heads=1, groups=1, width=4)
     head = np.array([1.0, 2, 3, 4])
     turned = head * own + (head @ swap) * swapped
     np.testing.assert_allclose(turned[0, :, 0], [[-1, 0.5, 1.5, 2], [-2, 1, 3, 4]])
@@ -55,8 +55,8 @@ def test_cells_are_replaced_only_where_they_fit(monkeypatch, cpu, sharded, chang
     config = {"compute_dtype": "float32", "rotary_dtype": "float32", "use_past": False,
               "use_flash_attention": False, **change}
     replaced = []
-    monkeypatch.setattr(network, "replace_cells", replaced.append)
-    monkeypatch.setattr(backend, "is_cpu", lambda: cpu)
-    monkeypatch.setattr(backend, "is_sharded", lambda: sharded)
-    backend.lean(nn.Cell(), SimpleNamespace(**config))
+    monkeypatch.setattr(cells, "replace_cells", replaced.append)
+    monkeypatch.setattr(runtime, "is_cpu", lambda: cpu)
+    monkeypatch.setattr(runtime, "is_sharded", lambda: sharded)
+    runtime.lean(nn.Cell(), SimpleNamespace(**config))
     assert len(replaced) == expected

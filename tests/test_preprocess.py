@@ -14,7 +14,7 @@ from conftest import EXAMPLE, GOLDEN, SEQ_LEN, assert_one_error, run_script, wri
 
 from mindrlhf import cli
 from mindrlhf.cli import UserError
-from mindrlhf.data import checks, mindrecord, summary
+from mindrlhf.data import mindrecord, summary, validation
 from mindrlhf.data.features import SIDES
 from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
 
@@ -70,7 +70,7 @@ def by_pair(path):
 
 def tokens_of(path):
     """Number of a pair -> its tokens on both sides."""
-    return {int(row["pair_ids"][place]): [row[f"{side}_input_ids"][slice(*checks.segments(row, side)[place])].tolist()
+    return {int(row["pair_ids"][place]): [row[f"{side}_input_ids"][slice(*validation.segments(row, side)[place])].tolist()
                                           for side in SIDES]
             for row in mindrecord.read(path) for place in range((row["pair_ids"] >= 0).sum())}
 
@@ -78,7 +78,7 @@ def tokens_of(path):
 def assert_whole(golden, path):
     """Every row of a file is as it should be, and its sidecar balances."""
     sidecar, special = mindrecord.read_sidecar(path), Glm4Tokenizer(golden.tokenizer).special
-    assert [checks.check_row(row, sidecar, special) for row in mindrecord.read(path)] == [[]] * sidecar["rows"]
+    assert [validation.check_row(row, sidecar, special) for row in mindrecord.read(path)] == [[]] * sidecar["rows"]
     pairs = sidecar["pairs"]
     assert len(by_pair(path)) == pairs["written"]
     assert pairs["read"] == pairs["written"] + pairs["in the other file"] + sum(pairs["dropped"].values())

@@ -5,8 +5,8 @@ import pytest
 from mindspore import nn
 from mindspore.common.initializer import initializer
 
+from mindrlhf.checkpoints.slices import OwnPart
 from mindrlhf.cpu import rules
-from mindrlhf.slices import OwnPart
 
 
 @pytest.fixture

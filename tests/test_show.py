@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT, assert_one_error
 
 from mindrlhf.cli import UserError
-from mindrlhf.data import checks, mindrecord, show
+from mindrlhf.data import mindrecord, show, validation
 from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
 
 
@@ -74,7 +74,7 @@ def first_scored(row):
 
 def forget_stop(row):
     """As a template without a stop token would."""
-    end = checks.segments(row, "chosen")[0][1]
+    end = validation.segments(row, "chosen")[0][1]
     row["chosen_input_ids"][end - 1] = row["chosen_labels"][end - 2] = 11
 
 
@@ -111,15 +111,15 @@ DAMAGES = [
 def test_every_damage_to_a_row_is_found(golden, sidecar, tokenizer, damage, words):
     row = next({name: values.copy() for name, values in row.items()} for row in mindrecord.read(golden.data)
                if (row["pair_ids"] >= 0).sum() == 2)
-    assert checks.check_row(row, sidecar, tokenizer.special) == []
+    assert validation.check_row(row, sidecar, tokenizer.special) == []
     damage(row)
-    problems = checks.check_row(row, sidecar, tokenizer.special)
+    problems = validation.check_row(row, sidecar, tokenizer.special)
     assert any(words in problem for problem in problems), problems
 
 
 def test_two_prompts_of_one_pair_are_found(row, sidecar, tokenizer):
     row["chosen_input_ids"][5] = row["chosen_labels"][4] = 7
-    assert checks.check_row(row, sidecar, tokenizer.special) == ["a pair has two prompts"]
+    assert validation.check_row(row, sidecar, tokenizer.special) == ["a pair has two prompts"]
 
 
 def test_a_file_with_a_wrong_count_or_a_pair_twice_is_found(golden, row, sidecar, tokenizer, tmp_path, capsys):

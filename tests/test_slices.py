@@ -8,10 +8,11 @@ from conftest import load_model
 from test_preprocess import arguments, rows
 from test_transform_checkpoint import STRATEGIES, by_hand, cards, whole, write, write_shards
 
-from mindrlhf import checkpoint, config, layouts, slices
+from mindrlhf import config
+from mindrlhf.checkpoints import containers, layouts, shards, slices, strict
 from mindrlhf.cli import UserError
 from mindrlhf.data import mindrecord
-from mindrlhf.models.glm4 import sidecar, weights
+from mindrlhf.models.glm4 import sidecar, weight_names
 from mindrlhf.training import run
 
 PLANS = ("2x2", "1x4", "4x1", "1x2")
@@ -37,10 +38,10 @@ def test_every_card_reads_its_part(tmp_path, monkeypatch, plan, source):
     arrays = whole()
     if source == "file":
         write(tmp_path / "one.safetensors", arrays)
-        stored = checkpoint.open_weights(tmp_path / "one.safetensors")
+        stored = shards.open_weights(tmp_path / "one.safetensors")
     else:
         folder = write_shards(tmp_path, "2x2", arrays)
-        stored = checkpoint.open_weights(folder, folder / "strategy")
+        stored = shards.open_weights(folder, folder / "strategy")
     data, model = map(int, plan.split("x"))
     monkeypatch.setattr(slices, "get_group_size", lambda group=None: data if group == "data" else cards(plan))
     for rank in range(cards(plan)):
@@ -80,7 +81,7 @@ def strategy_of_three_layers(folder):
 @pytest.fixture(scope="module")
 def shared(golden):
     """The golden weights in two shards as a run leaves them, and its strategy."""
-    output, stored = golden.folder / "sharded", checkpoint.read(golden.checkpoint)
+    output, stored = golden.folder / "sharded", containers.read(golden.checkpoint)
     for rank in range(2):
         write(output / f"checkpoint_network/rank_{rank}/glm4_dpo-network.ckpt",
               {name: by_hand("1x2", name, tensor.array(), rank) for name, tensor in stored.items()})
@@ -113,7 +114,7 @@ def test_training_from_shards_knows_the_weights_of_the_preprocessing(golden, sha
     for parameter in model.get_parameters():
         parameter.set_data(ms.ops.zeros_like(parameter))
     run.load_weights(model, settings, data, None)
-    stored = checkpoint.read(golden.checkpoint)
+    stored = containers.read(golden.checkpoint)
     assert all(np.array_equal(p.asnumpy(), stored[p.name].array()) for p in model.get_parameters())
     sidecar.check(settings["load_checkpoint"], settings)  # the run's model.json has the YAML's numbers
 
@@ -151,11 +152,11 @@ def test_shards_of_another_model_do_not_load(golden, shared, tmp_path):
     folder = write_shards(tmp_path, "1x2", whole())
     with pytest.raises(UserError, match=r"does not fit the model of this YAML. missing: "
                                         r"transformer\.encoder\.layers\.2"):
-        checkpoint.load_strictly(load_model(golden, "predict"), folder, strategy=folder / "strategy")
+        strict.load_strictly(load_model(golden, "predict"), folder, strategy=folder / "strategy")
 
 
 def test_a_strategy_file_of_a_run_is_found_in_its_folder(tmp_path, shared):
     assert layouts.find(shared[1]) == shared[1] / "ckpt_strategy_rank_0.ckpt"
     assert layouts.find(None) is None
     numbers = sidecar.read_for(shared[0])[0]
-    assert weights.shapes(numbers)["transformer.output_layer.weight"] == (330, 96)
+    assert weight_names.shapes(numbers)["transformer.output_layer.weight"] == (330, 96)

@@ -11,7 +11,7 @@ import pytest
 from conftest import EXAMPLE, GOLDEN, ROOT, assert_one_error, load_model, run_script, write_overlay
 from mindspore import nn, ops
 
-from mindrlhf import checkpoint
+from mindrlhf.checkpoints import containers, strict
 from mindrlhf.cli import UserError
 
 RUN_DPO = EXAMPLE / "run_dpo.py"
@@ -114,8 +114,8 @@ def test_replicas_merge_to_one_verified_checkpoint(two_workers, golden, tmp_path
     transform_checkpoint.main(["--src_checkpoint", str(source / "checkpoint_network"), "--src_strategy",
                                str(source / "strategy"), "--dst_checkpoint", str(tmp_path / "new" / "merged")])
     assert "24 parameters" in capsys.readouterr().out
-    merged = checkpoint.read(tmp_path / "new/merged/merged.ckpt")
-    before = checkpoint.read(golden.checkpoint)
+    merged = containers.read(tmp_path / "new/merged/merged.ckpt")
+    before = containers.read(golden.checkpoint)
     assert {name: tensor.shape for name, tensor in merged.items()} == {name: t.shape for name, t in before.items()}
     assert any(not np.array_equal(merged[name].array(), before[name].array()) for name in before)  # trained
 
@@ -153,9 +153,9 @@ def test_resumed_run_goes_on_as_the_unbroken_one_and_needs_no_check(run, golden,
 
 def other_weights(golden, path):
     """The golden weights with one matrix scaled by 1.5: another checkpoint of the same shapes."""
-    tensors = checkpoint.read(golden.checkpoint)
+    tensors = containers.read(golden.checkpoint)
     scaled = "transformer.encoder.layers.0.mlp.dense_4h_to_h.weight"
-    checkpoint.write(path, [(name, t.dtype, t.shape, lambda t=t, name=name: t.array() * (1.5 if name == scaled else 1))
+    containers.write(path, [(name, t.dtype, t.shape, lambda t=t, name=name: t.array() * (1.5 if name == scaled else 1))
                             for name, t in tensors.items()])
     return path
 
@@ -171,7 +171,7 @@ def test_policy_that_is_not_the_reference_stops_at_the_first_step(golden, tmp_pa
     """The sidecar is made to agree, so that only the step itself can tell."""
     weights = other_weights(golden, tmp_path / "other.ckpt")
     data = copy_data(golden, tmp_path, checkpoint={"file": "other.ckpt",
-                                                   "fingerprint": checkpoint.fingerprint(checkpoint.read(weights))})
+                                                   "fingerprint": strict.fingerprint(containers.read(weights))})
     config = training_yaml(golden.folder, "plain")
     result = run_script(RUN_DPO, *arguments(golden, config, tmp_path / "out", weights=weights, data=data))
     assert_one_error(result, "policy and reference differ by", "dpo.check_reference False")
@@ -217,7 +217,7 @@ def test_data_that_are_not_whole_are_refused(golden, tmp_path, lacking):
 
 @pytest.fixture
 def damaged(golden, tmp_path, request):
-    tensors = list(checkpoint.read(golden.checkpoint).values())
+    tensors = list(containers.read(golden.checkpoint).values())
     items = [(t.name, t.dtype, t.shape, t.array) for t in tensors]
     name = "transformer.encoder.layers.1.mlp.dense_h_to_4h.weight"
     if request.param == "missing":
@@ -226,7 +226,7 @@ def damaged(golden, tmp_path, request):
         items.append((name := "transformer.extra.weight", "F32", (2,), lambda: np.zeros(2, "f4")))
     else:
         items = [(n, d, (3,), lambda: np.zeros(3, "f4")) if n == name else (n, d, s, m) for n, d, s, m in items]
-    checkpoint.write(tmp_path / "damaged.ckpt", items)
+    containers.write(tmp_path / "damaged.ckpt", items)
     return tmp_path / "damaged.ckpt", request.param, name
 
 
@@ -299,7 +299,7 @@ class Recorder(nn.Optimizer):
 
 def gradients_of(golden, columns, *, accumulation):
     """Clipped gradients of one training step, by name, and its outputs."""
-    from mindrlhf.training.wrapper import DPOTrainOneStepCell
+    from mindrlhf.training.train_step import DPOTrainOneStepCell
     network = load_model(golden, "finetune").set_train(True)
     step = DPOTrainOneStepCell(network, Recorder(network.trainable_params()), 1e9, accumulation)
     outputs = step(*columns)
@@ -342,7 +342,7 @@ def first_moments(golden, two_workers):
     assert result.returncode == 0, result.stderr
     found = {}
     for name, folder in (*two_workers.items(), ("accumulated", output)):
-        stored = checkpoint.read(folder / "checkpoint/rank_0/glm4_dpo-step_00000001.ckpt")
+        stored = containers.read(folder / "checkpoint/rank_0/glm4_dpo-step_00000001.ckpt")
         found[name] = {key: tensor.array() for key, tensor in stored.items() if key.startswith(("exp_avg.", "adam_m."))}
         assert len(found[name]) == 24
     return found
@@ -403,6 +403,6 @@ def test_the_best_weights_are_kept_by_the_named_metric(golden, tmp_path):
     margins = [record["margin"] for record in records(tmp_path, "eval")]
     assert len(margins) == 7
     best = 1 + int(np.argmax(margins[1:]))
-    kept = checkpoint.read(tmp_path / "checkpoint_best/rank_0/glm4_dpo-best.ckpt")
-    state = checkpoint.read(tmp_path / f"checkpoint/rank_0/glm4_dpo-step_{best:08d}.ckpt")
+    kept = containers.read(tmp_path / "checkpoint_best/rank_0/glm4_dpo-best.ckpt")
+    state = containers.read(tmp_path / f"checkpoint/rank_0/glm4_dpo-step_{best:08d}.ckpt")
     assert all(np.array_equal(tensor.array(), state[name].array()) for name, tensor in kept.items())

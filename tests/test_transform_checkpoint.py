@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 import transform_checkpoint
-from mindrlhf import checkpoint, layouts, reshard, tensors
+from mindrlhf.checkpoints import containers, layouts, reshard, strict, tensors
 from mindrlhf.cli import UserError
-from mindrlhf.models.glm4 import sidecar, weights
+from mindrlhf.models.glm4 import sidecar, weight_names
 
 STRATEGIES = Path(__file__).parent / "golden" / "strategies"
-NUMBERS = weights.Numbers(num_layers=2, padded_vocab_size=256, hidden_size=64, ffn_hidden_size=128,
+NUMBERS = weight_names.Numbers(num_layers=2, padded_vocab_size=256, hidden_size=64, ffn_hidden_size=128,
                           num_attention_heads=4, multi_query_group_num=2, kv_channels=16,
                           layernorm_epsilon=1e-5, rope_ratio=1, eos_token_id=(1,), pad_token_id=0)
 
@@ -23,7 +23,7 @@ def whole(seed=0, dtype="F32"):
     def values(shape):
         return random.permutation(np.prod(shape)).astype(np.float32).reshape(shape) + 0.5
 
-    return {name: tensors.narrow(values(shape), dtype) for name, shape in weights.shapes(NUMBERS).items()}
+    return {name: tensors.narrow(values(shape), dtype) for name, shape in weight_names.shapes(NUMBERS).items()}
 
 
 def part(array, axis, count, number):
@@ -55,7 +55,7 @@ def cards(plan):
 
 def write(path, arrays, dtype="F32"):
     path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.write(path, [(name, dtype, array.shape, lambda array=array: array)
+    containers.write(path, [(name, dtype, array.shape, lambda array=array: array)
                             for name, array in arrays.items()])
 
 
@@ -80,7 +80,7 @@ def run(source, target, **options):
 
 
 def assert_holds(path, arrays, dtype="F32"):
-    found = checkpoint.read(path)
+    found = containers.read(path)
     assert list(found) == list(arrays)
     for name, tensor in found.items():
         assert (tensor.dtype, tensor.shape) == (dtype, arrays[name].shape), name
@@ -148,13 +148,13 @@ def test_one_to_shards_to_other_shards_to_one(tmp_path, capsys, first, second, s
     assert_shards(tmp_path / "b", second, arrays, dtype, suffix)
     run(tmp_path / "b", tmp_path / "back", src_strategy=tmp_path / "b/strategy", **options)
     assert_holds(tmp_path / f"back/merged{suffix}", arrays, dtype)
-    identity = checkpoint.fingerprint(checkpoint.read(tmp_path / "one.ckpt"))[:12]
+    identity = strict.fingerprint(containers.read(tmp_path / "one.ckpt"))[:12]
     assert capsys.readouterr().out.count(f"fingerprint {identity}") == 3
 
 
 def test_the_numbers_of_the_model_travel_with_shards_and_back(tmp_path):
     write(tmp_path / "one.ckpt", whole())
-    identity = checkpoint.fingerprint(checkpoint.read(tmp_path / "one.ckpt"))
+    identity = strict.fingerprint(containers.read(tmp_path / "one.ckpt"))
     sidecar.write(tmp_path / "one.ckpt", NUMBERS, dtype="F32", fingerprint=identity, source="nowhere")
     run(tmp_path / "one.ckpt", tmp_path / "shards", dst_strategy=STRATEGIES / "2x2.ckpt")
     run(tmp_path / "shards", tmp_path / "back.ckpt", src_strategy=tmp_path / "shards/strategy")
@@ -191,7 +191,7 @@ def test_a_step_that_is_not_whole_on_all_ranks_is_passed_over(tmp_path, capsys, 
     path = source / "rank_2/glm4_dpo-step_00000004.ckpt"
     if damage == "flipped":  # MindSpore's checksum tells
         ms.save_checkpoint([{"name": tensor.name, "data": ms.Tensor(tensor.array())}
-                            for tensor in checkpoint.read(path).values()], str(path), crc_check=True)
+                            for tensor in containers.read(path).values()], str(path), crc_check=True)
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.unlink()
@@ -248,7 +248,7 @@ def cut(source):
 
 
 def fewer_tensors(source):
-    held = checkpoint.read(source / "rank_2/x.ckpt")
+    held = containers.read(source / "rank_2/x.ckpt")
     arrays = {name: held[name].array() for name in list(held)[:-1]}
     (source / "rank_2/x.ckpt").unlink()
     write(source / "rank_2/x.ckpt", arrays)

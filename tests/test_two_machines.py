@@ -15,7 +15,7 @@ from conftest import EXAMPLE, GOLDEN, ROOT
 from test_launcher import SCRIPT
 from test_training import arguments, records, training_yaml
 
-from mindrlhf import checkpoint
+from mindrlhf.checkpoints import containers
 from mindrlhf.data import mindrecord
 
 LAUNCHER = ROOT / "scripts" / "msrun_launcher.sh"
@@ -226,7 +226,7 @@ def test_two_machines_train_as_one_with_two_workers(network, golden, data, tmp_p
     assert two == one
     for rank in ("rank_0", "rank_1"):
         folders = [tmp_path / run / "checkpoint_network" / rank for run in ("two", "one")]
-        two, one = (checkpoint.read(next(folder.glob("*.ckpt"))) for folder in folders)
+        two, one = (containers.read(next(folder.glob("*.ckpt"))) for folder in folders)
         assert list(two) == list(one)
         assert all(np.array_equal(two[name].array(), one[name].array()) for name in one)
 

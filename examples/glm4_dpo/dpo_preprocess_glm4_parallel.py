@@ -12,7 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mindrlhf import checkpoint, cli, config
+from mindrlhf import cli, config
+from mindrlhf.checkpoints import shards, strict
 from mindrlhf.data import features, merge, mindrecord, preference, reference, summary
 from mindrlhf.models.glm4 import sidecar, template
 
@@ -98,11 +99,11 @@ def read_source(arguments):
 
 def describe(arguments, settings, source, tokenizer):
     """(what the sidecar says of the data's origin, identity of the run: all that the data depend on)."""
-    from mindrlhf import backend
+    from mindrlhf import runtime
     hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in source.files]
-    weights = checkpoint.fingerprint(checkpoint.open_weights(settings["load_checkpoint"], settings.get("src_strategy")))
+    weights = strict.fingerprint(shards.open_weights(settings["load_checkpoint"], settings.get("src_strategy")))
     about = {"seq_len": settings["model"]["model_config"]["seq_length"], "template": template.VERSION,
-             "dataset_type": source.dataset_type, "versions": backend.versions(),
+             "dataset_type": source.dataset_type, "versions": runtime.versions(),
              "options": {name: getattr(arguments, name) for name in OPTIONS}}
     run = {**about, "data": hashes, "tokenizer": tokenizer.fingerprint, "checkpoint": weights,
            "logps_chunk_size": settings["dpo"].get("logps_chunk_size"),
@@ -125,11 +126,11 @@ def is_made(paths, run):
 
 def open_scorer(settings, tokenizer, *, packed):
     """The reference model with its weights."""
-    from mindrlhf import backend
+    from mindrlhf import runtime
     run = config.to_mindformers(settings)
-    backend.start(run, parallel=config.sharded(settings) and cli.workers() > 1)
-    model = backend.build_network(run)
-    checkpoint.load_strictly(model, settings["load_checkpoint"], strategy=settings.get("src_strategy"))
+    runtime.start(run, parallel=config.sharded(settings) and cli.workers() > 1)
+    model = runtime.build_network(run)
+    strict.load_strictly(model, settings["load_checkpoint"], strategy=settings.get("src_strategy"))
     return reference.Scorer(model, seq_len=settings["model"]["model_config"]["seq_length"], packed=packed,
                             batch_size=settings["runner_config"]["batch_size"], pad_id=tokenizer.pad_id)
 
@@ -187,10 +188,10 @@ def main(argv=None):
     source, held_out = read_source(arguments)
     sidecar.check(settings.get("load_checkpoint"), settings)
 
-    from mindrlhf import backend
+    from mindrlhf import runtime
     if not config.sharded(settings):
-        backend.leave_cluster()  # workers compute alone here
-    backend.quiet()
+        runtime.leave_cluster()  # workers compute alone here
+    runtime.quiet()
     from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
     tokenizer = Glm4Tokenizer(settings["processor"]["tokenizer"]["vocab_file"])
     tokenizer.check_vocabulary(settings["model"]["model_config"]["padded_vocab_size"])

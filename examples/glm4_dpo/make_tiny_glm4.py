@@ -14,8 +14,9 @@ import regex
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mindrlhf import checkpoint, cli, config
-from mindrlhf.models.glm4 import weights
+from mindrlhf import cli, config, files
+from mindrlhf.checkpoints import containers
+from mindrlhf.models.glm4 import weight_names
 
 EXAMPLE = "  python make_tiny_glm4.py --output_path tiny/"
 SPECIAL_TOKENS = 14  # that ChatGLM4Tokenizer adds behind the vocabulary of the file
@@ -86,7 +87,7 @@ def make_weights(numbers, seed=0):
     """Hugging Face tensors of a random GLM-4: dict, name -> float32 array. Matrices are N(0, 0.02), as GLM-4's start."""
     random = np.random.default_rng(seed)
     return {name: np.ones(shape, np.float32) if "norm" in name else np.zeros(shape, np.float32) if name.endswith("bias")
-            else random.normal(0, 0.02, shape).astype(np.float32) for name, shape in weights.hf_shapes(numbers, "glm").items()}
+            else random.normal(0, 0.02, shape).astype(np.float32) for name, shape in weight_names.hf_shapes(numbers, "glm").items()}
 
 
 def hf_config(numbers):
@@ -109,11 +110,11 @@ def write_model(folder, numbers, tokens):
     index = {}
     for number, part in enumerate((names[:len(names) // 2], names[len(names) // 2:]), 1):
         shard = f"model-0000{number}-of-00002.safetensors"
-        checkpoint.write(folder / shard, [(n, "F32", tensors[n].shape, lambda n=n: tensors[n]) for n in part])
+        containers.write(folder / shard, [(n, "F32", tensors[n].shape, lambda n=n: tensors[n]) for n in part])
         index |= dict.fromkeys(part, shard)
-    checkpoint.write_json(folder / "model.safetensors.index.json",
+    files.write_json(folder / "model.safetensors.index.json",
                           {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": index})
-    checkpoint.write_json(folder / "config.json", hf_config(numbers))
+    files.write_json(folder / "config.json", hf_config(numbers))
     lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
     (folder / "tokenizer.model").write_text("".join(lines))
 
@@ -125,14 +126,14 @@ def main(argv=None):
     train, held_out = make_pairs()
     vocabulary = settings["padded_vocab_size"] - SPECIAL_TOKENS
     tokens = train_tokenizer("\n".join(text for row in train for text in row.values()), vocabulary)
-    sizes = {key: settings[key] for key in weights.KEYS if key in settings}
-    numbers = weights.Numbers(**sizes, rope_ratio=settings["rope_ratio"], pad_token_id=vocabulary,
+    sizes = {key: settings[key] for key in weight_names.KEYS if key in settings}
+    numbers = weight_names.Numbers(**sizes, rope_ratio=settings["rope_ratio"], pad_token_id=vocabulary,
                               eos_token_id=(vocabulary, vocabulary + 7, vocabulary + 9))
     write_model(folder / "hf", numbers, tokens)
     for name, rows in (("train", train), ("held_out", held_out)):
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    size = sum(int(np.prod(shape)) for shape in weights.shapes(numbers).values())
+    size = sum(int(np.prod(shape)) for shape in weight_names.shapes(numbers).values())
     print(f"{folder}: a GLM-4 of {size:,} parameters, {len(train)} training pairs, {len(held_out)} held-out pairs")
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import mindrlhf.checkpoints.strict
 from mindrlhf import cli, config
 
 EXAMPLE = """  bash ../../scripts/msrun_launcher.sh "run_dpo.py --config finetune_glm4_9b.yaml --train_dataset dpo.mindrecord \\
@@ -44,7 +45,7 @@ def load_settings(arguments):
 
 def finetune(settings):
     """Train: MindFormers' Trainer on Glm4DPO, from weights that are loaded strictly and data that fit them."""
-    from mindrlhf import backend
+    from mindrlhf import runtime
     from mindrlhf.models.glm4 import sidecar
     from mindrlhf.training import run
 
@@ -55,24 +56,24 @@ def finetune(settings):
         config.check_weights(settings)
     sidecar.check(resumed or settings.get("load_checkpoint"), settings)
     run_config = config.to_mindformers(settings)
-    backend.start(run_config, parallel=cli.workers() > 1)
-    model = backend.build_network(run_config)
+    runtime.start(run_config, parallel=cli.workers() > 1)
+    model = runtime.build_network(run_config)
     run.load_weights(model, settings, data, resumed)
     if not resumed:
         sidecar.keep(settings["load_checkpoint"], settings["output_dir"])
     run.train(model, run_config, settings, data, resumed)
-    backend.finish()
+    runtime.finish()
 
 
 def predict(settings, text, adapters=None):
     """Print the answer to one message."""
-    from mindrlhf import backend, checkpoint
+    from mindrlhf import runtime
     from mindrlhf.models.glm4 import lora, sidecar, template
     from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
 
     if text is None:
         raise cli.UserError("run_mode predict needs --predict_data TEXT")
-    backend.quiet()
+    runtime.quiet()
     sidecar.check(settings.get("load_checkpoint"), settings)
     tokenizer = Glm4Tokenizer(settings["processor"]["tokenizer"]["vocab_file"])
     numbers = settings["model"]["model_config"]
@@ -87,12 +88,12 @@ def predict(settings, text, adapters=None):
         raise cli.UserError(f"--src_strategy: {path} and {adapters} are both folders of shards; merge one of them first")
     with cli.quiet_stdout():
         run_config = config.to_mindformers(settings)
-        backend.start(run_config, parallel=False)
-        model = backend.build_network(run_config)
-        base = checkpoint.load_strictly(model, path, strategy=strategy if Path(path).is_dir() or not adapters else None)
+        runtime.start(run_config, parallel=False)
+        model = runtime.build_network(run_config)
+        base = mindrlhf.checkpoints.strict.load_strictly(model, path, strategy=strategy if Path(path).is_dir() or not adapters else None)
         if adapters:
-            stored = checkpoint.open_adapters(adapters, strategy if not Path(path).is_dir() else None)
-            backend.set_values(model, lora.merged(base, stored, adapters))
+            stored = mindrlhf.checkpoints.strict.open_adapters(adapters, strategy if not Path(path).is_dir() else None)
+            runtime.set_values(model, lora.merged(base, stored, adapters))
         output = model.generate([prompt], max_new_tokens=min(numbers.get("max_decode_length", 512), room),
                                 eos_token_id=tokenizer.stop_ids, pad_token_id=tokenizer.pad_id)[0]
     print(tokenizer.decode(output[len(prompt):]).strip(), flush=True)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mindrlhf.checkpoint import write_json
 from mindrlhf.cli import UserError, existing_file
 from mindrlhf.data.features import SIDES, row_columns
+from mindrlhf.files import write_json
 
 # in the order in which Glm4DPO takes them: name -> (dtype, which dimension)
 _OF_SIDE = {"input_ids": ("int32", "seq_len"), "labels": ("int32", "seq_len"),

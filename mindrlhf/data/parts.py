@@ -13,9 +13,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from mindrlhf.checkpoint import atomic_file
 from mindrlhf.cli import UserError
 from mindrlhf.data.features import TokenPair
+from mindrlhf.files import atomic_file
 
 SMALLEST, LARGEST = 8, 1024  # pairs of a part
 

@@ -54,7 +54,7 @@ class Scorer:
     """
 
     def __init__(self, model, *, seq_len, batch_size, pad_id, packed=True):
-        from mindrlhf.models.glm4.dpo import ReferenceLogps
+        from mindrlhf.models.glm4.network import ReferenceLogps
         self.width = max_pairs(seq_len) if packed else 1
         self.network = ReferenceLogps(model, self.width).set_train(False)
         self.seq_len, self.batch_size, self.pad_id, self.packed = seq_len, batch_size, pad_id, packed

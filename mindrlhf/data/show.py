@@ -6,7 +6,7 @@ What is scored, and so trained, stands in [[double brackets]], in green on a ter
 import sys
 
 from mindrlhf import cli
-from mindrlhf.data import checks, mindrecord
+from mindrlhf.data import mindrecord, validation
 from mindrlhf.data.features import SIDES
 from mindrlhf.models.glm4 import template
 
@@ -52,7 +52,7 @@ def marked(row, side, place, tokenizer):
 
 def print_row(number, row, tokenizer):
     """Print one row."""
-    places = {side: checks.segments(row, side) for side in SIDES}
+    places = {side: validation.segments(row, side) for side in SIDES}
     used = [sum(end - begin for begin, end in places[side]) for side in SIDES]
     print(f"row {number}: {len(places['chosen'])} pairs, {used[0]} + {used[1]} tokens of "
           f"{len(row['chosen_labels'])}")
@@ -70,7 +70,7 @@ def check_file(rows, sidecar, special):
     """Problems of a whole file: list of str."""
     problems, pairs, count = [], [], 0
     for count, row in enumerate(rows, 1):
-        problems += [f"row {count - 1}: {problem}" for problem in checks.check_row(row, sidecar, special)]
+        problems += [f"row {count - 1}: {problem}" for problem in validation.check_row(row, sidecar, special)]
         pairs += row["pair_ids"][row["pair_ids"] >= 0].tolist() if "pair_ids" in row else []
     if count != sidecar["rows"]:
         problems.append(f"{count} rows, {sidecar['rows']} in the sidecar")
@@ -84,14 +84,14 @@ def check_file(rows, sidecar, special):
 def main(argv=None):
     arguments = parser().parse_args(argv)
     sidecar = mindrecord.read_sidecar(arguments.file)
-    from mindrlhf import backend
-    backend.quiet()
+    from mindrlhf import runtime
+    runtime.quiet()
     from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
     tokenizer = Glm4Tokenizer(arguments.tokenizer)
     mindrecord.check_made_for(arguments.file, sidecar, seq_len=None, template=template.VERSION,
                               tokenizer=tokenizer.fingerprint, checkpoint=None)
     for number, row in zip(range(arguments.n), mindrecord.read(arguments.file)):
-        if not checks.check_shapes(row, sidecar):
+        if not validation.check_shapes(row, sidecar):
             print_row(number, row, tokenizer)
     problems = check_file(mindrecord.read(arguments.file), sidecar, tokenizer.special)
     if problems:

@@ -3,8 +3,8 @@ import logging
 
 import numpy as np
 
-from mindrlhf.checkpoint import atomic_file
 from mindrlhf.data.features import SIDES
+from mindrlhf.files import atomic_file
 
 EXAMPLES = 3  # places named of each kind
 BAD_ROWS = 20  # bad rows listed in full

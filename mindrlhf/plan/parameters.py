@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 
 from mindrlhf.config import sharded
-from mindrlhf.models.glm4 import lora, weights
+from mindrlhf.models.glm4 import lora, weight_names
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 OPTIMIZER_THRESHOLD = 64 * 1024  # bytes: MindSpore's parallel_optimizer_threshold; smaller weights stay whole
@@ -83,13 +83,13 @@ def numbers_of(settings):
     model = settings["model"]["model_config"]
     sizes = ("num_layers", "padded_vocab_size", "hidden_size", "ffn_hidden_size", "num_attention_heads",
              "multi_query_group_num", "kv_channels")
-    return weights.Numbers(**{name: model[name] for name in sizes}, layernorm_epsilon=0.0, rope_ratio=0,
+    return weight_names.Numbers(**{name: model[name] for name in sizes}, layernorm_epsilon=0.0, rope_ratio=0,
                            eos_token_id=(), pad_token_id=0)
 
 
 def shapes(settings):
     """Name -> shape of every parameter of the network, adapters included."""
-    table = weights.shapes(numbers_of(settings))
+    table = weight_names.shapes(numbers_of(settings))
     if "lora" in settings:
         rank = settings["lora"]["rank"]
         targets = "|".join(lora.TARGETS[target] for target in settings["lora"]["target_modules"]).split("|")
@@ -105,10 +105,10 @@ def strategy(name, shape, layout):
     model, cell = layout.model, name.rsplit(".", 1)[0]
     if "layernorm" in name:
         return (1,)
-    if name == weights.EMBEDDING or cell.endswith("output_layer"):
+    if name == weight_names.EMBEDDING or cell.endswith("output_layer"):
         if layout.whole_vocabulary or shape[0] % model:
             return 1, 1
-        return (model if name == weights.EMBEDDING else layout.cards), 1
+        return (model if name == weight_names.EMBEDDING else layout.cards), 1
     if name.endswith(lora.A):
         return 1, model if cell.endswith("dense_4h_to_h") else 1
     if name.endswith(lora.B):

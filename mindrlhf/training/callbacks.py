@@ -4,7 +4,7 @@ import time
 
 from mindspore.train.callback import Callback
 
-from mindrlhf import backend, cli
+from mindrlhf import cli, runtime
 from mindrlhf.training import metrics
 
 BEST = {"loss": -1, "dpo_loss": -1, "accuracy": 1, "margin": 1}  # metric -> direction in which it is better
@@ -64,7 +64,7 @@ class DPOMonitor(Callback):
         self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
         values |= {"learning_rate": float(learning_rate), "grad_norm": float(norm), "overflow": bad,
                    "overflow_steps": self.bad_steps, "seconds": seconds, "pairs_per_second": values["pairs"] / seconds,
-                   "tokens_per_second": values["tokens"] / seconds, "memory_gb": backend.peak_memory() / 1e9}
+                   "tokens_per_second": values["tokens"] / seconds, "memory_gb": runtime.peak_memory() / 1e9}
         if self.progress.step == 1:
             self.check_reference(values)
         if self.journal:

@@ -2,7 +2,7 @@
 import numpy as np
 from mindspore import Tensor
 
-from mindrlhf import backend
+from mindrlhf import runtime
 from mindrlhf.training import metrics
 
 
@@ -17,8 +17,8 @@ class Evaluator:
 
     def __init__(self, network, dataset, sft_weight):
         self.network, self.dataset, self.sft_weight = network, dataset, sft_weight
-        self.callable = backend.evaluation_network(network)
-        self.sum_over_workers = backend.SumOverWorkers()
+        self.callable = runtime.evaluation_network(network)
+        self.sum_over_workers = runtime.SumOverWorkers()
 
     def __call__(self):
         """Metrics over the whole set, as metrics.means gives them. The network is in training mode afterwards."""

@@ -3,7 +3,7 @@ import json
 import math
 from pathlib import Path
 
-from mindrlhf.checkpoint import atomic_file
+from mindrlhf.files import atomic_file
 
 CURVES = (("loss", ("loss", "dpo_loss")), ("reward accuracy", ("accuracy",)), ("reward margin", ("margin",)),
           ("rewards", ("chosen_reward", "rejected_reward")),

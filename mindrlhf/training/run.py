@@ -8,12 +8,13 @@ from pathlib import Path
 
 from mindspore.train.callback import Callback
 
-from mindrlhf import backend, checkpoint, cli, config
+from mindrlhf import cli, config, runtime
+from mindrlhf.checkpoints import strict
 from mindrlhf.data import mindrecord
 from mindrlhf.data.dataset import open_dataset
 from mindrlhf.models.glm4 import template
 from mindrlhf.models.glm4.lora import is_adapter, is_base
-from mindrlhf.training import state, wrapper  # noqa: F401  wrapper registers the training step
+from mindrlhf.training import state, train_step  # noqa: F401  wrapper registers the training step
 from mindrlhf.training.callbacks import BEST, DPOMonitor, EvalMonitor, Progress
 from mindrlhf.training.evaluate import Evaluator
 from mindrlhf.training.journal import Journal, read
@@ -61,8 +62,8 @@ def find_state(settings):
         return None
     path = state.find(settings["output_dir"], wish)
     if path:
-        state.set_aside_later(settings["output_dir"], checkpoint.steps_done(path))
-    cli.say(f"resuming from {path}, step {checkpoint.steps_done(path)}" if path else
+        state.set_aside_later(settings["output_dir"], strict.steps_done(path))
+    cli.say(f"resuming from {path}, step {strict.steps_done(path)}" if path else
             f"nothing to resume in {state.folder(settings['output_dir'])}: starting from the beginning")
     return path
 
@@ -81,18 +82,18 @@ def load_weights(model, settings, data, resumed):
     """
     sharded = config.sharded(settings)  # then each card has its part of a state, which train() loads
     if "lora" in settings:
-        loaded = checkpoint.load_strictly(model, settings.get("load_checkpoint"), names=is_base,
+        loaded = strict.load_strictly(model, settings.get("load_checkpoint"), names=is_base,
                                           strategy=settings.get("src_strategy"))
         if resumed and not sharded:
-            checkpoint.load_strictly(model, resumed, training_state=True, names=is_adapter)
+            strict.load_strictly(model, resumed, training_state=True, names=is_adapter)
     elif not (resumed and sharded):
-        loaded = checkpoint.load_strictly(model, resumed or settings.get("load_checkpoint"), training_state=bool(resumed),
+        loaded = strict.load_strictly(model, resumed or settings.get("load_checkpoint"), training_state=bool(resumed),
                                           strategy=None if resumed else settings.get("src_strategy"))
     if resumed:
         return
     if not settings["dpo"]["check_reference"]:
         return
-    identity = checkpoint.fingerprint(loaded)
+    identity = strict.fingerprint(loaded)
     for path, sidecar in ((data.train_path, data.train), (data.eval_path, data.eval)):
         if sidecar:
             mindrecord.check_made_for(path, sidecar, seq_len=sidecar["seq_len"], template=sidecar["template"],
@@ -120,12 +121,12 @@ def train(model, run_config, settings, data, resumed):
     """
     from mindformers import Trainer
     feed = feeding(settings)
-    backend.seed_dataset(settings["seed"])
+    runtime.seed_dataset(settings["seed"])
     shuffle = config.get(settings, "train_dataset.data_loader.shuffle", True)
     dataset = open_dataset(data.train_path, data.train, shuffle=shuffle, **feed)
     epoch, epochs = dataset.get_dataset_size(), settings["runner_config"]["epochs"]
     total = min(epoch * epochs, settings["runner_config"].get("max_steps", 0) or math.inf)
-    progress = Progress(first=checkpoint.steps_done(resumed) if resumed else 0, total=total)
+    progress = Progress(first=strict.steps_done(resumed) if resumed else 0, total=total)
     if progress.first >= total:
         raise cli.UserError(f"{resumed}: has {progress.first} steps, the run {total}; it is done, or raise epochs")
     cli.say(f"{data.train_path}: {data.train['pairs']['written']} pairs in {data.train['rows']} rows of "
@@ -135,10 +136,10 @@ def train(model, run_config, settings, data, resumed):
     journal = Journal(settings["output_dir"], progress.first) if cli.rank() == 0 else None
     callbacks = make_callbacks(model, settings, data, progress, journal, resumed)
     if resumed:
-        backend.resume_after(progress.first)
+        runtime.resume_after(progress.first)
     if resumed and config.sharded(settings):
         saved = (lambda name: not is_base(name)) if "lora" in settings else None
-        backend.load_states_with(partial(state.load_own_part, resumed, names=saved))
+        runtime.load_states_with(partial(state.load_own_part, resumed, names=saved))
     trainer = Trainer(args=run_config, task="text_generation", model=model, train_dataset=dataset, callbacks=callbacks)
     trainer.finetune(finetune_checkpoint=str(resumed) if resumed else False, resume_training=bool(resumed),
                      auto_trans_ckpt=False)

@@ -8,10 +8,11 @@ from pathlib import Path
 import mindspore as ms
 from mindspore.train.callback import Callback
 
-from mindrlhf import backend, checkpoint, cli
+from mindrlhf import cli, runtime
+from mindrlhf.checkpoints import containers
+from mindrlhf.checkpoints.runs import STEP
 from mindrlhf.files import existing_parent, write_json
 from mindrlhf.models.glm4.lora import is_base, remarks
-from mindrlhf.ranks import STEP
 from mindrlhf.training import state
 
 
@@ -71,7 +72,7 @@ class DPOCheckpointMonitor(Callback):
             self.journal.draw()
         if stop and not last:
             cli.say(f"stopped by SIGTERM after step {step}; --resume auto goes on from there")
-            backend.finish(143)
+            runtime.finish(143)
             raise SystemExit(143)
 
     def _stop_now(self, step):
@@ -149,7 +150,7 @@ class DPOCheckpointMonitor(Callback):
 
 def check_optimizer_state(optimizer, path):
     """Raise UserError where a state lacks something of the optimizer: MindSpore would start that from zero in silence."""
-    stored = checkpoint.read(path)
+    stored = containers.read(path)
     missing = [p.name for p in optimizer.get_parameters() if p.name not in stored]
     if missing:
         raise cli.UserError(f"{path}: lacks {missing[0]} and {len(missing) - 1} more of the optimizer's; was it saved with "

@@ -2,9 +2,10 @@
 import re
 from pathlib import Path
 
-from mindrlhf import checkpoint, cli
+from mindrlhf import cli
+from mindrlhf.checkpoints import containers, strict
+from mindrlhf.checkpoints.containers import check_whole
 from mindrlhf.cli import UserError
-from mindrlhf.formats import check_whole
 
 NAME = re.compile(r"-step_(\d{8})\.ckpt$")
 
@@ -33,7 +34,7 @@ def saved(output_dir, rank=None):
 
 def check(path):
     """Raise UserError unless a state is whole: structure, step and, where it has one, checksum."""
-    step = checkpoint.steps_done(path)
+    step = strict.steps_done(path)
     if step_of(path) not in (None, step):
         raise UserError(f"{path}: holds step {step}; rename it back")
     check_whole(path)
@@ -58,7 +59,7 @@ def find(output_dir, resume):
     if path.parent.name == "rank_0":  # every rank has its own
         path = cli.existing_file(path.parent.with_name(f"rank_{cli.rank()}") / path.name, f"the state of rank {cli.rank()}")
     check(path)
-    later = [step for step in saved(output_dir) if step > checkpoint.steps_done(path)]
+    later = [step for step in saved(output_dir) if step > strict.steps_done(path)]
     if later:
         raise UserError(f"{folder(output_dir)}: has states of later steps ({', '.join(map(str, later))}), which this run "
                         "would make again; move them away, or give another --output_dir")
@@ -98,8 +99,8 @@ def load_own_part(path, network, optimizer, *, names=None):
     Raises:
         UserError: a parameter is missing, or its part cannot be one of this plan.
     """
-    from mindrlhf.slices import OwnPart
-    stored = checkpoint.read(path)
+    from mindrlhf.checkpoints.slices import OwnPart
+    stored = containers.read(path)
     for parameter in {p.name: p for cell in (network, optimizer) for p in cell.get_parameters()
                       if names is None or names(p.name)}.values():
         tensor = stored.get(parameter.name)

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import numpy as np
 
-from mindrlhf.checkpoint import difference
+from mindrlhf.checkpoints.containers import read, write
+from mindrlhf.checkpoints.strict import difference
+from mindrlhf.checkpoints.tensors import narrow, size_of
 from mindrlhf.cli import UserError, existing_file
 from mindrlhf.files import atomic_folder, read_json, write_json
-from mindrlhf.formats import read, write
-from mindrlhf.models.glm4 import weights
-from mindrlhf.tensors import narrow, size_of
+from mindrlhf.models.glm4 import weight_names
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # names in a config.json
@@ -32,12 +32,12 @@ def read_folder(folder):
                         + hint)
     config_path = existing_file(folder / "config.json", "the model's config.json")
     config = read_json(config_path)
-    numbers = weights.read_numbers(config, config_path)
+    numbers = weight_names.read_numbers(config, config_path)
     _check_dtype(config, config_path)
     tensors = _read_shards(folder)
     layout = "glm" if any(name.startswith("model.") for name in tensors) else "chatglm"
-    derived = tensors.pop(weights.DERIVED, None)
-    problem = difference(weights.hf_shapes(numbers, layout), {name: t.shape for name, t in tensors.items()})
+    derived = tensors.pop(weight_names.DERIVED, None)
+    problem = difference(weight_names.hf_shapes(numbers, layout), {name: t.shape for name, t in tensors.items()})
     if problem:
         raise UserError(f"{folder}: the weights are not those of its config.json. {problem}")
     odd = [f"{name} is {tensor.dtype}" for name, tensor in tensors.items() if tensor.dtype not in DTYPES]
@@ -102,7 +102,7 @@ def write_folder(folder, numbers, layout, dtype, tensors, progress=None):
     """
     if layout == "chatglm":
         derived = narrow(np.array(numbers.inv_freq or _inv_freq(numbers), np.float32), dtype)
-        tensors = [*tensors, (weights.DERIVED, dtype, derived.shape, lambda: derived)]
+        tensors = [*tensors, (weight_names.DERIVED, dtype, derived.shape, lambda: derived)]
     shards, size = [[]], 0
     for tensor in tensors:
         if size and size + size_of(*tensor[1:3]) > SHARD:
@@ -127,7 +127,7 @@ def write_folder(folder, numbers, layout, dtype, tensors, progress=None):
 def _inv_freq(numbers):
     """The rotary embedding's frequencies, theta ** (-2 i / d) of d = kv_channels / 2 rotated channels."""
     rotated = numbers.kv_channels // 2
-    return (weights.THETA * numbers.rope_ratio) ** -(np.arange(0, rotated, 2) / rotated)
+    return (weight_names.THETA * numbers.rope_ratio) ** -(np.arange(0, rotated, 2) / rotated)
 
 
 def config_json(numbers, layout, dtype):
@@ -138,7 +138,7 @@ def config_json(numbers, layout, dtype):
               "pad_token_id": numbers.pad_token_id, "tie_word_embeddings": False, "use_cache": True,
               "attention_dropout": 0.0, "torch_dtype": DTYPES[dtype]}
     if layout == "glm":
-        rope = {"rope_theta": float(weights.THETA * numbers.rope_ratio), "partial_rotary_factor": 0.5}
+        rope = {"rope_theta": float(weight_names.THETA * numbers.rope_ratio), "partial_rotary_factor": 0.5}
         return {"architectures": ["GlmForCausalLM"], "model_type": "glm", **common, **rope,
                 "rope_parameters": {"rope_type": "default", **rope}, "hidden_act": "silu",
                 "attention_bias": True, "num_hidden_layers": numbers.num_layers,

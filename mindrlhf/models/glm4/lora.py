@@ -37,7 +37,7 @@ def add_adapters(network, lora, *, compute_dtype, seed):
     from mindformers.pet.pet_config import LoraConfig
     from mindformers.pet.tuners.lora_adapter import LoraAdapter
 
-    from mindrlhf.slices import FileTensor, Values
+    from mindrlhf.checkpoints.slices import FileTensor, Values
     pattern = "|".join(TARGETS[target] for target in lora["target_modules"])
     LoraAdapter.get_pet_model(network.transformer.encoder, LoraConfig(
         lora_rank=lora["rank"], lora_alpha=lora["alpha"], lora_dropout=lora["dropout"], target_modules=f"({pattern})$",

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mindrlhf.checkpoints.containers import Fingerprint, digest, read, write
+from mindrlhf.checkpoints.runs import choose
+from mindrlhf.checkpoints.shards import open_weights
+from mindrlhf.checkpoints.tensors import DTYPES, StoredTensor, in_order, narrow, pieces
 from mindrlhf.cli import UserError
 from mindrlhf.files import atomic_file, write_json
-from mindrlhf.formats import Fingerprint, digest, read, write
 from mindrlhf.models.glm4.lora import REMARKS
-from mindrlhf.models.glm4.weights import is_cache
-from mindrlhf.ranks import choose
-from mindrlhf.shards import open_weights
-from mindrlhf.tensors import DTYPES, StoredTensor, in_order, narrow, pieces
+from mindrlhf.models.glm4.weight_names import is_cache
 
 __all__ = ["DTYPES", "StoredTensor", "atomic_file", "difference", "fingerprint", "load_strictly", "narrow",
            "open_adapters", "open_weights", "read", "steps_done", "write", "write_json"]
@@ -78,7 +78,7 @@ def load_strictly(network, path, *, training_state=False, names=None, strategy=N
     Raises:
         UserError: naming each kind of difference; nothing was loaded then.
     """
-    from mindrlhf.slices import FileTensor
+    from mindrlhf.checkpoints.slices import FileTensor
     stored = open_weights(path, strategy)
     parameters = {parameter.name: parameter for parameter in network.get_parameters()
                   if not is_cache(parameter.name) and (names is None or names(parameter.name))}

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from mindrlhf import layouts
+from mindrlhf.checkpoints import layouts
+from mindrlhf.checkpoints.containers import read
+from mindrlhf.checkpoints.runs import WEIGHTS, choose, weights_of
+from mindrlhf.checkpoints.tensors import DTYPES, StoredTensor, pieces, size_of
 from mindrlhf.cli import UserError
-from mindrlhf.formats import read
-from mindrlhf.models.glm4 import lora, weights
-from mindrlhf.ranks import WEIGHTS, choose, weights_of
-from mindrlhf.tensors import DTYPES, StoredTensor, pieces, size_of
+from mindrlhf.models.glm4 import lora, weight_names
 
 
 @dataclass(frozen=True)
@@ -149,13 +149,13 @@ def check_model(found, place, numbers=None):
     """
     if any(map(lora.is_adapter, found)):
         return  # adapters are checked against their base
-    told = weights.measure(found)
+    told = weight_names.measure(found)
     if told and numbers is None:
         qkv = found["transformer.encoder.layers.0.self_attention.query_key_value.weight"][0]
         heads, hidden = told["num_attention_heads * kv_channels"], told["hidden_size"]
-        numbers = weights.Numbers(told["num_layers"], told["padded_vocab_size"], hidden,
+        numbers = weight_names.Numbers(told["num_layers"], told["padded_vocab_size"], hidden,
                                   told["ffn_hidden_size"], heads, (qkv - heads) // 2, 1, 1e-5, 1, (), 0)
-    expected = weights.shapes(numbers) if numbers else {}
+    expected = weight_names.shapes(numbers) if numbers else {}
     wrong = [name for name in {**expected, **found} if expected.get(name) != tuple(found.get(name, ()))]
     if wrong:
         name = wrong[0]

@@ -5,8 +5,8 @@ from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindspore import Tensor, nn, ops
 
 from mindrlhf import cli
-from mindrlhf.backend import SumOverWorkers, unwrap
 from mindrlhf.data.mindrecord import COLUMNS
+from mindrlhf.runtime import SumOverWorkers, unwrap
 
 PAIR_IDS, CHOSEN_LOSS_MASK = (list(COLUMNS).index(name) for name in ("pair_ids", "chosen_loss_mask"))
 

@@ -214,7 +214,7 @@ def lean(network, config):
         network: as cure() takes it.
         config: the model_config section.
     """
-    from mindrlhf.models.glm4.network import replace_cells
+    from mindrlhf.cpu.cells import replace_cells
     if is_cpu() and not is_sharded() and not (config.use_flash_attention or config.use_past):
         _fuse_adamw()
         if config.compute_dtype == config.rotary_dtype == "float32":
@@ -280,7 +280,7 @@ def build_network(config):
     from mindformers.core.parallel_config import build_parallel_config
     from mindformers.models.build_model import build_network as build
 
-    import mindrlhf.models.glm4.dpo  # noqa: F401  registers Glm4DPO
+    import mindrlhf.models.glm4.network  # noqa: F401  registers Glm4DPO
     build_parallel_config(config)
     network = cure(build(config.model, default_args={"parallel_config": config.parallel_config, "dpo": config.dpo,
                                                      "lora": config.lora}))

@@ -13,7 +13,7 @@ from mindspore import Tensor
 from mindspore.common.initializer import Zero
 from mindspore.communication import get_group_size, get_rank
 
-from mindrlhf.tensors import convert
+from mindrlhf.checkpoints.tensors import convert
 
 
 class FileTensor(Tensor):

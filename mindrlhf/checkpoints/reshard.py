@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from mindrlhf import checkpoint, layouts, shards
+from mindrlhf.checkpoints import layouts, shards, strict
+from mindrlhf.checkpoints.containers import Writer, read, write
+from mindrlhf.checkpoints.runs import WEIGHTS
+from mindrlhf.checkpoints.tensors import finite, size_of
 from mindrlhf.cli import UserError
-from mindrlhf.formats import Writer, read, write
-from mindrlhf.ranks import WEIGHTS
-from mindrlhf.tensors import finite, size_of
 
 GROUP = 1 << 28  # bytes of tensors that MindSpore is given at once
 
@@ -142,7 +142,7 @@ def verify(identity, files, strategy):
         if tensor.dtype in ("F32", "F16", "BF16", "F64") and not finite(values, tensor.dtype).all():
             bad.add(tensor.name)
 
-    found = checkpoint.fingerprint(written, inspect=inspect)
+    found = strict.fingerprint(written, inspect=inspect)
     if strategy:
         shards.check_replicas(written)
     if identity != found:

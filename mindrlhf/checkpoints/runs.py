@@ -2,9 +2,9 @@
 import re
 from pathlib import Path
 
+from mindrlhf.checkpoints.containers import SUFFIXES, check_whole, read
 from mindrlhf.cli import UserError
 from mindrlhf.files import read_json
-from mindrlhf.formats import SUFFIXES, check_whole, read
 
 STEP = "step.json"  # beside weights without a training state: {"step": number of steps behind them}
 WEIGHTS = "transformer."  # every weight's name starts so; the rest of a state is the optimizer's

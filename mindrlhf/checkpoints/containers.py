@@ -15,9 +15,9 @@ import numpy as np
 import xxhash
 from safetensors import SafetensorError, safe_open
 
+from mindrlhf.checkpoints.tensors import DTYPES, WORKERS, StoredTensor, pieces, size_of
 from mindrlhf.cli import UserError, existing_file
 from mindrlhf.files import atomic_file
-from mindrlhf.tensors import DTYPES, WORKERS, StoredTensor, pieces, size_of
 
 SUFFIXES = (".ckpt", ".safetensors")
 FROM_CKPT = {name: dtype for dtype, (name, _) in DTYPES.items()}

@@ -1,0 +1,1 @@
+"""Files of weights: formats, shards of several cards, strict loading, resharding."""
