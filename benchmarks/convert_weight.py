@@ -19,10 +19,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from mindrlhf.checkpoints.tensors import PIECE, narrow, size_of  # noqa: E402
-from mindrlhf.models.glm4 import hf, sidecar, weight_names  # noqa: E402
+from mindrlhf.models.glm4 import hf, model_config, sidecar, weight_names  # noqa: E402
 
 # 2 * 151552 * 2048 + 18 * (2048 * 2560 + 2048 * 2048 + 3 * 2048 * 6848) = 1.55e9 parameters, 3.1e9 bytes
-NUMBERS = weight_names.Numbers(num_layers=18, padded_vocab_size=151552, hidden_size=2048, ffn_hidden_size=6848,
+NUMBERS = model_config.ModelConfig(num_layers=18, padded_vocab_size=151552, hidden_size=2048, ffn_hidden_size=6848,
                           num_attention_heads=16, multi_query_group_num=2, kv_channels=128,
                           layernorm_epsilon=1.5625e-07, rope_ratio=500,
                           eos_token_id=(151329, 151336, 151338), pad_token_id=151329)
@@ -71,7 +71,7 @@ def main():
         source, whole = folder / "hf", folder / "whole.ckpt"
         hf.SHARD = 1 << 30
         make_input(source)
-        size = sum(size_of("BF16", shape) for shape in weight_names.shapes(NUMBERS).values())
+        size = sum(size_of("BF16", shape) for shape in weight_names.parameter_shapes(NUMBERS).values())
         largest = max(path.stat().st_size for path in source.glob("*.safetensors"))
         base = processes.run(CHILD, "nothing")[1]
         print(f"{size / 1e9:.2f} GB, largest shard {largest / 1e9:.2f} GB, base process {base / 1e6:.0f} MB, "

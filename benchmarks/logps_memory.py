@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+import mindrlhf.logps
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 BASE_POSITIONS = 8
@@ -42,7 +44,6 @@ def measure(arguments):
     from mindspore import nn
 
     from mindrlhf import runtime
-    from mindrlhf.losses import SequenceLogps
     runtime.tensors_off_heap()
     ms.set_context(mode=0, device_target="CPU")
 
@@ -51,7 +52,7 @@ def measure(arguments):
 
         def __init__(self, layer):
             super().__init__()
-            self.logps = SequenceLogps(layer, arguments.vocab, chunk_size=arguments.chunks[0])
+            self.logps = mindrlhf.logps.SequenceLogps(layer, arguments.vocab, chunk_size=arguments.chunks[0])
 
         def construct(self, hidden, labels, mask, segments):
             return -self.logps(hidden, labels, mask, segments, 1)[0].sum()

@@ -95,7 +95,7 @@ def measure(shape):
         attention_dropout=0.0, pad_token_id=0, compute_dtype="float32", param_init_type="float32",
         layernorm_compute_type="float32", rotary_dtype="float32", eos_token_id=[1, 2],
         parallel_config=TransformerOpParallelConfig(recompute=recompute), **shape))
-    if not hasattr(network.encoder, "cast"):  # see backend.cure, which would put lean cells here
+    if not hasattr(network.encoder, "cast"):  # see cpu/patches.py
         network.encoder.cast = ops.Cast()
 
     class Loss(nn.Cell):

@@ -14,6 +14,7 @@ import numpy as np
 from processes import cpu_model
 
 from mindrlhf import config, runtime
+from mindrlhf.models.glm4 import build, load
 
 LENGTHS = (16, 64, 128, 192)
 PROMPT = list(range(20, 40))
@@ -22,14 +23,14 @@ FORMS = {"without": {"use_past": False, "is_dynamic": False, "use_flash_attentio
          "static": {**CACHE, "is_dynamic": False}, "dynamic": {**CACHE, "is_dynamic": True}}
 
 
-def build(form: dict) -> object:
+def build_model(form: dict) -> object:
     """The network of predict_glm4_tiny.yaml with or without a cache; the same weights each time."""
     settings = config.load(data_model.ROOT / "examples/glm4_dpo/predict_glm4_tiny.yaml", run_mode="predict",
                            overrides={f"model.model_config.{key}": value for key, value in form.items()})
     run = config.to_mindformers(settings)
     runtime.start(run, parallel=False)
-    network, random = runtime.build_network(run), np.random.default_rng(0)
-    runtime.set_values(network, {
+    network, random = build.build_network(run), np.random.default_rng(0)
+    load.set_values(network, {
         parameter.name: lambda shape=parameter.shape: random.normal(0, 0.1, shape).astype(np.float32)
         for parameter in network.get_parameters() if len(parameter.shape) == 2})
     return network.set_train(False)
@@ -45,7 +46,7 @@ def answer(network: object, length: int) -> tuple[float, list[int]]:
 def main() -> None:
     lines = []
     for length in LENGTHS:
-        networks = {name: build(form) for name, form in FORMS.items()}
+        networks = {name: build_model(form) for name, form in FORMS.items()}
         first = {name: answer(network, length) for name, network in networks.items()}
         assert all(text == first["without"][1] for _, text in first.values()), "the cache changes the answer"
         again = {name: answer(network, length)[0] for name, network in networks.items()}

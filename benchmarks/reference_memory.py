@@ -14,6 +14,8 @@ import time
 import data_model
 import numpy as np
 
+from mindrlhf.models.glm4 import build
+
 SEQ_LEN, VOCABULARY = 1024, 151_552
 CHUNKS = (0, 512, 256, 128)
 
@@ -40,7 +42,7 @@ def run(chunk):
     config_ = config.to_mindformers(settings)
     runtime.start(config_, parallel=False)
     mindspore.set_seed(0)
-    model = runtime.build_network(config_)
+    model = build.build_network(config_)
     random = np.random.default_rng(0)
     pair = TokenPair(*(random.integers(0, VOCABULARY, count).tolist() for count in (24, 1000, 1000)))
     scorer = Scorer(model, seq_len=SEQ_LEN, batch_size=1, pad_id=0)

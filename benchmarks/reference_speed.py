@@ -13,6 +13,7 @@ import numpy as np
 from mindrlhf import config
 from mindrlhf.data.features import TokenPair
 from mindrlhf.data.reference import Scorer
+from mindrlhf.models.glm4 import build
 
 BATCH, ROWS, REPEATS = 2, 48, 5
 
@@ -24,7 +25,7 @@ def load_model(seq_len):
                            overrides={"model.model_config.seq_length": seq_len})
     run = config.to_mindformers(settings)
     runtime.start(run, parallel=False)
-    return runtime.build_network(run)
+    return build.build_network(run)
 
 
 def seconds(scorer, pairs):

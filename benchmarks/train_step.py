@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mindrlhf.models.glm4 import build, model_config
+
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 THREADS, ROWS, LENGTH, PROMPT = 2, 2, 256, 100
@@ -29,8 +31,7 @@ REFERENCE = -1400.0  # log-prob of every answer, about what the random weights g
 
 def numbers():
     """Sizes as weights.shapes takes them."""
-    from mindrlhf.models.glm4.weight_names import Numbers
-    return Numbers(**SIZES, layernorm_epsilon=EPS, rope_ratio=ROPE_RATIO, eos_token_id=(1,), pad_token_id=0)
+    return model_config.ModelConfig(**SIZES, layernorm_epsilon=EPS, rope_ratio=ROPE_RATIO, eos_token_id=(1,), pad_token_id=0)
 
 
 def make_weights():
@@ -84,7 +85,7 @@ def ours(chunk):
     from mindspore import nn, ops
 
     from mindrlhf import config, runtime
-    from mindrlhf.training import train_step
+    from mindrlhf.training import train_step  # noqa: F401  registers the step
     base = memory()
     sizes = {**SIZES, "seq_length": LENGTH}
     overrides = {f"model.model_config.{name}": value for name, value in sizes.items()}
@@ -92,7 +93,7 @@ def ours(chunk):
                            overrides={**overrides, "dpo.logps_chunk_size": chunk, "dpo.sft_weight": SFT_WEIGHT})
     run = config.to_mindformers(settings)
     runtime.start(run, parallel=False)
-    network = runtime.build_network(run).set_train()
+    network = build.build_network(run).set_train()
     parameters = {parameter.name: parameter for parameter in network.get_parameters()}
     for name, value in make_weights():
         parameters[name].set_data(ms.Tensor(value))
@@ -105,7 +106,7 @@ def ours(chunk):
     for ids, labels, mask, reference in make_batch():
         columns += [ids, labels, mask, np.ones_like(mask), reference]
     columns = [ms.Tensor(column) for column in (*columns, np.arange(ROWS, dtype="i4").reshape((-1, 1)))]
-    inputs = [*columns, ms.Tensor(np.tile([[1 / ROWS, 1 / (ROWS * (LENGTH - PROMPT))]], (ROWS, 1)).astype("f4"))]
+    inputs = tuple(columns), ms.Tensor(np.array([[1 / ROWS, 1 / (ROWS * (LENGTH - PROMPT))]], "f4"))
 
     class Products(nn.Cell):
         """Only the matrix products with weights, forward and backward."""
@@ -127,8 +128,8 @@ def ours(chunk):
             return total
 
     wide = ms.Tensor(np.ones((2 * ROWS * LENGTH, 2 * SIZES["ffn_hidden_size"]), "f4"))
-    products, gradients = Products(), ms.value_and_grad(network, None, train_step.weights, has_aux=True)
-    serve({"step": lambda: float(train_step(*columns)[0]), "forward": lambda: float(network(*inputs)[0]),
+    products, gradients = Products(), ms.value_and_grad(network, None, step.weights, has_aux=True)
+    serve({"step": lambda: float(step(*columns)[0]), "forward": lambda: float(network(*inputs)[0]),
            "gradients": lambda: float(gradients(*inputs)[0][0]), "products": lambda: float(products(wide))}, base)
 
 

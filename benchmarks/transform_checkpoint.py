@@ -19,16 +19,16 @@ import processes
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from mindrlhf.checkpoints import containers, layouts, reshard
+from mindrlhf.checkpoints import containers, layouts, reshard  # noqa: E402
 from mindrlhf.checkpoints.tensors import PIECE, size_of  # noqa: E402
-from mindrlhf.models.glm4 import weight_names  # noqa: E402
+from mindrlhf.models.glm4 import model_config, weight_names  # noqa: E402
 
 # 2 * 151552 * 768 + 40 * (768 * 1024 + 768 * 768 + 3 * 768 * 2568) = 5.25e8 parameters, 2.1e9 bytes
-NUMBERS = weight_names.Numbers(num_layers=40, padded_vocab_size=151552, hidden_size=768, ffn_hidden_size=2568,
+NUMBERS = model_config.ModelConfig(num_layers=40, padded_vocab_size=151552, hidden_size=768, ffn_hidden_size=2568,
                           num_attention_heads=12, multi_query_group_num=2, kv_channels=64,
                           layernorm_epsilon=1.5625e-07, rope_ratio=1, eos_token_id=(151329,),
                           pad_token_id=151329)
-SHAPES = weight_names.shapes(NUMBERS)
+SHAPES = weight_names.parameter_shapes(NUMBERS)
 REPEATS = 2
 CHILD = """
 import os, sys, time
@@ -46,7 +46,7 @@ elif job == "mindspore":
     ms.transform_checkpoints(arguments[0], arguments[1], "x", arguments[2])
 elif job == "part":
     plan = layouts.read(arguments[1])
-    for tensor in checkpoint.open_weights(arguments[0], *arguments[2:]).values():
+    for tensor in load.open_weights(arguments[0], *arguments[2:]).values():
         layout = plan[tensor.name]
         tensor.block(layout.block(layout.index(0), tensor.shape))
 status = open("/proc/self/status").read()

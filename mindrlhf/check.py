@@ -8,7 +8,6 @@ Exit status: 0 if all passes, 1 if something fails, 2 if the check cannot run.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import math
 import os
@@ -21,12 +20,12 @@ from pathlib import Path
 
 import numpy as np
 
-import mindrlhf.checkpoints.strict
 from mindrlhf import cli, config
 from mindrlhf.data import mindrecord, preference
-from mindrlhf.data.features import SIDES, TokenPair, tokenize
+from mindrlhf.data.features import TokenPair, tokenize
 from mindrlhf.data.packing import pack
 from mindrlhf.models.glm4 import sidecar
+from mindrlhf.records import COLUMNS, INPUTS, SIDES, StepOutput
 
 EXAMPLE = """  python -m mindrlhf.check                        # on two NPUs, some minutes
   python -m mindrlhf.check --workers 1            # on one: without the commands of a plan
@@ -114,13 +113,14 @@ def load_settings(way, mode, device, tokenizer, numbers):
         "parallel.parallel_mode": 0, "processor.tokenizer.vocab_file": str(tokenizer.path), **way.changes})
 
 
-def build(settings, weights, *, names=None):
+def build_and_load(settings, weights, *, names=None):
     """The network of some settings, with its weights: those whose names the function `names` takes."""
     from mindrlhf import runtime
+    from mindrlhf.models.glm4 import build, load
     run = config.to_mindformers(settings)
     runtime.start(run, parallel=False)
-    network = runtime.build_network(run)
-    mindrlhf.checkpoints.strict.load_strictly(network, weights, names=names)
+    network = build.build_network(run)
+    load.load_weights(network, weights, names=names)
     return network
 
 
@@ -154,34 +154,29 @@ def recorded() -> Recorded:
     return Recorded(texts, tokens, logps, references, answers["loss"], answers["grad_norm"])
 
 
-def convert(folder):
+def convert_golden(folder):
     """The golden weights as convert_weight.py makes them: (path, their Numbers)."""
-    sys.path.insert(0, str(ROOT))
-    import convert_weight
+    from mindrlhf.models.glm4 import convert
     path = Path(folder) / "golden.ckpt"
-    with contextlib.redirect_stdout(io.StringIO()):
-        convert_weight.main(["--model", "glm-n", "--input_path", f"{CASE / 'hf_glm'}/",
-                             "--output_path", str(path), "--dtype", "fp32"])
+    convert.to_mindspore(str(CASE / "hf_glm"), str(path), dtype="fp32")
     return path, sidecar.read_for(path)[0]
 
 
 def check_attention(report, scorer, tokens):
     """Change what the first half of the second pair's answer must not see, then what it must see."""
     import mindspore as ms
-    names = list(mindrecord.COLUMNS)
     row = mindrecord.make_row(tokens[:2], np.zeros((2, 2)), [0, 1], seq_len=SEQ_LEN, width=scorer.width,
                               pad_id=scorer.pad_id)
-    columns = [row[name].copy() for name in names if name.split("_", 1)[1] in
-               ("input_ids", "labels", "loss_mask", "segment_ids")]
+    columns = {name: np.stack([row[f"{side}_{name}"] for side in SIDES]) for name in INPUTS}
     first = len(tokens[0].prompt + tokens[0].chosen)
     answer = first + len(tokens[1].prompt)
     half = answer + len(tokens[1].chosen) // 2
-    columns[2][half:] = 0  # answers from here on are not scored
+    columns["loss_mask"][0, half:] = 0  # answers from here on are not scored
 
     def logp(changed):
-        inputs = columns[0].copy()
-        inputs[changed] = (inputs[changed] + 1) % 256
-        batch = [ms.Tensor(np.tile(column, (scorer.batch_size, 1))) for column in (inputs, *columns[1:])]
+        input_ids = columns["input_ids"].copy()
+        input_ids[0, changed] = (input_ids[0, changed] + 1) % 256
+        batch = [ms.Tensor(values) for values in {**columns, "input_ids": input_ids}.values()]
         return float(scorer.network(*batch).asnumpy()[0, 1])
 
     plain = logp(slice(0, 0))
@@ -200,7 +195,7 @@ def batch_of(tokens, references, pad_id):
     width = max(map(len, rows))
     made = [mindrecord.make_row([tokens[k] for k in row], references[row], row, seq_len=SEQ_LEN, width=width,
                                 pad_id=pad_id) for row in rows]
-    return [ms.Tensor(np.stack([row[name] for row in made])) for name in mindrecord.COLUMNS]
+    return [ms.Tensor(np.stack([row[name] for row in made])) for name in COLUMNS]
 
 
 def trainer(network, rates):
@@ -212,8 +207,8 @@ def trainer(network, rates):
     step = DPOTrainOneStepCell(network, optimizer).set_train()
 
     def train(tokens, references, pad_id):
-        loss, overflow, _, _, norm, _, _, _ = step(*batch_of(tokens, references, pad_id))
-        return float(loss), float(norm), not bool(overflow)
+        outputs = StepOutput(*step(*batch_of(tokens, references, pad_id)))
+        return float(outputs.loss), float(outputs.grad_norm), not bool(outputs.overflow)
 
     return train
 
@@ -233,8 +228,8 @@ def check_training(report, way, network, expected, logps, pad_id):
 
 def check_lora(report, way, settings, weights, expected, logps, pad_id):
     """Two steps of adapters: they start at the reference, in the types that the YAML says, and learn."""
-    from mindrlhf.models.glm4.lora import is_adapter
-    network = build({**settings, "lora": LORA}, weights, names=lambda name: not is_adapter(name))
+    from mindrlhf.models.glm4.weight_names import is_adapter
+    network = build_and_load({**settings, "lora": LORA}, weights, names=lambda name: not is_adapter(name))
     types = {str(parameter.dtype) for parameter in network.trainable_params()}
     computed = {str(cell.dtype) for _, cell in network.cells_and_names() if hasattr(cell, "mindpet_delta_lora_a")}
     wanted = settings["model"]["model_config"]["compute_dtype"]
@@ -254,13 +249,13 @@ def check_way(report, way, device, weights, numbers, tokenizer):
     cli.say(f"{way.name}:")
     with report.guard("computes"):
         settings = load_settings(way, "preprocess", device, tokenizer, numbers)
-        scorer = Scorer(build(settings, weights), seq_len=SEQ_LEN, batch_size=1, pad_id=tokenizer.pad_id)
+        scorer = Scorer(build_and_load(settings, weights), seq_len=SEQ_LEN, batch_size=1, pad_id=tokenizer.pad_id)
         logps = scorer(expected.tokens)
         error = np.abs(logps - expected.logps).max()
         report.off(f"PyTorch's log-probs of {logps.size} answers", error, way.logps, "nats")
         check_attention(report, scorer, expected.tokens)
         settings = load_settings(way, "finetune", device, tokenizer, numbers)
-        check_training(report, way, build(settings, weights), expected, logps, tokenizer.pad_id)
+        check_training(report, way, build_and_load(settings, weights), expected, logps, tokenizer.pad_id)
         check_lora(report, way, settings, weights, expected, logps, tokenizer.pad_id)
 
 
@@ -313,7 +308,7 @@ def main(argv=None):
     good = sum(tokenize(tokenizer, text) == pair for text, pair in zip(expected.texts, expected.tokens))
     report.line(good == len(expected.texts), "tokens", f"{good} of {len(expected.texts)} pairs as recorded")
     with tempfile.TemporaryDirectory() as folder:
-        weights, numbers = convert(folder)
+        weights, numbers = convert_golden(folder)
         for way in WAYS[device]:
             check_way(report, way, device, weights, numbers, tokenizer)
         if arguments.workers > 1:

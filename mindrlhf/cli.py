@@ -51,6 +51,16 @@ def positive(text):
     return int(text)
 
 
+def share(text: str) -> float:
+    """argparse type for a number from 0 to below 1."""
+    try:
+        if 0 <= float(text) < 1:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected a number from 0 to below 1, got {text!r}")
+
+
 def existing_file(path, what):
     """Path of a file that must be there and hold something.
 

@@ -5,7 +5,9 @@ from pathlib import Path
 import yaml
 
 from mindrlhf.cli import UserError, existing_file
-from mindrlhf.schema import REQUIRED, SCHEMA, check
+from mindrlhf.contradictions import find_contradictions
+from mindrlhf.parallel import Plan
+from mindrlhf.schema import REQUIRED, find_problems
 
 
 class Loader(yaml.SafeLoader):
@@ -41,16 +43,18 @@ def load(path, *, run_mode, overrides=None):
         UserError: one line that lists every unknown key, wrong value and contradiction.
     """
     settings = changed(read(path), {key: value for key, value in (overrides or {}).items() if value is not None})
-    problems = []
-    check(settings, SCHEMA, "", problems)
-    problems += [f"{key} is missing" for key in REQUIRED if get(settings, key) is None]
-    if not problems:
-        problems = contradictions(settings)
-        if settings["run_mode"] not in (run_mode if isinstance(run_mode, tuple) else (run_mode,)):
-            problems.append(f"run_mode is {settings['run_mode']}; this command needs "
-                            f"{' or '.join(run_mode) if isinstance(run_mode, tuple) else run_mode}: give another --config")
-    if problems:
-        raise UserError(f"{path}: {'; '.join(problems)}")
+    wrong = list(find_problems(settings))
+    problems = [str(problem) for problem in wrong]
+    missing = [f"{key} is missing" for key in REQUIRED if get(settings, key) is None]
+    if not missing:
+        unreadable = {problem.key.split(".")[0] for problem in wrong if not problem.is_unknown}
+        problems += find_contradictions(settings, unreadable)
+        modes = run_mode if isinstance(run_mode, tuple) else (run_mode,)
+        if settings["run_mode"] not in modes:
+            problems.append(f"run_mode is {settings['run_mode']}; this command needs {' or '.join(modes)}: give another "
+                            "--config")
+    if problems or missing:
+        raise UserError(f"{path}: {'; '.join([*problems, *missing])}")
     return settings
 
 
@@ -73,11 +77,6 @@ def changed(settings, changes):
             section = section.setdefault(part, {})
         section[last] = value
     return whole
-
-
-def sharded(settings):
-    """Whether a parallel plan spreads one model over all cards, or each computes with its own."""
-    return settings["parallel"]["parallel_mode"] == 1
 
 
 def read(path, chain=()):
@@ -111,50 +110,6 @@ def merge(base, own):
     return merged
 
 
-def contradictions(settings):
-    """Settings that cannot hold together, as a list of sentences."""
-    mode, model, dpo = settings["run_mode"], settings["model"]["model_config"], settings["dpo"]
-    plan = settings.get("parallel_config", {})
-    shards = plan.get("data_parallel", 1) * plan.get("model_parallel", 1)
-    semi, cpu = sharded(settings), settings["context"]["device_target"] == "CPU"
-    arch = settings["model"]["arch"]["type"]
-    lora = settings.get("lora", {})
-    rules = [
-        ("lora" in settings and set(lora) != {"rank", "alpha", "dropout", "target_modules"},
-         "lora needs rank, alpha, dropout and target_modules"),
-        ("lora" in settings and not lora.get("target_modules"), "lora.target_modules names none of qkv, dense, mlp"),
-        ("lora" in settings and mode != "finetune", "lora is for run_mode finetune: predict takes --adapter_checkpoint"),
-        (cpu and "bfloat16" in (model.get("compute_dtype"), model.get("param_init_type")),
-         "bfloat16 needs an NPU: set compute_dtype and param_init_type to float32 for the CPU"),
-        (not cpu and model.get("compute_dtype") == "float32" and (model.get("use_flash_attention") or model.get("use_past")),
-         "use_flash_attention and use_past need compute_dtype bfloat16 or float16 on an NPU: its operators take no float32"),
-        (model.get("use_flash_attention") and model["seq_length"] % 16, "flash attention needs a seq_length that 16 divides"),
-        (model.get("use_flash_attention") and (model.get("kv_channels", 16) % 16 or model.get("kv_channels", 16) > 512),
-         "flash attention needs kv_channels, the size of a head, to be a multiple of 16 up to 512"),
-        (model.get("num_attention_heads", 1) % model.get("multi_query_group_num", 1),
-         "num_attention_heads is no multiple of multi_query_group_num"),
-        (model.get("num_attention_heads", 1) % plan.get("model_parallel", 1),
-         "model_parallel does not divide num_attention_heads"),
-        (model.get("use_flash_attention") and model.get("multi_query_group_num", 1) % plan.get("model_parallel", 1),
-         "model_parallel does not divide multi_query_group_num, and flash attention cannot split a key-value head"),
-        (semi and not plan.get("vocab_emb_dp") and model.get("padded_vocab_size", 0) % shards,
-         "padded_vocab_size is no multiple of data_parallel * model_parallel"),
-        (not semi and plan.get("model_parallel", 1) > 1, "model_parallel needs parallel.parallel_mode 1"),
-        (mode == "predict" and arch != "ChatGLM2ForConditionalGeneration",
-         "run_mode predict needs model.arch.type ChatGLM2ForConditionalGeneration"),
-        (mode != "predict" and arch != "Glm4DPO", f"run_mode {mode} needs model.arch.type Glm4DPO"),
-        (mode != "predict" and model.get("use_past"), "use_past is for run_mode predict"),
-        (model.get("use_past") and get(settings, "context.jit_config.jit_level", "O0") != "O0",
-         "use_past needs context.jit_config.jit_level O0: PagedAttention has a kernel for it alone"),
-        (model.get("is_dynamic") and not model.get("use_past"), "is_dynamic needs use_past"),
-        (dpo.get("label_smoothing") and dpo.get("loss_type") in ("hinge", "ipo"),
-         f"dpo.label_smoothing does nothing for loss_type {dpo.get('loss_type')}: set it to 0.0"),
-        (dpo.get("average_log_prob") and dpo.get("loss_type") == "ipo",
-         "dpo.loss_type ipo takes means already: set average_log_prob to False"),
-    ]
-    return [sentence for broken, sentence in rules if broken]
-
-
 def check_workers(settings, workers):
     """Raise UserError where a parallel plan does not fit the number of workers.
 
@@ -162,10 +117,9 @@ def check_workers(settings, workers):
         settings: as load() returns them.
         workers: how many processes the launcher started.
     """
-    plan = settings.get("parallel_config", {})
-    needed = plan.get("data_parallel", 1) * plan.get("model_parallel", 1)
-    if sharded(settings) and workers != needed:
-        raise UserError(f"parallel_config has data_parallel * model_parallel = {needed}, but {workers} worker(s) run; "
+    plan = Plan.of(settings, workers)
+    if workers != plan.cards:
+        raise UserError(f"parallel_config has data_parallel * model_parallel = {plan.cards}, but {workers} worker(s) run; "
                         "give the launcher that number, or change parallel_config")
 
 

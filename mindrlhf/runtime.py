@@ -12,8 +12,6 @@ import sys
 import time
 from typing import Any
 
-os.environ.setdefault("GLOG_v", "3")  # errors only; read when MindSpore is imported
-
 import mindspore as ms
 from mindspore import nn, ops
 
@@ -117,11 +115,6 @@ def is_sharded():
     return ms.get_auto_parallel_context("parallel_mode") in ("semi_auto_parallel", "auto_parallel")
 
 
-def attention_mask_dtype(config):
-    """dtype of the attention mask that the network takes: flash attention wants uint8, the plain path a float."""
-    return ms.uint8 if config.use_flash_attention else ms.float32
-
-
 class SumOverWorkers(nn.Cell):
     """Sum of a tensor over the data-parallel workers.
 
@@ -172,25 +165,6 @@ def peak_memory():
     return ms.hal.max_memory_allocated()
 
 
-class _FloatMaskMul(nn.Cell):
-    """mask * -10000 with a float mask. MindFormers' uint8 mask times -10000 wraps to +240 without flash attention, and
-    attention then prefers what it must not see."""
-
-    def construct(self, mask, factor):
-        return mask.astype(ms.float32) * factor
-
-
-def cure(network):
-    """Cures of a built ChatGLM2 network, in place."""
-    encoder = network.transformer.encoder
-    if not hasattr(encoder, "cast"):  # nn.Cell had a cast up to MindSpore 2.6
-        encoder.cast = ops.Cast()
-    for layer in encoder.layers:
-        if hasattr(layer.self_attention, "core_attention"):
-            layer.self_attention.core_attention.mul_mask = _FloatMaskMul()
-    return network
-
-
 def finish(status=0):
     """End a data-parallel CPU worker when all workers have come this far; return on every other kind of run.
 
@@ -204,43 +178,6 @@ def finish(status=0):
     if cli.rank():  # rank 0 hands the sum out, and waits for ever for the receipt of a worker that is gone
         time.sleep(1)
     os._exit(status)
-
-
-def lean(network, config):
-    """Spend less time and memory where that is possible: float32 on the CPU, not sharded, without the NPU's attention.
-    In place.
-
-    Args:
-        network: as cure() takes it.
-        config: the model_config section.
-    """
-    from mindrlhf.cpu.cells import replace_cells
-    if is_cpu() and not is_sharded() and not (config.use_flash_attention or config.use_past):
-        _fuse_adamw()
-        if config.compute_dtype == config.rotary_dtype == "float32":
-            replace_cells(network)
-    return network
-
-
-def _fuse_adamw():
-    """Let MindFormers' AdamW update a parameter with one kernel in place of a dozen, which need six times its size.
-
-    The kernel knows no bias correction: with b1 = 1 - beta1^t and b2 = sqrt(1 - beta2^t), AdamW's
-    p (1 - lr decay) - lr (m / b1) / (sqrt(v) / b2 + eps) is its p - r (m / (sqrt(v) + eps b2) + p decay b1 / b2)
-    with the rate r = lr b2 / b1.
-    """
-    from mindformers.core.optim import adamw
-    update, kernel = ops.MultitypeFuncGraph("fused_adamw"), ops.AdamWeightDecay()
-
-    @update.register(*["Tensor"] * 10, "Bool")
-    def run(beta1, beta2, eps, step, rate, decay, parameter, gradient, mean, square, wanted):
-        if wanted:
-            first, second = 1 - ops.pow(beta1, step), ops.sqrt(1 - ops.pow(beta2, step))
-            return kernel(parameter, mean, square, rate * second / first, beta1, beta2, eps * second,
-                          decay * first / second, gradient.astype(ms.float32))
-        return gradient
-
-    adamw._adamw_opt = update
 
 
 def load_states_with(load):
@@ -268,36 +205,3 @@ def resume_after(steps: int) -> None:
     base_trainer.load_resume_context_from_checkpoint = load_context
 
 
-def build_network(config):
-    """Build the network that the YAML names, with the cures.
-
-    Args:
-        config: MindFormerConfig after start().
-
-    Returns:
-        the Cell. Its weights are random: load_strictly comes next.
-    """
-    from mindformers.core.parallel_config import build_parallel_config
-    from mindformers.models.build_model import build_network as build
-
-    import mindrlhf.models.glm4.network  # noqa: F401  registers Glm4DPO
-    build_parallel_config(config)
-    network = cure(build(config.model, default_args={"parallel_config": config.parallel_config, "dpo": config.dpo,
-                                                     "lora": config.lora}))
-    lean(network, config.model.model_config)
-    if config.lora:
-        from mindrlhf.models.glm4.lora import add_adapters
-        add_adapters(network, config.lora, compute_dtype=config.model.model_config.compute_dtype, seed=config.seed)
-    return network
-
-
-def set_values(network, values):
-    """Give parameters of a network new values.
-
-    Args:
-        network: a Cell.
-        values: dict, name -> function that gives float32 values of the parameter's shape.
-    """
-    parameters = {parameter.name: parameter for parameter in network.get_parameters()}
-    for name, make in values.items():
-        parameters[name].set_data(ms.Tensor(make(), parameters[name].dtype))

@@ -1,5 +1,9 @@
 """Every key of the YAMLs, and what it may hold."""
+from __future__ import annotations
+
 import difflib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 RUN_MODES = ("preprocess", "finetune", "predict")
 
@@ -53,11 +57,9 @@ def _callbacks(value):
     for entry in value:
         if entry.get("type") not in _CALLBACKS:
             return f"entries of type {' or '.join(_CALLBACKS)}, not {entry.get('type')}"
-        problems = []
-        check({key: item for key, item in entry.items() if key != "type"}, _CALLBACKS[entry["type"]],
-               f"{entry['type']}.", problems)
-        if problems:
-            return f"entries without problems: {problems[0]}"
+        options = {key: item for key, item in entry.items() if key != "type"}
+        for problem in find_problems(options, _CALLBACKS[entry["type"]], f"{entry['type']}."):
+            return f"entries without problems: {problem}"
     return None
 
 
@@ -115,25 +117,40 @@ REQUIRED = ("seed", "run_mode", "output_dir", "context.device_target", "model.mo
             "dpo.beta", "runner_config.batch_size", "parallel.parallel_mode", "processor.tokenizer.type")
 
 
-def check(settings, schema, prefix, problems):
-    """Compare settings with a schema.
+class Problem(NamedTuple):
+    """What is wrong with a key.
+
+    Attributes:
+        key: dotted.
+        text: what is wrong, and the cure.
+        is_unknown: the key itself is unknown; otherwise its value is of a wrong kind.
+    """
+    key: str
+    text: str
+    is_unknown: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.text}"
+
+
+def find_problems(settings: dict[str, Any], schema: dict[str, Any] = SCHEMA, prefix: str = "") -> Iterator[Problem]:
+    """Compare the settings of a YAML, or of a section of it, with a schema.
 
     Args:
-        settings: dict of a YAML's section.
-        schema: dict, key -> function as above, or dict of a section.
-        prefix: of the keys' names in problems: "" or "section.".
-        problems: list that gets a line for each problem.
+        settings: to compare.
+        schema: key -> function as above, or the schema of a section.
+        prefix: of the keys in problems: "" or "section.".
     """
     for key, value in settings.items():
         name = f"{prefix}{key}"
         if key not in schema:
             close = difflib.get_close_matches(str(key), schema, 1)
             hint = HINTS.get(key) or (f"did you mean {close[0]}?" if close else f"known here: {', '.join(schema)}")
-            problems.append(f"{name}: unknown key; {hint}")
-        elif isinstance(schema[key], dict):
-            if isinstance(value, dict):
-                check(value, schema[key], f"{name}.", problems)
-            else:
-                problems.append(f"{name}: a section expected, got {value!r}")
-        elif expected := schema[key](value):
-            problems.append(f"{name}: {expected} expected, got {value!r}")
+            yield Problem(name, f"unknown key; {hint}", is_unknown=True)
+        elif not isinstance(schema[key], dict):
+            if expected := schema[key](value):
+                yield Problem(name, f"{expected} expected, got {value!r}")
+        elif isinstance(value, dict):
+            yield from find_problems(value, schema[key], f"{name}.")
+        else:
+            yield Problem(name, f"a section expected, got {value!r}")

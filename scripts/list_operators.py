@@ -28,6 +28,8 @@ DOCUMENT = ROOT / "docs/operators.md"
 sys.path.insert(0, str(ROOT))
 
 from mindrlhf import cli, config  # noqa: E402
+from mindrlhf.parallel import Plan  # noqa: E402
+from mindrlhf.records import COLUMNS  # noqa: E402
 
 # the compiled graphs -> the YAML and the run_mode of each
 GRAPHS = {"train": ("finetune_glm4_9b.yaml", "finetune"), "lora": ("finetune_glm4_9b_lora.yaml", "finetune"),
@@ -43,8 +45,8 @@ STRUCTURE = {"Depend", "Load", "MakeTuple", "Partial", "Return", "Switch", "Swit
 NODE = re.compile(r"^ +(?:%\d+\([^)]*\) = )?(?:PrimFunc_)?([A-Za-z_]\w*)\(")
 TENSOR = re.compile(r"Tensor\[(\w+)\](?:\*(\d+))?")
 
-COLUMNS = ("operator", "graphs", "types seen", "Ascend in 2.4.10", "documented types", "source")
-HEAD = f"| {' | '.join(COLUMNS)} |"
+HEADINGS = ("operator", "graphs", "types seen", "Ascend in 2.4.10", "documented types", "source")
+HEAD = f"| {' | '.join(HEADINGS)} |"
 STATES = ("unsupported", "unclear", "supported")  # in the order of the document
 UNKNOWN = "unclear: not looked up"
 
@@ -101,8 +103,8 @@ def read_document(text: str) -> list[Row]:
         if not line.startswith("|"):
             break
         cells = [cell.strip() for cell in line[1:-1].split("|")]
-        if len(cells) != len(COLUMNS) or cells[3].split(":")[0] not in STATES:
-            raise cli.UserError(f"{DOCUMENT}: {len(COLUMNS)} cells expected, the fourth with {', '.join(STATES)}: {line}")
+        if len(cells) != len(HEADINGS) or cells[3].split(":")[0] not in STATES:
+            raise cli.UserError(f"{DOCUMENT}: {len(HEADINGS)} cells expected, the fourth with {', '.join(STATES)}: {line}")
         rows.append(Row(cells[0], tuple(cells[1].split(", ")), tuple(cells[2].split("; ")), *cells[3:]))
     return rows
 
@@ -130,7 +132,7 @@ def differences(known: list[Row], rows: list[Row]) -> list[str]:
     found = [f"{name}: new, in {', '.join(new[name].graphs)}" for name in new if name not in old]
     found += [f"{name}: in no graph any more" for name in old if name not in new]
     for name in filter(old.get, new):
-        for column, before, now in zip(COLUMNS[1:3], old[name].cells()[1:3], new[name].cells()[1:3]):
+        for column, before, now in zip(HEADINGS[1:3], old[name].cells()[1:3], new[name].cells()[1:3]):
             if before != now:
                 found.append(f"{name}: {column} {before} -> {now}")
     return found
@@ -198,7 +200,7 @@ def small(graph: str) -> dict:
 def cards(settings: dict) -> int:
     """Cards of the plan, 1 without one."""
     plan = settings.get("parallel_config", {})
-    return plan["data_parallel"] * plan["model_parallel"] if config.sharded(settings) else 1
+    return plan["data_parallel"] * plan["model_parallel"] if Plan.of(settings).is_sharded else 1
 
 
 def compile_one(graph: str, build: str) -> None:
@@ -206,13 +208,13 @@ def compile_one(graph: str, build: str) -> None:
     sys.path.insert(0, str(ROOT / "scripts/rig"))
     rig = importlib.import_module("rig").allow(build, "Ascend", "Ascend")
     settings = small(graph)
-    plan = stand_for_rank_0(rig, settings) if config.sharded(settings) else None
+    plan = stand_for_rank_0(rig, settings) if Plan.of(settings).is_sharded else None
     from mindrlhf import runtime
     from mindrlhf.training import train_step  # noqa: F401  registers the training step
     run_config = config.to_mindformers(settings)
     run_config.parallel.global_rank = 0
     runtime.start(run_config, parallel=plan is not None)
-    model = runtime.build_network(run_config)
+    model = build.build_network(run_config)
     if graph in ("train", "lora"):
         train(model, run_config, settings)
     elif graph == "evaluation":
@@ -236,10 +238,9 @@ def tensor(shape: tuple[int, ...], dtype: str) -> Any:
 
 def columns(settings: dict) -> list:
     """A batch of training data, as the plan's cards are fed it."""
-    from mindrlhf.data import mindrecord
     from mindrlhf.training.run import feeding
     rows, sizes = feeding(settings)["batch_size"], {"seq_len": LENGTH, "pairs": PAIRS}
-    return [tensor((rows, sizes[size]), kind) for kind, size in mindrecord.COLUMNS.values()]
+    return [tensor((rows, sizes[size]), kind) for kind, size in COLUMNS.values()]
 
 
 def train(model: Any, run_config: Any, settings: dict) -> None:

@@ -8,7 +8,9 @@ import numpy as np
 import yaml
 
 from mindrlhf import cli, config
+from mindrlhf.arithmetic import ceil_div
 from mindrlhf.checkpoints import containers, strict
+from mindrlhf.parallel import Plan
 
 # of losses, gradient norms (relative) and rewards (relative to the largest). float32 gives 1e-5. An NPU's bfloat16 moves
 # an answer's log-prob by up to 2 nats (mindrlhf/check.py), its reward by beta times that; that was not tried on an NPU
@@ -61,13 +63,13 @@ def shrink(path, process, predict, cards, folder, device):
         UserError: the YAML is not one of a semi-auto parallel training.
     """
     settings = config.load(path, run_mode="finetune")
-    if not config.sharded(settings):
+    if not Plan.of(settings).is_sharded:
         raise cli.UserError(f"{path}: has parallel.parallel_mode 0, so there is no plan to rehearse; a plan has 1")
     if problems := illegal(settings, cards):
         print(f"the plan is illegal: {'; '.join(problems)}")
         sys.exit(1)
     model, plan = settings["model"]["model_config"], settings["parallel_config"]
-    vocabulary = -(-VOCABULARY // cards) * cards
+    vocabulary = ceil_div(VOCABULARY, cards) * cards
     chunk = settings["dpo"].get("logps_chunk_size") and SIZES["model.model_config.seq_length"] * plan["data_parallel"]
     callbacks = [{**entry, "save_checkpoint_steps": 2} if "save_checkpoint_steps" in entry else entry
                  for entry in settings["callbacks"]]
@@ -123,7 +125,7 @@ def differences(one, many):
 def weight_difference(one, many, before):
     """(name, value) of the weight that differs most: norm of the difference over norm of what training changed."""
     one, many, before = (containers.read(path) for path in (one, many, before))
-    if problem := strict.difference({name: tensor.shape for name, tensor in one.items()},
+    if problem := strict.describe_difference({name: tensor.shape for name, tensor in one.items()},
                                         {name: tensor.shape for name, tensor in many.items()}):
         return problem, np.inf
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-import mindrlhf.checkpoints.strict
+from mindrlhf.models.glm4 import build, load
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "glm4_dpo"
@@ -85,8 +85,8 @@ def load_model(golden, command, more=None):
     settings = config.load(getattr(golden, command), run_mode=schema.RUN_MODES, overrides=more)
     run = config.to_mindformers(settings)
     runtime.start(run, parallel=False)
-    network = runtime.build_network(run)
-    mindrlhf.checkpoints.strict.load_strictly(network, golden.checkpoint)
+    network = build.build_network(run)
+    load.load_weights(network, golden.checkpoint)
     for name in ("RUN_MODE", "MS_ALLOC_CONF"):  # what MindFormers leaves for a process that predicts; others inherit it
         os.environ.pop(name, None)
     return network

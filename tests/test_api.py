@@ -13,7 +13,8 @@ import csv
 from conftest import ROOT
 
 PACKAGES = ("mindspore.", "mindformers.", "mindpet.")
-LEFT_OUT = (("scripts", "rig"), ("scripts", "list_operators.py"), ("mindrlhf", "cpu"))
+LEFT_OUT = ("scripts/rig/", "scripts/list_operators.py", "mindrlhf/cpu/operators.py", "mindrlhf/cpu/sink.py",
+            "mindrlhf/cpu/rules.py")
 READ_IT = "read it in the v2.4.10 source, then add it to tests/golden/api24.tsv"
 
 
@@ -100,7 +101,7 @@ def differences(uses: dict[str, set[str]], table: dict[str, set[str]]) -> str:
 
 def test_the_table_lists_what_the_code_uses():
     paths = [path for pattern in ("*.py", "mindrlhf/**/*.py", "examples/**/*.py", "scripts/**/*.py")
-             for path in ROOT.glob(pattern) if path.relative_to(ROOT).parts[:2] not in LEFT_OUT]
+             for path in ROOT.glob(pattern) if not path.relative_to(ROOT).as_posix().startswith(LEFT_OUT)]
     rows = csv.DictReader((ROOT / "tests/golden/api24.tsv").read_text(encoding="utf-8").splitlines(), delimiter="\t")
     table = {row["name"]: arguments(int(row["positional"]), row["keywords"].split()) for row in rows if row["kind"] == "name"}
     assert not (problems := differences(used(*(path.read_text(encoding="utf-8") for path in paths)), table)), problems

@@ -10,7 +10,7 @@ from conftest import GOLDEN
 from mindspore import ops
 
 from mindrlhf import check, cli
-from mindrlhf.models.glm4 import weight_names
+from mindrlhf.models.glm4 import model_config
 from mindrlhf.models.glm4.network import Glm4DPO
 from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
 
@@ -119,7 +119,7 @@ def test_two_workers_rehearse_the_commands(capsys, monkeypatch, tmp_path):
 
 
 def test_what_an_npu_computes_is_what_9b_computes():
-    numbers = weight_names.read_numbers(json.loads((check.CASE / "hf_glm/config.json").read_text()), "config.json")
+    numbers = model_config.parse_hf_config(json.loads((check.CASE / "hf_glm/config.json").read_text()), "config.json")
     tokenizer = Glm4Tokenizer(GOLDEN / "tokenizer.model")
     for mode, kept in (("preprocess", "bfloat16"), ("finetune", "float32")):
         settings = check.load_settings(check.WAYS["Ascend"][1], mode, "Ascend", tokenizer, numbers)

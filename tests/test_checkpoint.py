@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import xxhash
 
+import mindrlhf.training.state
 from mindrlhf import files
-from mindrlhf.checkpoints import containers, strict, tensors
+from mindrlhf.checkpoints import containers, fingerprints, tensors
 from mindrlhf.cli import UserError
+from mindrlhf.models.glm4 import load
 
 SUFFIXES = (".ckpt", ".safetensors")
 
@@ -75,7 +77,7 @@ def test_reads_what_mindspore_wrote(tmp_path, options):
     assert np.array_equal(read["brain"].float32(), values["brain"].astype(ms.float32).asnumpy())
     assert read["flag"].array().tolist() == [True, False]
     assert read["step_num"].shape == ()
-    assert strict.steps_done(path) == 7
+    assert mindrlhf.training.state.steps_done(path) == 7
     assert "note" not in read
 
 
@@ -146,7 +148,7 @@ def test_fingerprint_is_what_its_documentation_says(tmp_path, monkeypatch):
         sha(b"b.weight F32 [3, 4]\n" + xxh(array[:8]) + xxh(array[8:])),
         sha(b"scale F32 []\n" + xxh(np.float32(3.25))),
     ]
-    assert strict.fingerprint(containers.read(tmp_path / "x.ckpt")) == sha(b"".join(parts)).hex()
+    assert fingerprints.fingerprint(containers.read(tmp_path / "x.ckpt")) == sha(b"".join(parts)).hex()
 
 
 def test_fingerprint_does_not_depend_on_files(tmp_path):
@@ -158,8 +160,8 @@ def test_fingerprint_does_not_depend_on_files(tmp_path):
     shards = {}
     for number in range(len(arrays)):
         shards |= containers.read(tmp_path / f"shard_{number}.safetensors")
-    read = {strict.fingerprint(containers.read(tmp_path / f"x{suffix}")) for suffix in SUFFIXES}
-    assert len(written | read | {strict.fingerprint(shards)}) == 1
+    read = {fingerprints.fingerprint(containers.read(tmp_path / f"x{suffix}")) for suffix in SUFFIXES}
+    assert len(written | read | {fingerprints.fingerprint(shards)}) == 1
 
 
 @pytest.mark.parametrize(
@@ -343,9 +345,9 @@ def test_loading_is_strict_and_changes_nothing_where_it_fails(tmp_path):
         arrays = {name: array for name, array in {**good, **change}.items() if array is not None}
         containers.write(path, items(arrays))
         with pytest.raises(UserError, match=said):
-            strict.load_strictly(network, path)
+            load.load_weights(network, path)
         assert np.array_equal(network.weight.asnumpy(), before)
     containers.write(path, items({**good, "step_num": np.ones(1, np.float32)}))
-    assert sorted(strict.load_strictly(network, path, training_state=True)) == ["bias", "weight"]
+    assert sorted(load.load_weights(network, path, training_state=True)) == ["bias", "weight"]
     assert np.array_equal(network.weight.asnumpy(), good["weight"])
     assert np.array_equal(network.bias.asnumpy(), good["bias"])

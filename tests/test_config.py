@@ -95,7 +95,7 @@ def test_all_problems_come_at_once(tmp_path):
      "need compute_dtype bfloat16 or float16 on an NPU"),
     ("model: {model_config: {compute_dtype: bfloat16}}", "bfloat16 needs an NPU"),
     ("model: {model_config: {multi_query_group_num: 3}}", "no multiple of multi_query_group_num"),
-    ("dpo: {loss_type: ipo, label_smoothing: 0.1}", "does nothing for loss_type ipo"),
+    ("dpo: {loss_type: ipo, label_smoothing: 0.1}", "has no effect on loss_type ipo"),
     ("context: {jit_config: {jit_level: O1}}\nmodel: {model_config: {use_past: True}}", "needs context.jit_config.jit_level"),
     ("run_mode: predict", "needs model.arch.type ChatGLM2ForConditionalGeneration"),
     ("parallel_config: {model_parallel: 2}", "model_parallel needs parallel.parallel_mode 1"),

@@ -15,9 +15,9 @@ from conftest import GOLDEN, ROOT, assert_one_error, run_script
 
 import convert_weight
 from mindrlhf import cli
-from mindrlhf.checkpoints import containers, strict, tensors
+from mindrlhf.checkpoints import containers, fingerprints, tensors
 from mindrlhf.cli import UserError
-from mindrlhf.models.glm4 import hf, sidecar, weight_names
+from mindrlhf.models.glm4 import hf, model_config, sidecar, weight_names
 
 STORED = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
@@ -107,7 +107,7 @@ def test_golden_forward(tmp_path, layout, dtype, suffix):
         assert found[name].dtype == DTYPES[dtype]
         assert found[name].array().tobytes() == in_dtype(np.ascontiguousarray(array), DTYPES[dtype]).tobytes()
     about = json.loads(sidecar.path_of(path).read_text())
-    assert about["fingerprint"] == strict.fingerprint(found)
+    assert about["fingerprint"] == fingerprints.fingerprint(found)
     assert (about["dtype"], about["source_layout"]) == (DTYPES[dtype], layout)
     assert sorted(each.name for each in tmp_path.iterdir()) == [path.name, f"{path.name}.json"]
 
@@ -146,7 +146,7 @@ def test_one_spelling_to_the_other(tmp_path, source, target, dtype):
     path = convert(GOLDEN / f"hf_{source}", tmp_path / "x.ckpt", "--dtype", "fp32")
     back = convert(path, tmp_path / "back", "--reversed", "--hf_layout", target, "--dtype", dtype)
     assert same(raw(GOLDEN / f"hf_{target}"), raw(back))
-    assert weight_names.read_numbers(json.loads((back / "config.json").read_text()), "x") == weight_names.read_numbers(
+    assert model_config.parse_hf_config(json.loads((back / "config.json").read_text()), "x") == model_config.parse_hf_config(
         json.loads((GOLDEN / "hf_glm" / "config.json").read_text()), "x")
 
 
@@ -163,7 +163,7 @@ def test_a_trained_checkpoint_there_and_back_is_bit_exact(tmp_path, layout, dtyp
             f"u{STORED[DTYPES[dtype]].itemsize}").view(STORED[DTYPES[dtype]])
         return np.where(tensors.finite(array, DTYPES[dtype]), array, array.dtype.type(1))
 
-    trained = {name: values(shape) for name, shape in weight_names.shapes(numbers).items()}
+    trained = {name: values(shape) for name, shape in weight_names.parameter_shapes(numbers).items()}
     containers.write(tmp_path / "trained.ckpt", [(name, DTYPES[dtype], array.shape, lambda array=array: array)
                                                  for name, array in trained.items()])
     shutil.copy(GOLDEN / "hf_chatglm" / "config.json", tmp_path / "config.json")
@@ -190,7 +190,7 @@ def test_the_way_back_needs_numbers(tmp_path):
     other = json.loads((GOLDEN / "hf_chatglm" / "config.json").read_text())
     config.write_text(json.dumps({**other, "rope_ratio": 1}))
     with pytest.raises(
-        UserError, match=r"config\.json: is not of this checkpoint: rope_ratio is 1 there, 500 in"
+        UserError, match=r"config\.json: does not describe this checkpoint: rope_ratio is 1 there, 500 in"
     ):
         convert(path, tmp_path / "back", "--reversed", "--config", str(config))
     kept = sidecar.path_of(path).rename(tmp_path / "kept.json")
@@ -205,7 +205,7 @@ def test_the_way_back_needs_numbers(tmp_path):
     assert theta == [5e6, 1e4]
     config.write_text(json.dumps({**other, "num_layers": 2}))
     with pytest.raises(
-        UserError, match=r"not those of its numbers\. not in the model: transformer\.encoder\.layers\.2"
+        UserError, match=r"do not have the shapes that its numbers imply\. not in the model: transformer\.encoder\.layers\.2"
     ):
         convert(path, tmp_path / "back", "--reversed", "--config", str(config))
 
@@ -430,7 +430,7 @@ def test_the_command_ends_with_status_2_and_one_line(tmp_path):
 def test_2000_damaged_shards_never_give_other_values(tmp_path):
     """A one-layer model; what is damaged is the length and the header of its only shard: dtypes, shapes,
     offsets, names. What is read all the same must be what the whole file holds."""
-    numbers = weight_names.Numbers(1, 4, 4, 4, 2, 1, 2, 1e-5, 1, (1,), 1)
+    numbers = model_config.ModelConfig(1, 4, 4, 4, 2, 1, 2, 1e-5, 1, (1,), 1)
     source, choose = tmp_path / "hf", random.Random(0)
     values = np.random.default_rng(0)
     hf.write_folder(source, numbers, "glm", "F32", [
@@ -472,7 +472,7 @@ def test_2000_damaged_shards_never_give_other_values(tmp_path):
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
     """A folder of 430 MB that takes no room: the shard is a hole behind its header, all zeros."""
-    numbers = weight_names.Numbers(4, 65536, 1024, 3072, 8, 2, 128, 1e-5, 1, (1,), 1)
+    numbers = model_config.ModelConfig(4, 65536, 1024, 3072, 8, 2, 128, 1e-5, 1, (1,), 1)
     folder, header, offset = tmp_path_factory.mktemp("large") / "hf", {}, 0
     folder.mkdir()
     for name, shape in weight_names.hf_shapes(numbers, "glm").items():

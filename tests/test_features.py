@@ -7,9 +7,10 @@ from conftest import GOLDEN
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mindrlhf.data.features import SIDES, TRUNCATIONS, TokenPair, fit, row_columns, tokenize
+from mindrlhf.data.features import TRUNCATIONS, TokenPair, fit, row_columns, tokenize
 from mindrlhf.data.preference import Pair
 from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
+from mindrlhf.records import SIDES
 
 PAD = 9999
 

@@ -1,4 +1,4 @@
-"""Glm4DPO and MindFormers' predict network on the golden case, and the cures without which they are wrong."""
+"""Glm4DPO and MindFormers' predict network on the golden case, and the corrections without which they are wrong."""
 import json
 
 import mindspore as ms
@@ -7,8 +7,7 @@ import pytest
 from conftest import GOLDEN, SEQ_LEN, load_model
 from mindspore import nn, ops
 
-from mindrlhf import runtime
-from mindrlhf.cpu import operators
+from mindrlhf.cpu import operators, patches
 from mindrlhf.data.features import TokenPair, row_columns
 
 
@@ -133,7 +132,7 @@ def test_loss_and_metrics_by_hand(training_model, expected):
             ref[side][row, :len(place)] = [expected["pairs"][k][f"ref_{side}_logps"] + shift for k in place]
     tokens = sum(len(pair["chosen_ids"]) for pair in expected["pairs"][:5])
     weights = ms.Tensor(np.tile([[1 / 5, 1 / tokens]], (4, 1)), ms.float32)
-    loss, sums, faulty = training_model(*columns(rows, ref, width), weights)
+    loss, sums, faulty = training_model(tuple(columns(rows, ref, width)), weights)
     assert (faulty.asnumpy() == -1).all()
     found = metrics.means(sums.asnumpy(), sft_weight=1.0)
     five = expected["pairs"][:5]
@@ -151,7 +150,7 @@ def test_loss_and_metrics_by_hand(training_model, expected):
     assert found["loss"] == pytest.approx(0.854355 + nll, abs=2e-4)
 
 
-# each cure, and what happens without it
+# each correction, and what happens without it
 
 @pytest.fixture
 def small():
@@ -159,7 +158,7 @@ def small():
     from mindformers import ChatGLM2Config, ChatGLM2ForConditionalGeneration
     config = json.loads((GOLDEN / "hf_chatglm/config.json").read_text())
 
-    def build(*, cure=runtime.cure):
+    def build():
         ms.set_seed(1)
         network = ChatGLM2ForConditionalGeneration(ChatGLM2Config(
             num_layers=1, padded_vocab_size=330, hidden_size=96, ffn_hidden_size=160, kv_channels=16,
@@ -168,13 +167,14 @@ def small():
             use_flash_attention=False, eos_token_id=[316], pad_token_id=316))
         for parameter in network.get_parameters():  # large enough that attention has preferences
             parameter.set_data(ops.normal(parameter.shape, 0.0, 0.3, seed=2) if len(parameter.shape) > 1 else parameter)
-        return cure(network).set_train(False)
+        patches.fix_cpu(network)
+        return network.set_train(False)
 
     operators.install()
     return build
 
 
-def test_with_all_cures_a_network_runs(small):
+def test_with_all_corrections_a_network_runs(small):
     earlier, last = move_last(lambda ids: _logits(small(), ids), 16)
     assert earlier == 0
     assert last > 0
@@ -186,14 +186,14 @@ def test_without_its_stand_in_rmsnorm_has_no_kernel(small, monkeypatch):
         _logits(small(), np.ones((1, 16), np.int32))
 
 
-def test_without_the_cast_cure_the_encoder_lacks_one(small):
+def test_without_the_cast_correction_the_encoder_lacks_one(small):
     network = small()
     del network.transformer.encoder.cast
     with pytest.raises(Exception, match="cast"):
         _logits(network, np.ones((1, 16), np.int32))
 
 
-def test_without_the_mask_cure_the_future_leaks(small):
+def test_without_the_mask_correction_the_future_leaks(small):
     network = small()
     network.transformer.encoder.layers[0].self_attention.core_attention.mul_mask = ops.Mul()  # as MindFormers has it
     earlier, _ = move_last(lambda ids: _logits(network, ids), 16)
@@ -208,7 +208,5 @@ def test_without_its_stand_in_argmax_has_no_kernel(small):
         network.generate([[318, 320, 5]], max_new_tokens=2, do_sample=False)
 
 
-def test_mask_dtype_follows_the_attention_kernel():
-    from types import SimpleNamespace
-    assert runtime.attention_mask_dtype(SimpleNamespace(use_flash_attention=True)) == ms.uint8
-    assert runtime.attention_mask_dtype(SimpleNamespace(use_flash_attention=False)) == ms.float32
+def test_the_mask_is_a_float_for_plain_attention(training_model):
+    assert training_model.mask_dtype == ms.float32  # that of flash attention, uint8, is held by its stand-in

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 from test_glm4_dpo import columns, token_pairs
 
 from mindrlhf import runtime
-from mindrlhf.models.glm4 import weight_names
+from mindrlhf.models.glm4 import model_config, weight_names
 
 PLACES = ((0, 1), (2, 3, 4), (5,), (6, 7))  # which pairs stand in which row
 TOLERANCE = 1e-4  # of the largest element of each gradient
@@ -30,7 +30,7 @@ def batch(expected, pytorch):
             references[side][row, :len(place)] = pytorch[f"{side}_ref_logps"][list(place)]
     tokens = sum(len(pair.chosen) for pair in pairs)
     weights = ms.Tensor(np.tile([[1 / len(pairs), 1 / tokens]], (len(PLACES), 1)), ms.float32)
-    return [*columns([[pairs[k] for k in place] for place in PLACES], references), weights]
+    return tuple(columns([[pairs[k] for k in place] for place in PLACES], references)), weights
 
 
 @pytest.mark.parametrize(("sft_weight", "chunk", "plan", "flash"), [  # 2560 positions: the last chunk is shorter
@@ -47,17 +47,17 @@ def test_gradient_of_every_parameter_is_pytorchs(golden, expected, pytorch, sft_
     assert float(loss) == pytest.approx(dpo + sft_weight * sft, rel=1e-5)
 
     config = json.loads((GOLDEN / "hf_glm/config.json").read_text())
-    numbers = weight_names.read_numbers(config, "config.json")
-    assert [parameter.name for parameter in parameters] == list(weight_names.shapes(numbers))
-    seen = 0
+    numbers = model_config.parse_hf_config(config, "config.json")
+    assert [parameter.name for parameter in parameters] == list(weight_names.parameter_shapes(numbers))
+    parts, seen = weight_names.hf_parts(numbers, "glm"), 0
     for parameter, gradient in zip(parameters, gradients, strict=True):
         begin = 0
-        for name, rows in weight_names.hf_parts(parameter.name, numbers, "glm"):
+        for name, shape in parts[parameter.name]:
             wanted = pytorch[f"dpo/{name}"]
-            found = gradient.asnumpy()[begin:begin + (rows or len(gradient))]
+            found = gradient.asnumpy()[begin:begin + shape[0]]
             if sft_weight:  # of the SFT part the file has every 8th row
                 wanted, found = wanted[::8] + sft_weight * pytorch[f"sft/{name}"], found[::8]
             np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE * np.abs(wanted).max(), err_msg=name)
-            begin += rows or len(gradient)
+            begin += shape[0]
             seen += 1
     assert seen == len([name for name in pytorch if name.startswith("dpo/")])

@@ -6,9 +6,9 @@ from conftest import load_model, run_script, write_overlay
 from test_training import RUN_DPO, arguments, records
 
 from mindrlhf import config
-from mindrlhf.checkpoints import containers, strict
+from mindrlhf.checkpoints import containers
 from mindrlhf.cli import UserError
-from mindrlhf.models.glm4 import lora
+from mindrlhf.models.glm4 import load, lora, weight_names
 
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": ["qkv", "dense", "mlp"]}
 MORE = """
@@ -45,12 +45,12 @@ def test_it_starts_at_the_reference_and_learns(trained):
 def test_only_adapters_are_saved(trained, golden):
     """3 layers of A (4, in) and B (out, 4): qkv 96 -> 160, dense 96 -> 96, mlp 96 -> 320 and 160 -> 96."""
     stored = containers.read(adapter_file(trained[0]))
-    adapters = {name: tensor for name, tensor in stored.items() if lora.is_adapter(name)}
+    adapters = {name: tensor for name, tensor in stored.items() if weight_names.is_adapter(name)}
     assert set(stored) - set(adapters) == {"lora_rank", "lora_alpha"}
     assert len(adapters) == 3 * 4 * 2
     assert sum(np.prod(t.shape) for t in adapters.values()) == 3 * 4 * ((96 + 160) + (96 + 96) + (96 + 320) + (160 + 96))
     state = containers.read(trained[0] / "checkpoint/rank_0/glm4_dpo-step_00000002.ckpt")
-    assert not any(lora.is_base(name) for name in state)
+    assert not any(weight_names.is_base_weight(name) for name in state)
 
 
 def test_a_resumed_run_goes_on_as_the_unbroken_one(trained, golden, tmp_path):
@@ -67,7 +67,7 @@ def unmerged(golden, trained):
     """The training network with its adapters loaded."""
     network = load_model(golden, "finetune").set_train(False)
     lora.add_adapters(network, LORA, compute_dtype="float32", seed=1)
-    strict.load_strictly(network, adapter_file(trained[0]), names=lora.is_adapter, training_state=True)
+    load.load_weights(network, adapter_file(trained[0]), names=weight_names.is_adapter, training_state=True)
     return network
 
 
@@ -83,7 +83,7 @@ def test_merged_and_unmerged_logits_agree(golden, trained, unmerged, tmp_path):
                                str(golden.checkpoint), "--dst_checkpoint", str(tmp_path / "merged.ckpt")])
     network = load_model(golden, "finetune").set_train(False)
     base = logits(network)
-    strict.load_strictly(network, tmp_path / "merged.ckpt")
+    load.load_weights(network, tmp_path / "merged.ckpt")
     merged = logits(network)
     assert np.abs(merged - logits(unmerged)).max() < 1e-5 * np.abs(merged).max()
     assert np.abs(merged - base).max() > 0.1  # the adapters do something
@@ -108,7 +108,7 @@ def test_predict_takes_base_and_adapters(golden, trained):
 
 
 def test_only_adapters_are_trained(unmerged):
-    assert all(lora.is_adapter(parameter.name) for parameter in unmerged.trainable_params())
+    assert all(weight_names.is_adapter(parameter.name) for parameter in unmerged.trainable_params())
     assert len(unmerged.trainable_params()) == 24
 
 
@@ -127,7 +127,7 @@ def test_files_that_do_not_belong_together_are_refused(golden, trained, tmp_path
         lora.merged(base, base, "x")
     with pytest.raises(UserError, match="does not fit the base"):
         lora.merged({}, stored, "x")
-    half = {name: tensor for name, tensor in stored.items() if not name.endswith("layers.0.mlp.dense_4h_to_h" + lora.B)}
+    half = {name: tensor for name, tensor in stored.items() if not name.endswith("layers.0.mlp.dense_4h_to_h" + weight_names.LORA_B)}
     with pytest.raises(UserError, match="lacks its other half"):
         lora.merged(base, half, "x")
     with pytest.raises(UserError, match="holds full weights, no adapters"):
@@ -141,7 +141,7 @@ def test_one_adapter_file_says_what_the_folder_says(golden, trained, tmp_path, c
     transform_checkpoint.main(["--src_checkpoint", str(folder), "--dst_checkpoint", str(target)])
     assert "these are LoRA adapters alone" in capsys.readouterr().out
     base = containers.read(golden.checkpoint)
-    changed = [lora.merged(base, strict.open_adapters(path), path) for path in (folder, target, adapter_file(trained[0]))]
+    changed = [lora.merged(base, load.open_adapters(path), path) for path in (folder, target, adapter_file(trained[0]))]
     assert len(changed[0]) == 12
     for name, make in changed[0].items():
         for other in changed[1:]:
@@ -163,13 +163,13 @@ def test_adapters_and_what_they_are_added_to_are_computed_in_the_type_of_the_yam
 def test_adapters_start_alike_whatever_the_plan():
     """A lies within 1 / sqrt(in) and depends on name and seed alone; B is 0."""
     name = "transformer.encoder.layers.0.mlp.dense_4h_to_h"
-    a = lora.initial_values(name + lora.A, (4, 10000), 1)
-    assert np.array_equal(a, lora.initial_values(name + lora.A, (4, 10000), 1))
-    assert not np.array_equal(a, lora.initial_values(name + lora.A, (4, 10000), 2))
-    assert not np.array_equal(a, lora.initial_values(name.replace("0", "1") + lora.A, (4, 10000), 1))
+    a = lora.initial_values(name + weight_names.LORA_A, (4, 10000), 1)
+    assert np.array_equal(a, lora.initial_values(name + weight_names.LORA_A, (4, 10000), 1))
+    assert not np.array_equal(a, lora.initial_values(name + weight_names.LORA_A, (4, 10000), 2))
+    assert not np.array_equal(a, lora.initial_values(name.replace("0", "1") + weight_names.LORA_A, (4, 10000), 1))
     assert np.abs(a).max() <= 0.01
     assert a.std() == pytest.approx(0.01 / np.sqrt(3), rel=0.02)
-    assert not lora.initial_values(name + lora.B, (10000, 4), 1).any()
+    assert not lora.initial_values(name + weight_names.LORA_B, (10000, 4), 1).any()
 
 
 @pytest.mark.parametrize(("text", "part"), [

@@ -7,8 +7,10 @@ import pytest
 from conftest import ROOT
 from mindspore import nn, ops
 
+import mindrlhf.logps
+from mindrlhf import schema
 from mindrlhf.cpu import operators
-from mindrlhf.losses import SequenceLogps, dpo_loss
+from mindrlhf.losses import LOSSES, get_loss
 
 TRL = json.loads((ROOT / "tests/golden/trl_losses.json").read_text())
 BETA = TRL["beta"]
@@ -29,6 +31,18 @@ def logratios(*, per_token=False):
         ratio = np.array(TRL[f"policy_{side}_logps"]) - np.array(TRL[f"ref_{side}_logps"])
         values.append(ms.Tensor(ratio / np.array(TRL[f"{side}_lengths"]) if per_token else ratio, ms.float32))
     return values
+
+
+def dpo_loss(chosen, rejected, *, beta, loss_type="sigmoid", label_smoothing=0.0):
+    """The loss of each pair from its two log-ratios, as Glm4DPO computes it."""
+    return get_loss(loss_type)(chosen - rejected, beta, label_smoothing)
+
+
+def test_an_unknown_loss_is_an_error_that_lists_the_known_ones():
+    with pytest.raises(ValueError, match="unknown loss_type 'sigmoidd'; known: sigmoid, robust, hinge, ipo"):
+        get_loss("sigmoidd")
+    expected = schema.SCHEMA["dpo"]["loss_type"]("sigmoidd")
+    assert expected == f"one of {', '.join(LOSSES)}"  # the YAML's check, which does without MindSpore, knows the same
 
 
 @pytest.mark.parametrize(("name", "options"), [
@@ -83,7 +97,7 @@ class Sum(nn.Cell):
 
     def __init__(self, output_layer, **options):
         super().__init__()
-        self.logps = SequenceLogps(output_layer, 11, **options)
+        self.logps = mindrlhf.logps.SequenceLogps(output_layer, 11, **options)
 
     def construct(self, hidden, labels, mask, segments):
         logps, counts = self.logps(hidden, labels, mask, segments, 3)

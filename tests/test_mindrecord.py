@@ -8,6 +8,7 @@ from mindrlhf.cli import UserError
 from mindrlhf.data import mindrecord
 from mindrlhf.data.dataset import open_dataset
 from mindrlhf.data.features import TokenPair
+from mindrlhf.records import COLUMNS
 
 S, P = 24, 3
 SIDECAR = {"rows": 5, "pairs_per_row": P, "seq_len": S, "pairs": {"written": 5}, "template": "t",
@@ -31,14 +32,14 @@ def path(tmp_path):
 def test_a_row_by_hand():
     pairs = [TokenPair([1, 2], [3], [4, 5]), TokenPair([6], [7, 8], [9])]
     row = mindrecord.make_row(pairs, [(-1, -2), (-3, -4)], [17, 4], seq_len=6, width=3, pad_id=0)
-    assert list(row) == list(mindrecord.COLUMNS)
+    assert list(row) == list(COLUMNS)
     assert {name: values.tolist() for name, values in row.items()} == {
         "chosen_input_ids": [1, 2, 3, 6, 7, 8], "chosen_labels": [2, 3, 0, 7, 8, 0], "chosen_loss_mask": [0, 1, 0, 1, 1, 0],
         "chosen_segment_ids": [1, 1, 1, 2, 2, 2], "chosen_ref_logps": [-1, -3, 0],
         "rejected_input_ids": [1, 2, 4, 5, 6, 9], "rejected_labels": [2, 4, 5, 0, 9, 0],
         "rejected_loss_mask": [0, 1, 1, 0, 1, 0], "rejected_segment_ids": [1, 1, 1, 1, 2, 2],
         "rejected_ref_logps": [-2, -4, 0], "pair_ids": [17, 4, -1]}
-    for name, (dtype, size) in mindrecord.COLUMNS.items():
+    for name, (dtype, size) in COLUMNS.items():
         assert row[name].dtype == dtype
         assert row[name].shape == ({"seq_len": 6, "pairs": 3}[size],)
 

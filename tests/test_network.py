@@ -7,13 +7,14 @@ import pytest
 from mindspore import nn
 
 from mindrlhf import runtime
-from mindrlhf.cpu import cells
+from mindrlhf.cpu import cells, patches
+from mindrlhf.models.glm4 import build
 
 
 def test_adamw_is_the_formula():
     """Three steps of AdamW (arXiv:1711.05101, algorithm 2) in float64, with and without weight decay."""
     from mindformers.core.optim import AdamW
-    runtime._fuse_adamw()
+    patches._fuse_adamw()
     random = np.random.default_rng(0)
     start, gradients = random.normal(size=(2, 40)), random.normal(size=(3, 2, 40)) * [[[1e-4]], [[1.0]], [[10.0]]]
     parameters = [ms.Parameter(ms.Tensor(row, ms.float32), name=f"p{k}") for k, row in enumerate(start)]
@@ -55,8 +56,9 @@ def test_cells_are_replaced_only_where_they_fit(monkeypatch, cpu, sharded, chang
     config = {"compute_dtype": "float32", "rotary_dtype": "float32", "use_past": False,
               "use_flash_attention": False, **change}
     replaced = []
-    monkeypatch.setattr(cells, "replace_cells", replaced.append)
+    monkeypatch.setattr(patches, "replace_cells", replaced.append)
     monkeypatch.setattr(runtime, "is_cpu", lambda: cpu)
     monkeypatch.setattr(runtime, "is_sharded", lambda: sharded)
-    runtime.lean(nn.Cell(), SimpleNamespace(**config))
+    if build.can_optimize(SimpleNamespace(**config)):
+        patches.optimize_cpu(nn.Cell(), SimpleNamespace(**config))
     assert len(replaced) == expected

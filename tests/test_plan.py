@@ -13,7 +13,7 @@ import math
 import pytest
 from conftest import EXAMPLE
 
-from mindrlhf import cli, config, losses
+from mindrlhf import cli, config, logps
 from mindrlhf.plan import __main__ as tool
 from mindrlhf.plan import hours, memory, parameters, traffic
 
@@ -147,7 +147,7 @@ def test_chunks_are_as_many_as_in_the_graph(tmp_path):
     settings = settings_of(tmp_path, 4, 2)
     settings["dpo"]["logps_chunk_size"] = 1  # 512 positions in at most 64 chunks
     assert memory.chunks(settings, memory.shares_of(settings, 8)) == (8, 64)
-    assert memory.MOST_CHUNKS == losses.MOST_CHUNKS
+    assert memory.MOST_CHUNKS == logps.MOST_CHUNKS
 
 
 def test_published_throughput():

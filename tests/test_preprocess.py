@@ -7,16 +7,16 @@ import subprocess
 import sys
 import time
 
-import dpo_preprocess_glm4_parallel as preprocess
+import dpo_preprocess_glm4_parallel
 import numpy as np
 import pytest
 from conftest import EXAMPLE, GOLDEN, SEQ_LEN, assert_one_error, run_script, write_overlay
 
 from mindrlhf import cli
 from mindrlhf.cli import UserError
-from mindrlhf.data import mindrecord, summary, validation
-from mindrlhf.data.features import SIDES
+from mindrlhf.data import mindrecord, preprocess, summary, validation
 from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
+from mindrlhf.records import SIDES
 
 PICTURE = summary.picture
 SCRIPT = EXAMPLE / "dpo_preprocess_glm4_parallel.py"
@@ -49,7 +49,7 @@ def arguments(golden, source, destination, *more):
 
 
 def run(golden, source, destination, *more):
-    preprocess.main(arguments(golden, source, destination, *more))
+    dpo_preprocess_glm4_parallel.main(arguments(golden, source, destination, *more))
     return destination
 
 

@@ -3,9 +3,11 @@ import json
 import subprocess
 
 import dpo_preprocess_glm4_parallel as preprocess
-import make_tiny_glm4
 import pytest
 from conftest import EXAMPLE, ROOT, run_script
+
+from mindrlhf.data import samples
+from mindrlhf.models.glm4 import tiny
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,7 @@ def test_the_console_is_quiet(screen):
 
 
 def test_pairs_are_enough_and_disjoint():
-    train, held_out = make_tiny_glm4.make_pairs()
+    train, held_out = samples.make_pairs()
     assert len(train) >= 64
     assert len(held_out) >= 16
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
@@ -71,6 +73,6 @@ def test_pairs_are_enough_and_disjoint():
 def test_tokenizer_joins_the_most_frequent_pair_first():
     """By hand: in "ab ab abc" the pair (a, b) stands 3 times, then (space, ab) twice; GLM-4's split gives "ab",
     " ab", " abc"."""
-    tokens = make_tiny_glm4.train_tokenizer("ab ab abc", 258)
+    tokens = tiny.train_tokenizer("ab ab abc", 258)
     assert tokens[:256] == [bytes([byte]) for byte in range(256)]
     assert tokens[256:] == [b"ab", b" ab"]

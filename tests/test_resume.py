@@ -11,7 +11,6 @@ import pytest
 from conftest import ROOT
 from test_training import MORE, RUN_DPO, arguments, records, write_overlay
 
-from mindrlhf.checkpoints import strict
 from mindrlhf.cli import UserError
 from mindrlhf.training import state
 
@@ -89,7 +88,7 @@ def test_killed_damaged_and_terminated_it_ends_as_the_unbroken_run(golden, confi
         assert {key: left[key] for key in EXACT} == {key: right[key] for key in EXACT}, left["step"]
     states = state.saved(tmp_path, 0)
     assert list(states) == list(range(4, 13))  # keep_checkpoint_max 9
-    assert all(strict.steps_done(path) == step for step, path in states.items())
+    assert all(state.steps_done(path) == step for step, path in states.items())
 
 
 def test_auto_without_a_state_starts_anew(golden, config, tmp_path, capsys):

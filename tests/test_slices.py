@@ -9,10 +9,10 @@ from test_preprocess import arguments, rows
 from test_transform_checkpoint import STRATEGIES, by_hand, cards, whole, write, write_shards
 
 from mindrlhf import config
-from mindrlhf.checkpoints import containers, layouts, shards, slices, strict
+from mindrlhf.checkpoints import containers, layouts, slices
 from mindrlhf.cli import UserError
 from mindrlhf.data import mindrecord
-from mindrlhf.models.glm4 import sidecar, weight_names
+from mindrlhf.models.glm4 import load, sidecar, weight_names
 from mindrlhf.training import run
 
 PLANS = ("2x2", "1x4", "4x1", "1x2")
@@ -38,10 +38,10 @@ def test_every_card_reads_its_part(tmp_path, monkeypatch, plan, source):
     arrays = whole()
     if source == "file":
         write(tmp_path / "one.safetensors", arrays)
-        stored = shards.open_weights(tmp_path / "one.safetensors")
+        stored = load.open_weights(tmp_path / "one.safetensors")
     else:
         folder = write_shards(tmp_path, "2x2", arrays)
-        stored = shards.open_weights(folder, folder / "strategy")
+        stored = load.open_weights(folder, folder / "strategy")
     data, model = map(int, plan.split("x"))
     monkeypatch.setattr(slices, "get_group_size", lambda group=None: data if group == "data" else cards(plan))
     for rank in range(cards(plan)):
@@ -152,11 +152,11 @@ def test_shards_of_another_model_do_not_load(golden, shared, tmp_path):
     folder = write_shards(tmp_path, "1x2", whole())
     with pytest.raises(UserError, match=r"does not fit the model of this YAML. missing: "
                                         r"transformer\.encoder\.layers\.2"):
-        strict.load_strictly(load_model(golden, "predict"), folder, strategy=folder / "strategy")
+        load.load_weights(load_model(golden, "predict"), folder, strategy=folder / "strategy")
 
 
 def test_a_strategy_file_of_a_run_is_found_in_its_folder(tmp_path, shared):
     assert layouts.find(shared[1]) == shared[1] / "ckpt_strategy_rank_0.ckpt"
     assert layouts.find(None) is None
     numbers = sidecar.read_for(shared[0])[0]
-    assert weight_names.shapes(numbers)["transformer.output_layer.weight"] == (330, 96)
+    assert weight_names.parameter_shapes(numbers)["transformer.output_layer.weight"] == (330, 96)

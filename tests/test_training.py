@@ -11,8 +11,9 @@ import pytest
 from conftest import EXAMPLE, GOLDEN, ROOT, assert_one_error, load_model, run_script, write_overlay
 from mindspore import nn, ops
 
-from mindrlhf.checkpoints import containers, strict
+from mindrlhf.checkpoints import containers, fingerprints
 from mindrlhf.cli import UserError
+from mindrlhf.records import COLUMNS
 
 RUN_DPO = EXAMPLE / "run_dpo.py"
 MORE = """
@@ -171,7 +172,7 @@ def test_policy_that_is_not_the_reference_stops_at_the_first_step(golden, tmp_pa
     """The sidecar is made to agree, so that only the step itself can tell."""
     weights = other_weights(golden, tmp_path / "other.ckpt")
     data = copy_data(golden, tmp_path, checkpoint={"file": "other.ckpt",
-                                                   "fingerprint": strict.fingerprint(containers.read(weights))})
+                                                   "fingerprint": fingerprints.fingerprint(containers.read(weights))})
     config = training_yaml(golden.folder, "plain")
     result = run_script(RUN_DPO, *arguments(golden, config, tmp_path / "out", weights=weights, data=data))
     assert_one_error(result, "policy and reference differ by", "dpo.check_reference False")
@@ -369,7 +370,7 @@ def test_pairs_without_a_finite_loss_stop_the_run_and_are_named(golden, tmp_path
     from mindspore.mindrecord import FileReader
 
     from mindrlhf.data import mindrecord
-    rows = [{name: np.asarray(row[name]) for name in mindrecord.COLUMNS} for row in FileReader(str(golden.data)).get_next()]
+    rows = [{name: np.asarray(row[name]) for name in COLUMNS} for row in FileReader(str(golden.data)).get_next()]
     for row in rows:
         row["chosen_ref_logps"] = np.where(row["pair_ids"] == 5, -np.inf, row["chosen_ref_logps"]).astype(np.float32)
     sidecar = mindrecord.read_sidecar(golden.data)

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 import transform_checkpoint
-from mindrlhf.checkpoints import containers, layouts, reshard, strict, tensors
+from mindrlhf.checkpoints import containers, fingerprints, layouts, reshard, tensors
 from mindrlhf.cli import UserError
-from mindrlhf.models.glm4 import sidecar, weight_names
+from mindrlhf.models.glm4 import model_config, sidecar, weight_names
 
 STRATEGIES = Path(__file__).parent / "golden" / "strategies"
-NUMBERS = weight_names.Numbers(num_layers=2, padded_vocab_size=256, hidden_size=64, ffn_hidden_size=128,
+NUMBERS = model_config.ModelConfig(num_layers=2, padded_vocab_size=256, hidden_size=64, ffn_hidden_size=128,
                           num_attention_heads=4, multi_query_group_num=2, kv_channels=16,
                           layernorm_epsilon=1e-5, rope_ratio=1, eos_token_id=(1,), pad_token_id=0)
 
@@ -23,7 +23,7 @@ def whole(seed=0, dtype="F32"):
     def values(shape):
         return random.permutation(np.prod(shape)).astype(np.float32).reshape(shape) + 0.5
 
-    return {name: tensors.narrow(values(shape), dtype) for name, shape in weight_names.shapes(NUMBERS).items()}
+    return {name: tensors.narrow(values(shape), dtype) for name, shape in weight_names.parameter_shapes(NUMBERS).items()}
 
 
 def part(array, axis, count, number):
@@ -148,13 +148,13 @@ def test_one_to_shards_to_other_shards_to_one(tmp_path, capsys, first, second, s
     assert_shards(tmp_path / "b", second, arrays, dtype, suffix)
     run(tmp_path / "b", tmp_path / "back", src_strategy=tmp_path / "b/strategy", **options)
     assert_holds(tmp_path / f"back/merged{suffix}", arrays, dtype)
-    identity = strict.fingerprint(containers.read(tmp_path / "one.ckpt"))[:12]
+    identity = fingerprints.fingerprint(containers.read(tmp_path / "one.ckpt"))[:12]
     assert capsys.readouterr().out.count(f"fingerprint {identity}") == 3
 
 
 def test_the_numbers_of_the_model_travel_with_shards_and_back(tmp_path):
     write(tmp_path / "one.ckpt", whole())
-    identity = strict.fingerprint(containers.read(tmp_path / "one.ckpt"))
+    identity = fingerprints.fingerprint(containers.read(tmp_path / "one.ckpt"))
     sidecar.write(tmp_path / "one.ckpt", NUMBERS, dtype="F32", fingerprint=identity, source="nowhere")
     run(tmp_path / "one.ckpt", tmp_path / "shards", dst_strategy=STRATEGIES / "2x2.ckpt")
     run(tmp_path / "shards", tmp_path / "back.ckpt", src_strategy=tmp_path / "shards/strategy")

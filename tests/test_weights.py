@@ -9,15 +9,15 @@ import pytest
 from conftest import EXAMPLE, GOLDEN, ROOT, write_overlay
 
 from mindrlhf import config
-from mindrlhf.checkpoints import containers, strict
+from mindrlhf.checkpoints import containers, fingerprints
 from mindrlhf.cli import UserError
-from mindrlhf.models.glm4 import hf, sidecar, weight_names
+from mindrlhf.models.glm4 import hf, model_config, sidecar, weight_names
 
 BASE = {
     layout: json.loads((GOLDEN / f"hf_{layout}" / "config.json").read_text()) for layout in ("glm", "chatglm")
 }
-NUMBERS = weight_names.read_numbers(BASE["glm"], "config.json")
-NINE = weight_names.Numbers(
+NUMBERS = model_config.parse_hf_config(BASE["glm"], "config.json")
+NINE = model_config.ModelConfig(
     num_layers=40,
     padded_vocab_size=151552,
     hidden_size=4096,
@@ -41,7 +41,7 @@ def without(config_json, *keys):
 
 def test_both_spellings_say_the_same():
     """Read off the golden files by eye."""
-    assert NUMBERS == weight_names.read_numbers(BASE["chatglm"], "config.json") == weight_names.Numbers(
+    assert NUMBERS == model_config.parse_hf_config(BASE["chatglm"], "config.json") == model_config.ModelConfig(
         num_layers=3, padded_vocab_size=330, hidden_size=96, ffn_hidden_size=160, num_attention_heads=6,
         multi_query_group_num=2, kv_channels=16, layernorm_epsilon=1.5625e-07, rope_ratio=500,
         eos_token_id=(316, 323, 325), pad_token_id=316, max_position_embeddings=1024)
@@ -66,7 +66,7 @@ def test_rope_in_every_spelling(ratio):
     if ratio == 1:
         ways += [glm, chatglm]
     for way in ways:
-        found = weight_names.read_numbers(way, "config.json").rope_ratio
+        found = model_config.parse_hf_config(way, "config.json").rope_ratio
         assert found == ratio
         assert isinstance(found, int)
 
@@ -75,7 +75,7 @@ def test_rope_in_every_spelling(ratio):
 @pytest.mark.parametrize("ratio", [1, 500, 10000, 2.5])
 def test_what_is_written_reads_back(layout, ratio):
     numbers = replace(NUMBERS, rope_ratio=ratio, max_position_embeddings=77)
-    assert weight_names.read_numbers(hf.config_json(numbers, layout, "BF16"), "config.json") == numbers
+    assert model_config.parse_hf_config(hf.config_json(numbers, layout, "BF16"), "config.json") == numbers
 
 
 @pytest.mark.parametrize("layout", ["glm", "chatglm"])
@@ -88,7 +88,7 @@ def test_what_is_written_says_what_the_golden_config_says(layout):
 
 
 def test_one_stop_token_may_stand_alone():
-    assert weight_names.read_numbers({**BASE["glm"], "eos_token_id": 316}, "config.json").eos_token_id == (316,)
+    assert model_config.parse_hf_config({**BASE["glm"], "eos_token_id": 316}, "config.json").eos_token_id == (316,)
 
 
 @pytest.mark.parametrize(
@@ -122,14 +122,14 @@ def test_one_stop_token_may_stand_alone():
 )
 def test_another_model_is_refused(change, said):
     with pytest.raises(UserError) as error:
-        weight_names.read_numbers({**BASE["glm"], **change}, "config.json")
+        model_config.parse_hf_config({**BASE["glm"], **change}, "config.json")
     assert said in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_everything_wrong_is_said_at_once():
     with pytest.raises(UserError) as error:
-        weight_names.read_numbers(
+        model_config.parse_hf_config(
             {**BASE["glm"], "tie_word_embeddings": True, "hidden_size": -1, "head_dim": None}, "file"
         )
     for said in ("tie_word_embeddings", "hidden_size is -1", "head_dim or kv_channels is missing"):
@@ -145,7 +145,7 @@ def test_names_and_shapes_are_those_of_the_golden_files(layout):
         content = path.read_bytes()
         found |= json.loads(content[8:8 + int.from_bytes(content[:8], "little")])
     found = {name: tuple(entry["shape"]) for name, entry in found.items()
-             if name not in ("__metadata__", weight_names.DERIVED)}
+             if name not in ("__metadata__", weight_names.INV_FREQ)}
     assert weight_names.hf_shapes(NUMBERS, layout) == found
 
 
@@ -154,25 +154,26 @@ def test_the_9b_model_has_its_published_size():
     dense 4096 ** 2, mlp 3 * 4096 * 13696; 40 of them, and a norm."""
     by_hand = 2 * 151552 * 4096 + 4096 + 40 * (2 * 4096 + 4608 * 4097 + 4096 ** 2 + 3 * 4096 * 13696)
     assert by_hand == 9_399_951_360
-    for shapes in (weight_names.shapes(NINE), weight_names.hf_shapes(NINE, "glm"), weight_names.hf_shapes(NINE, "chatglm")):
+    for shapes in (weight_names.parameter_shapes(NINE), weight_names.hf_shapes(NINE, "glm"), weight_names.hf_shapes(NINE, "chatglm")):
         assert sum(int(np.prod(shape)) for shape in shapes.values()) == by_hand
 
 
 CHILD = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
-from mindrlhf import backend, config
+from mindrlhf import config, runtime
+from mindrlhf.models.glm4 import build
 from mindspore.nn.utils import no_init_parameters
 settings = config.load(sys.argv[2], run_mode="preprocess", overrides={
     "context": {"mode": 0, "device_target": "CPU"}, "model.model_config.use_flash_attention": False,
     "model.model_config.seq_length": 16, "model.model_config.compute_dtype": "float32",
     "model.model_config.param_init_type": "float32"})
 run = config.to_mindformers(settings)
-backend.start(run, parallel=False)
+runtime.start(run, parallel=False)
 memory = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 before = memory()
 with no_init_parameters():
-    network = backend.build_network(run)
+    network = build.build_network(run)
 shapes = {parameter.name: parameter.shape for parameter in network.get_parameters()}
 print(json.dumps([type(network).__name__, memory() - before, shapes]))
 """
@@ -184,7 +185,7 @@ def test_the_9b_table_is_that_of_glm4dpo():
                             capture_output=True, text=True, check=True, timeout=300)
     kind, kilobytes, found = json.loads(result.stdout.splitlines()[-1])
     assert kind == "Glm4DPO"
-    assert {name: tuple(shape) for name, shape in found.items()} == weight_names.shapes(NINE)
+    assert {name: tuple(shape) for name, shape in found.items()} == weight_names.parameter_shapes(NINE)
     assert kilobytes < 1_000_000
 
 
@@ -203,7 +204,7 @@ def write_weights(path, numbers, described=True, seed=0):
     random = np.random.default_rng(seed)
     identity = containers.write(path, [
         (name, "F32", shape, lambda shape=shape: random.normal(size=shape).astype(np.float32))
-        for name, shape in weight_names.shapes(numbers).items()])
+        for name, shape in weight_names.parameter_shapes(numbers).items()])
     if described:
         sidecar.write(path, numbers, dtype="F32", fingerprint=identity, source="nowhere")
     return path
@@ -217,7 +218,7 @@ def test_what_fits_passes_in_silence(tmp_path, tiny, capsys, suffix):
     assert capsys.readouterr() == ("", "")
     found, place = sidecar.read_for(path)
     assert found == numbers
-    assert json.loads(place.read_text())["fingerprint"] == strict.fingerprint(containers.read(path))
+    assert json.loads(place.read_text())["fingerprint"] == fingerprints.fingerprint(containers.read(path))
 
 
 def test_every_difference_is_named_with_both_values(tmp_path, tiny):

@@ -3,7 +3,6 @@
 A .ckpt is a protobuf message of repeated records {tag, tensor {dims, type, content}}; a large tensor takes
 several records of one tag. A .safetensors is the size of a JSON header, the header, and the tensors.
 """
-import hashlib
 import json
 import math
 import mmap
@@ -12,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import xxhash
 from safetensors import SafetensorError, safe_open
 
+from mindrlhf.checkpoints import fingerprints
 from mindrlhf.checkpoints.tensors import DTYPES, WORKERS, StoredTensor, pieces, size_of
 from mindrlhf.cli import UserError, existing_file
 from mindrlhf.files import atomic_file
@@ -160,33 +159,6 @@ def check_whole(path):
 
 # identity
 
-class Fingerprint:
-    """Identity of a set of weights, the same in whatever files, formats and order the tensors lie.
-
-    SHA-256 over the digests of the tensors, sorted by name. The digest of a tensor is SHA-256 over the line
-    "name dtype [shape]", then the XXH3 (128 bits) of each piece of 2**19 elements (tensors.PIECE) of its
-    little-endian content. Pieces, so that all processors share the work on a large tensor. It tells weights
-    apart; it is no proof against somebody who forges some.
-    """
-
-    def __init__(self):
-        self.parts = {}
-
-    def add(self, name, dtype, shape, digests):
-        """Add a tensor: digests are those of its pieces, in order."""
-        line = f"{name} {dtype} {list(shape)}\n".encode()
-        self.parts[name] = hashlib.sha256(line + b"".join(digests)).digest()
-
-    def hexdigest(self):
-        """64 hex digits."""
-        return hashlib.sha256(b"".join(self.parts[name] for name in sorted(self.parts))).hexdigest()
-
-
-def digest(data):
-    """XXH3 of the bytes of a piece."""
-    return xxhash.xxh3_128_digest(data)
-
-
 # writing
 
 def check_name(path):
@@ -235,7 +207,7 @@ class Writer:
 
     def __init__(self, file, suffix, tensors, *, framework="np", hashed=True):
         self.file, self.suffix, self.hashed = file, suffix, hashed
-        self.left, self.identity = list(reversed(tensors)), Fingerprint()
+        self.left, self.identity = list(reversed(tensors)), fingerprints.Fingerprint()
         if suffix == ".safetensors":
             file.write(_safetensors_header(tensors, framework))
 
@@ -260,7 +232,7 @@ class Writer:
         digests = []
         for data in _data(made, dtype, math.prod(shape)):
             if self.hashed:
-                digests.append(self.pool.submit(digest, data))  # beside the writing
+                digests.append(self.pool.submit(fingerprints.digest, data))  # beside the writing
                 digests[max(len(digests) - 2 * WORKERS, 0)].result()  # no more pieces in memory than that
             sink.write(data)
             if progress:

@@ -3,28 +3,32 @@
 MindSpore holds all cards' files in memory at once. So it is given a few tensors at a time: memory is that
 of the largest tensor, three times, and not that of the model.
 """
+from __future__ import annotations
+
 import gc
 import shutil
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
-from mindrlhf.checkpoints import layouts, shards, strict
+from mindrlhf.checkpoints import fingerprints, layouts, shards
 from mindrlhf.checkpoints.containers import Writer, read, write
-from mindrlhf.checkpoints.runs import WEIGHTS
-from mindrlhf.checkpoints.tensors import finite, size_of
+from mindrlhf.checkpoints.tensors import StoredTensor, finite, size_of
 from mindrlhf.cli import UserError
 
 GROUP = 1 << 28  # bytes of tensors that MindSpore is given at once
 
 
-def targets(source, strategy):
+def targets(source: Mapping[str, StoredTensor], strategy: Path | None, *,
+            is_expected: Callable[[str], bool]) -> list[list[tuple]]:
     """What each card is to hold: list, one a card, of (name, dtype, shape) in order.
 
     Args:
-        source: dict, name -> tensor, whole ones.
-        strategy: path of the strategy file to share them out by; None: one file of whole tensors.
+        source: name -> whole tensor.
+        strategy: the strategy file to shard them by; None: one file of whole tensors.
+        is_expected: whether a name of the strategy should be in the source.
 
     Raises:
         UserError: the strategy is of another model.
@@ -33,7 +37,7 @@ def targets(source, strategy):
         return [[(tensor.name, tensor.dtype, tuple(tensor.shape)) for tensor in source.values()]]
     plan = layouts.read(strategy)
     lacking = [name for name in source if name not in plan]
-    lost = [name for name in plan if name.startswith(WEIGHTS) and name not in source]
+    lost = [name for name in plan if is_expected(name) and name not in source]
     odd = [name for name, tensor in source.items()
            if name in plan and not _divides(plan[name].splits, tensor.shape)]
     if lacking or lost or odd:
@@ -121,7 +125,8 @@ def _bits(tensor, dtype):
     return (values.view(np.uint16) for values in tensor.chunks()) if dtype == "BF16" else tensor.chunks()
 
 
-def verify(identity, files, strategy):
+def verify(identity: str, files: Sequence[Path], strategy: Path | None, *,
+           is_expected: Callable[[str], bool]) -> None:
     """Compare what was written, read back, with the source.
 
     The blocks are put together by Layout's arithmetic, which knows nothing of how MindSpore moved them;
@@ -130,19 +135,21 @@ def verify(identity, files, strategy):
     Args:
         identity: fingerprint of the source, 64 hex digits.
         files: paths of what was written, one a card.
-        strategy: path of the strategy file by which they are sharded, or None.
+        strategy: the strategy file by which they are sharded, or None.
+        is_expected: as targets() takes it.
 
     Raises:
         UserError: a difference, or values that are not finite.
     """
     ranks, bad = [read(path) for path in files], set()
-    written = shards.join(ranks, strategy, files[0].parents[1]) if strategy else ranks[0]
+    written = (shards.join_shards(ranks, strategy, files[0].parents[1], is_expected=is_expected)
+               if strategy else ranks[0])
 
     def inspect(tensor, values):
         if tensor.dtype in ("F32", "F16", "BF16", "F64") and not finite(values, tensor.dtype).all():
             bad.add(tensor.name)
 
-    found = strict.fingerprint(written, inspect=inspect)
+    found = fingerprints.fingerprint(written, inspect=inspect)
     if strategy:
         shards.check_replicas(written)
     if identity != found:

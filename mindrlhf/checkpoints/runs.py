@@ -1,5 +1,9 @@
 """The checkpoint files of several cards, rank_0, rank_1, ...: which of several steps is whole on all."""
+from __future__ import annotations
+
 import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from mindrlhf.checkpoints.containers import SUFFIXES, check_whole, read
@@ -7,15 +11,6 @@ from mindrlhf.cli import UserError
 from mindrlhf.files import read_json
 
 STEP = "step.json"  # beside weights without a training state: {"step": number of steps behind them}
-WEIGHTS = "transformer."  # every weight's name starts so; the rest of a state is the optimizer's
-
-
-def weights_of(path):
-    """The weights in a file, without the rest of a training state: dict, name -> StoredTensor."""
-    tensors = {name: tensor for name, tensor in read(path).items() if name.startswith(WEIGHTS)}
-    if not tensors:
-        raise UserError(f"{path}: holds no weights of a GLM-4")
-    return tensors
 
 
 def rank_folders(folder):
@@ -68,42 +63,75 @@ def _step_of(path):
     return step
 
 
-def choose(folder, step=None, *, skipped=None):
-    """One whole checkpoint file of each rank, all of the same step.
+@dataclass(frozen=True)
+class Step:
+    """The checkpoints of all ranks at one training step.
+
+    Attributes:
+        files: path of each rank's file, rank 0 first.
+        number: training steps behind them; None if the files do not say.
+    """
+    files: list[Path]
+    number: int | None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A step that may be complete: its step, or what is wrong with it."""
+    step: Step | None
+    problem: UserError | None
+
+
+def newest_first(ranks: Sequence[Mapping[int | None, Path]], numbers: Iterable[int | None],
+                 check: Callable[[Path], None]) -> Iterator[Candidate]:
+    """Steps from the newest to the oldest, each checked when it is asked for.
+
+    Args:
+        ranks: for each rank step number -> file.
+        numbers: the steps to look at.
+        check: raises UserError if a file is damaged.
+    """
+    for number in sorted(numbers, key=lambda number: -1 if number is None else number, reverse=True):
+        try:
+            files = [_file_of(states, number, ranks) for states in ranks]
+            for path in files:
+                check(path)
+        except UserError as error:
+            yield Candidate(None, error)
+            continue
+        yield Candidate(Step(files, number), None)
+
+
+def _file_of(states: Mapping[int | None, Path], number: int | None, ranks: Sequence[Mapping[int | None, Path]]) -> Path:
+    if number not in states:
+        folder = next(iter(states.values())).parent
+        known = sorted(step for step in set().union(*ranks) if step)
+        raise UserError(f"{folder}: has no checkpoint of step {number}; steps found: "
+                        f"{', '.join(map(str, known)) or 'none'}")
+    return states[number]
+
+
+def find_step(folder: str | Path, number: int | None = None, *,
+              report_skipped: Callable[[str], None] | None = None) -> Step:
+    """One intact checkpoint file of each rank, all of the same step.
 
     Args:
         folder: holds rank_0, rank_1, ...
-        step: which; None: the last that every rank has whole.
-        skipped: called with a line about each later step that is not whole; None: such a step is an error.
-
-    Returns:
-        (list of paths, step or None where the files say none).
+        number: the step; None: the newest that is intact on every rank.
+        report_skipped: called with a line about each newer step that is not; None: such a step is an error.
 
     Raises:
-        UserError: no step is whole on all ranks, or not the one asked for.
+        UserError: no step is intact on all ranks, or not the one asked for.
     """
-    folders = rank_folders(folder)
-    found = [_steps(each) for each in folders]
-    wanted = {step} if step is not None else set().union(*found)
+    ranks = [_steps(each) for each in rank_folders(folder)]
+    wanted = {number} if number is not None else set().union(*ranks)
     problems = []
-    for number in sorted(wanted, key=lambda number: -1 if number is None else number, reverse=True):
-        try:
-            files = [_of_step(each, steps, number, found) for each, steps in zip(folders, found)]
-            for path in files:
-                check_whole(path)
-        except UserError as error:
-            problems.append(error)
-            if skipped is None:
-                break
-            continue
-        for problem in problems:
-            skipped(f"skipped: {problem}")
-        return files, number
+    for candidate in newest_first(ranks, wanted, check_whole):
+        if candidate.step:
+            for problem in problems:
+                report_skipped(f"skipped: {problem}")
+            return candidate.step
+        problems.append(candidate.problem)
+        if report_skipped is None:
+            break
     raise problems[0]
-
-
-def _of_step(folder, steps, number, found):
-    if number not in steps:
-        there = ", ".join(str(each) for each in sorted(filter(None, set().union(*found)))) or "none"
-        raise UserError(f"{folder}: has no checkpoint of step {number}; steps found: {there}")
-    return steps[number]

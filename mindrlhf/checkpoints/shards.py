@@ -1,17 +1,18 @@
 """The checkpoints of several cards as one: rank_0, rank_1, ... with the strategy of their run."""
+from __future__ import annotations
+
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from mindrlhf.arithmetic import ceil_div
 from mindrlhf.checkpoints import layouts
-from mindrlhf.checkpoints.containers import read
-from mindrlhf.checkpoints.runs import WEIGHTS, choose, weights_of
 from mindrlhf.checkpoints.tensors import DTYPES, StoredTensor, pieces, size_of
 from mindrlhf.cli import UserError
-from mindrlhf.models.glm4 import lora, weight_names
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class ShardedTensor(StoredTensor):
         if not self.shape:
             return self.parts[0].read(first, count)
         inner = math.prod(self.shape[1:])
-        rows = slice(first // inner, -(-(first + count) // inner))
+        rows = slice(first // inner, ceil_div(first + count, inner))
         block = self.block((rows, *(slice(0, size) for size in self.shape[1:])))
         return block.reshape(-1)[first - rows.start * inner:][:count]
 
@@ -66,16 +67,18 @@ def _moved(slices, origins):
     return tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(slices, origins))
 
 
-def join(ranks, strategy, place):
+def join_shards(ranks: Sequence[Mapping[str, StoredTensor]], strategy: Path, place: Path, *,
+                is_expected: Callable[[str], bool]) -> dict[str, ShardedTensor]:
     """The tensors of all cards as whole ones.
 
     Args:
-        ranks: for each card a dict, name -> StoredTensor.
-        strategy: path of the strategy file of their run.
-        place: what to name in errors: the folder of the shards.
+        ranks: for each card name -> tensor, rank 0 first.
+        strategy: the strategy file of their run.
+        place: the folder of the shards, for messages.
+        is_expected: whether a name of the strategy should be among the tensors.
 
     Returns:
-        dict, name -> ShardedTensor.
+        name -> whole tensor.
 
     Raises:
         UserError: cards and strategy are not of one run.
@@ -87,16 +90,13 @@ def join(ranks, strategy, place):
         raise UserError(f"{strategy}: is of a run on {cards} card(s), {place} holds {len(ranks)} rank "
                         f"folder(s); give the strategy of the same run{cure}")
     for tensors in ranks[1:]:
-        _alike(ranks[0], tensors)
-    expected = {name for name in plan if name.startswith(WEIGHTS)}
-    if any(map(lora.is_adapter, ranks[0])):  # the frozen weights are not saved then
-        expected = set(filter(lora.is_adapter, expected))
-    _same_names(expected, ranks[0], strategy)
+        require_alike(ranks[0], tensors)
+    _same_names(set(filter(is_expected, plan)), ranks[0], strategy)
     return {name: _joined(name, [tensors[name] for tensors in ranks], plan[name], strategy)
             for name in ranks[0]}
 
 
-def _alike(first, other):
+def require_alike(first: Mapping[str, StoredTensor], other: Mapping[str, StoredTensor]) -> None:
     """Raise UserError unless two cards hold blocks of one size of the same tensors."""
     for name in {**first, **other}:
         one, two = first.get(name), other.get(name)
@@ -137,58 +137,3 @@ def check_replicas(tensors):
                     raise UserError(f"{other.file.name}: {tensor.name} differs from its copy in "
                                     f"{first.file.name}; the files are of different runs or steps, "
                                     "or the strategy is of another run")
-
-
-def check_model(found, place, numbers=None):
-    """Raise UserError unless the shapes are those of a whole GLM-4: shards without their strategy are not.
-
-    Args:
-        found: dict, name -> shape.
-        place: what to name in the error.
-        numbers: Numbers of the model; None: whatever the tensors tell.
-    """
-    if any(map(lora.is_adapter, found)):
-        return  # adapters are checked against their base
-    told = weight_names.measure(found)
-    if told and numbers is None:
-        qkv = found["transformer.encoder.layers.0.self_attention.query_key_value.weight"][0]
-        heads, hidden = told["num_attention_heads * kv_channels"], told["hidden_size"]
-        numbers = weight_names.Numbers(told["num_layers"], told["padded_vocab_size"], hidden,
-                                  told["ffn_hidden_size"], heads, (qkv - heads) // 2, 1, 1e-5, 1, (), 0)
-    expected = weight_names.shapes(numbers) if numbers else {}
-    wrong = [name for name in {**expected, **found} if expected.get(name) != tuple(found.get(name, ()))]
-    if wrong:
-        name = wrong[0]
-        raise UserError(f"{place}: is no whole GLM-4: {name} is {list(found.get(name, ()))}, not "
-                        f"{list(expected.get(name, ()))}. Shards need --src_strategy, the output/strategy "
-                        "of their own run")
-
-
-def open_weights(path, strategy=None):
-    """Find the weights that a run starts from; their values stay in the files.
-
-    Args:
-        path: a whole file, or a folder of rank_0, rank_1, ...
-        strategy: folder or file of strategies of the run that saved the shards; None: the ranks are equal.
-
-    Returns:
-        dict, name -> StoredTensor, whole ones.
-
-    Raises:
-        UserError: the shards and the strategy do not belong together, or the newest step is not whole.
-    """
-    if not path:
-        raise UserError("no weights given; --load_checkpoint names the checkpoint that convert_weight.py "
-                        "made")
-    if not Path(path).is_dir():
-        if strategy:
-            raise UserError(f"{path}: is one file; --src_strategy belongs to a folder of rank_0, rank_1, ...")
-        return read(path)
-    files, _ = choose(path)
-    ranks, strategy = [weights_of(file) for file in files], layouts.find(strategy)
-    if strategy:
-        return join(ranks, strategy, path)
-    for tensors in ranks[1:]:
-        _alike(ranks[0], tensors)
-    check_model({name: tensor.shape for name, tensor in ranks[0].items()}, files[0])
-    return ranks[0]

@@ -1,5 +1,6 @@
 """The training file as batches."""
 from mindrlhf.data import mindrecord
+from mindrlhf.records import COLUMNS
 
 
 def open_dataset(path, sidecar, *, batch_size, shuffle, shards=1, shard=0):
@@ -17,13 +18,13 @@ def open_dataset(path, sidecar, *, batch_size, shuffle, shards=1, shard=0):
         shard: which of them this is.
 
     Returns:
-        a MindSpore dataset with the columns of mindrecord.COLUMNS.
+        a MindSpore dataset with the columns of records.COLUMNS.
     """
     import mindspore.dataset as ds
     sizes = {"seq_len": sidecar["seq_len"], "width": sidecar["pairs_per_row"]}
     empty = mindrecord.make_row([], [], [], pad_id=0, **sizes)
     padding = -sidecar["rows"] % (batch_size * shards)
     extra = {"padded_sample": empty, "num_padded": padding} if padding else {}
-    rows = ds.MindDataset(str(path), columns_list=list(mindrecord.COLUMNS), num_parallel_workers=1,
+    rows = ds.MindDataset(str(path), columns_list=list(COLUMNS), num_parallel_workers=1,
                           shuffle=shuffle, num_shards=shards, shard_id=shard, **extra)
-    return rows.batch(batch_size, drop_remainder=True).project(list(mindrecord.COLUMNS))
+    return rows.batch(batch_size, drop_remainder=True).project(list(COLUMNS))

@@ -5,7 +5,6 @@ import numpy as np
 
 from mindrlhf.models.glm4 import template
 
-SIDES = ("chosen", "rejected")
 # where prompt + longer answer exceed a row: the prompt loses its oldest tokens, its newest, or the pair goes
 TRUNCATIONS = ("keep_end", "keep_start", "drop")
 

@@ -6,15 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from mindrlhf.cli import UserError, existing_file
-from mindrlhf.data.features import SIDES, row_columns
+from mindrlhf.data.features import row_columns
 from mindrlhf.files import write_json
+from mindrlhf.records import COLUMNS, SIDES
 
-# in the order in which Glm4DPO takes them: name -> (dtype, which dimension)
-_OF_SIDE = {"input_ids": ("int32", "seq_len"), "labels": ("int32", "seq_len"),
-            "loss_mask": ("int32", "seq_len"), "segment_ids": ("int32", "seq_len"),
-            "ref_logps": ("float32", "pairs")}
-COLUMNS = {f"{side}_{name}": kind for side in SIDES for name, kind in _OF_SIDE.items()}
-COLUMNS["pair_ids"] = ("int32", "pairs")
 SIDECAR_FORMAT = 1
 
 
@@ -62,8 +57,9 @@ def write(path, rows, *, seq_len, width, sidecar):
     try:
         workshop.mkdir(parents=True)
         writer = FileWriter(str(workshop / path.name), 1, overwrite=True)
-        writer.add_schema({name: {"type": dtype, "shape": [{"seq_len": seq_len, "pairs": width}[size]]}
-                           for name, (dtype, size) in COLUMNS.items()}, "packed preference pairs")
+        sizes = {"seq_len": seq_len, "pairs": width}
+        writer.add_schema({name: {"type": column.dtype, "shape": [sizes[column.size]]}
+                           for name, column in COLUMNS.items()}, "packed preference pairs")
         for row in rows:
             writer.write_raw_data([row])
         writer.commit()

@@ -13,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from mindrlhf.arithmetic import ceil_div
 from mindrlhf.cli import UserError
 from mindrlhf.data.features import TokenPair
 from mindrlhf.files import atomic_file
@@ -25,8 +26,8 @@ def part_size(pairs):
 
     The number of parts is a multiple of 64 where there are enough pairs, so that 8 workers end together.
     """
-    parts = 64 * -(-pairs // (64 * LARGEST))
-    return max(-(-pairs // parts), SMALLEST)
+    parts = 64 * ceil_div(pairs, 64 * LARGEST)
+    return max(ceil_div(pairs, parts), SMALLEST)
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,10 @@
 import numpy as np
 
 from mindrlhf.cli import UserError
-from mindrlhf.data.features import SIDES, fit, row_columns, tokenize
+from mindrlhf.data.features import fit, row_columns, tokenize
 from mindrlhf.data.packing import max_pairs, pack
 from mindrlhf.data.parts import Parts, part_size  # noqa: F401  part of the reference pass
-
-INPUTS = ("input_ids", "labels", "loss_mask", "segment_ids")
+from mindrlhf.records import INPUTS, SIDES
 
 
 def make_part(tokenizer, pairs, first, *, seq_len, score, truncation="keep_end"):
@@ -92,8 +91,6 @@ class Scorer:
         """Rows of pairs -> float32 (2, batch_size, P)."""
         from mindspore import Tensor
         rows = rows + [[]] * (self.batch_size - len(rows))
-        columns = []
-        for side in SIDES:
-            made = [row_columns(row, side, self.seq_len, self.pad_id) for row in rows]
-            columns += [Tensor(np.stack([row[name] for row in made])) for name in INPUTS]
+        made = [row_columns(row, side, self.seq_len, self.pad_id) for side in SIDES for row in rows]
+        columns = [Tensor(np.stack([row[name] for row in made])) for name in INPUTS]
         return self.network(*columns).asnumpy().reshape(2, self.batch_size, self.width)

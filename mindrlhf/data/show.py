@@ -7,8 +7,8 @@ import sys
 
 from mindrlhf import cli
 from mindrlhf.data import mindrecord, validation
-from mindrlhf.data.features import SIDES
 from mindrlhf.models.glm4 import template
+from mindrlhf.records import SIDES
 
 EXAMPLE = "  python -m mindrlhf.data.show dpo.mindrecord -n 3 --tokenizer tokenizer.model"
 SHOWN = 10  # problems that are listed

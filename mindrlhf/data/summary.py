@@ -3,8 +3,9 @@ import logging
 
 import numpy as np
 
-from mindrlhf.data.features import SIDES
+from mindrlhf.arithmetic import ceil_div
 from mindrlhf.files import atomic_file
+from mindrlhf.records import SIDES
 
 EXAMPLES = 3  # places named of each kind
 BAD_ROWS = 20  # bad rows listed in full
@@ -66,7 +67,7 @@ def picture(path, scored):
         left.hist(values, bins, histtype="step", label=f"{side}, mean {values.mean():.0f}")
     left.set(title=f"lengths of {len(sides):,} pairs", xlabel="tokens, prompt + answer", ylabel="pairs")
     left.legend()
-    shown = per_token[::-(-len(per_token) // POINTS)]
+    shown = per_token[::ceil_div(len(per_token), POINTS)]
     right.scatter(shown[:, 0], shown[:, 1], s=np.clip(4000 / len(shown), 3, 30), alpha=0.5, linewidths=0)
     limits = [shown.min() - 0.05, min(shown.max() + 0.05, 0)]
     right.plot(limits, limits, color="gray", linewidth=0.8)

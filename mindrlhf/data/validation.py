@@ -1,9 +1,8 @@
 """What must hold for every row of a training file, read off its columns, without the code that made them."""
 import numpy as np
 
-from mindrlhf.data import mindrecord
-from mindrlhf.data.features import SIDES
 from mindrlhf.models.glm4 import template
+from mindrlhf.records import COLUMNS, SIDES
 
 
 def segments(row, side):
@@ -17,7 +16,7 @@ def check_shapes(row, sidecar):
     """Problems of columns that are missing, or not of the sidecar's type and shape: list of str."""
     sizes = {"seq_len": (sidecar["seq_len"],), "pairs": (sidecar["pairs_per_row"],)}
     problems = []
-    for name, (dtype, size) in mindrecord.COLUMNS.items():
+    for name, (dtype, size) in COLUMNS.items():
         if name not in row:
             problems.append(f"no column {name}")
         elif row[name].dtype != dtype or row[name].shape != sizes[size]:

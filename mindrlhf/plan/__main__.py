@@ -2,8 +2,9 @@
 import re
 
 from mindrlhf import cli, config
+from mindrlhf.parallel import Plan
 from mindrlhf.plan import hours, memory, traffic
-from mindrlhf.plan.parameters import layout_of, parameter_bytes
+from mindrlhf.plan.parameters import parameter_bytes
 
 EXAMPLE = "  python -m mindrlhf.plan finetune_glm4_9b.yaml --devices 8 --memory 64 --data dpo.mindrecord"
 UNITS = {"GB": 1e9, "MB": 1e6}
@@ -36,8 +37,8 @@ def total_with(settings, devices, changes):
 
 def remedies(settings, devices):
     """What could be changed, cheapest first: list of (sentence, changes)."""
-    layout, model = layout_of(settings, devices), settings["model"]["model_config"]
-    semi, batch = config.sharded(settings), settings["runner_config"]["batch_size"]
+    plan, model = Plan.of(settings, devices), settings["model"]["model_config"]
+    semi, batch = Plan.of(settings).is_sharded, settings["runner_config"]["batch_size"]
     shares, length, found = memory.shares_of(settings, devices), model["seq_length"], []
     sizes = [size for size in (512, 1024, 2048, 4096, 8192, 16384) if size <= shares.everywhere]
     if sizes:
@@ -45,16 +46,16 @@ def remedies(settings, devices):
         found.append((f"dpo.logps_chunk_size {size}", {"dpo.logps_chunk_size": size}))
     if settings["run_mode"] == "finetune":
         found.append(("recompute_config.recompute True", {"recompute_config.recompute": True}))
-        if semi and layout.data > 1:
+        if semi and plan.data > 1:
             found.append(("parallel.enable_parallel_optimizer True",
                           {"parallel.enable_parallel_optimizer": True}))
     if batch > 1:
         found.append((f"runner_config.batch_size {batch // 2}", {"runner_config.batch_size": batch // 2}))
     groups = model["multi_query_group_num" if model.get("use_flash_attention") else "num_attention_heads"]
-    if semi and layout.data % 2 == 0 and groups % (2 * layout.model) == 0:
-        found.append((f"parallel_config.data_parallel {layout.data // 2}, model_parallel {2 * layout.model}",
-                      {"parallel_config.data_parallel": layout.data // 2,
-                       "parallel_config.model_parallel": 2 * layout.model}))
+    if semi and plan.data % 2 == 0 and groups % (2 * plan.model) == 0:
+        found.append((f"parallel_config.data_parallel {plan.data // 2}, model_parallel {2 * plan.model}",
+                      {"parallel_config.data_parallel": plan.data // 2,
+                       "parallel_config.model_parallel": 2 * plan.model}))
     shorter = [length // 2 ** power for power in (1, 2, 3) if length // 2 ** power >= 512]
     found += [(f"seq_length {size}, and preprocess with --seq_len {size}",
                {"model.model_config.seq_length": size}) for size in shorter]
@@ -94,9 +95,9 @@ def report(settings, devices, *, limit, rows):
         limit: bytes of a card that may be used.
         rows: of the data, or None.
     """
-    layout, (where, most) = layout_of(settings, devices), memory.peak(settings, devices)
-    shared = "the optimizer's state shared out" if layout.optimizer else "the optimizer's state whole"
-    lines = [f"{devices} cards: data_parallel {layout.data} x model_parallel {layout.model}, {shared}; "
+    plan, (where, most) = Plan.of(settings, devices), memory.peak(settings, devices)
+    shared = "the optimizer's state shared out" if plan.shards_optimizer else "the optimizer's state whole"
+    lines = [f"{devices} cards: data_parallel {plan.data} x model_parallel {plan.model}, {shared}; "
              f"seq_length {settings['model']['model_config']['seq_length']}"]
     exact = parameter_bytes(settings, devices)
     lines += table(f"memory of a card ({len(exact)} weights and moments to the byte; the rest estimated)",
@@ -122,9 +123,8 @@ def main(argv=None):
     """Print the report of a YAML."""
     arguments = parser().parse_args(argv)
     settings = config.load(arguments.config, run_mode=("finetune", "preprocess"))
-    plan = settings.get("parallel_config", {})
-    planned = plan.get("data_parallel", 1) * plan.get("model_parallel", 1)
-    devices = arguments.devices or (planned if config.sharded(settings) else 8)
+    plan = Plan.of(settings)
+    devices = arguments.devices or (plan.cards if plan.is_sharded else 8)
     config.check_workers(settings, devices)
     rows = arguments.rows
     if arguments.data:

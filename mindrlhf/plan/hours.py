@@ -1,9 +1,10 @@
 """Time of training and preprocessing, by arithmetic: floating-point operations over what the cards can do."""
 import math
 
+from mindrlhf.models.glm4.model_config import ModelConfig
+from mindrlhf.parallel import Plan
 from mindrlhf.plan import traffic
 from mindrlhf.plan.memory import shares_of, widths
-from mindrlhf.plan.parameters import layout_of, numbers_of
 
 # operations a second of an Ascend 910B in bfloat16, as commonly stated: its larger variant; the smaller 313e12
 PEAK = 376e12
@@ -18,7 +19,7 @@ def forward_operations(settings):
     Returns:
         (of the layers, of the output layer).
     """
-    numbers, (hidden, query, key, ffn) = numbers_of(settings), widths(settings)
+    numbers, (hidden, query, key, ffn) = ModelConfig.of(settings), widths(settings)
     matrices = hidden * (query + 2 * key) + query * hidden + 3 * hidden * ffn
     attention = 4 * settings["model"]["model_config"]["seq_length"] * query
     return numbers.num_layers * (2 * matrices + attention), 2 * hidden * numbers.padded_vocab_size
@@ -47,8 +48,8 @@ def tokens_per_second(operations, *, peak=PEAK, efficiency=EFFICIENCY):
 
 def seconds_per_step(settings, devices):
     """(seconds of computing, of communication) of a step; parts of an accumulated batch count one by one."""
-    layout, shares = layout_of(settings, devices), shares_of(settings, devices)
-    positions = shares.group / layout.model  # model parallelism splits their matrix products
+    plan, shares = Plan.of(settings, devices), shares_of(settings, devices)
+    positions = shares.group / plan.model  # model parallelism splits their matrix products
     if settings["run_mode"] == "preprocess":
         return positions / tokens_per_second(sum(forward_operations(settings))), 0.0
     return (positions / tokens_per_second(step_operations(settings)),
@@ -57,7 +58,7 @@ def seconds_per_step(settings, devices):
 
 def steps(settings, devices, rows):
     """Steps of a pass over so many rows (a chosen and a rejected side each), accumulated parts counted."""
-    return math.ceil(rows / (settings["runner_config"]["batch_size"] * layout_of(settings, devices).data))
+    return math.ceil(rows / (settings["runner_config"]["batch_size"] * Plan.of(settings, devices).data))
 
 
 def hours(settings, devices, rows):

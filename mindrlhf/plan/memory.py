@@ -7,8 +7,9 @@ the CPU; tests/test_plan.py and benchmarks/plan_memory.py compare both. Assumpti
 import math
 from dataclasses import dataclass
 
-from mindrlhf.config import sharded
-from mindrlhf.plan.parameters import BYTES, held, layout_of, numbers_of
+from mindrlhf.models.glm4.model_config import ModelConfig
+from mindrlhf.parallel import Plan
+from mindrlhf.plan.parameters import BYTES, held
 
 RESIDUAL = 4  # bytes: the sums between layers and the norms are float32 (layernorm_compute_type)
 BUFFERS = 2e9  # assumption: the communication library's buffers and what fragmentation loses
@@ -37,19 +38,19 @@ class Shares:
 
 def shares_of(settings, devices):
     """Shares of the settings of a YAML on a number of cards."""
-    layout, length = layout_of(settings, devices), settings["model"]["model_config"]["seq_length"]
+    plan, length = Plan.of(settings, devices), settings["model"]["model_config"]["seq_length"]
     batch = settings["runner_config"]["batch_size"]
-    if not sharded(settings):  # each card by itself
+    if not Plan.of(settings).is_sharded:  # each card by itself
         return Shares(2 * batch * length, 2 * batch * length, 2 * batch * length, 1)
-    rows, group = 2 * batch * layout.data, 2 * batch * length
-    split = rows // math.gcd(rows, layout.cards) * length
-    return Shares(split, group, group, 1) if layout.whole_vocabulary else Shares(
-        split, group, rows * length, layout.cards)
+    rows, group = 2 * batch * plan.data, 2 * batch * length
+    split = rows // math.gcd(rows, plan.cards) * length
+    return Shares(split, group, group, 1) if plan.keeps_vocabulary else Shares(
+        split, group, rows * length, plan.cards)
 
 
 def widths(settings):
     """Numbers of a position: (hidden, all query heads, all key heads, feed-forward)."""
-    numbers = numbers_of(settings)
+    numbers = ModelConfig.of(settings)
     query, key, _ = numbers.qkv_sizes
     return numbers.hidden_size, query, key, numbers.ffn_hidden_size
 
@@ -62,7 +63,7 @@ def layer_kept(settings, shares):
     model, (hidden, query, key, _) = settings["model"]["model_config"], widths(settings)
     compute = BYTES[model["compute_dtype"]]
     kept = RESIDUAL * hidden + compute * (query + 2 * key)
-    if compute != RESIDUAL and sharded(settings):
+    if compute != RESIDUAL and Plan.of(settings).is_sharded:
         kept += RESIDUAL * hidden + RESIDUAL * (query + key) // 2
     return shares.split * kept
 
@@ -97,7 +98,7 @@ def layer_work(settings, positions):
 def chunks(settings, shares):
     """(positions whose logits exist at once, into how many chunks all positions fall)."""
     size = settings["dpo"]["logps_chunk_size"] or shares.everywhere
-    if sharded(settings):
+    if Plan.of(settings).is_sharded:
         size = max(size, math.ceil(shares.everywhere / MOST_CHUNKS))
     return min(size, shares.everywhere), math.ceil(shares.everywhere / size)
 
@@ -109,7 +110,7 @@ def chunk_gradients(settings, shares):
     model = settings["model"]["model_config"]
     compute, (_, count) = BYTES[model["compute_dtype"]], chunks(settings, shares)
     one = shares.everywhere * model["hidden_size"] * compute
-    if not sharded(settings) or count == 1:  # blocks of the vocabulary: one of each
+    if not Plan.of(settings).is_sharded or count == 1:  # blocks of the vocabulary: one of each
         return one
     weight = 0 if "lora" in settings else model["padded_vocab_size"] // shares.vocabulary * model["hidden_size"]
     stored = BYTES[model["param_init_type"]]
@@ -143,7 +144,7 @@ def parts(settings, devices):
     recompute = settings.get("recompute_config", {}).get("recompute", False)
     kept = layer_kept(settings, shares) if recompute else layer_whole(settings, shares.group)
     work = layer_whole(settings, shares.group) if recompute or not training else 0
-    semi, cast = sharded(settings), model["param_init_type"] != model["compute_dtype"]
+    semi, cast = Plan.of(settings).is_sharded, model["param_init_type"] != model["compute_dtype"]
     cell = 1 if model.get("use_flash_attention") else 4  # bytes of the mask's numbers
     logits = chunks(settings, shares)[0] * model["padded_vocab_size"] // shares.vocabulary * 4
     return {
@@ -152,7 +153,7 @@ def parts(settings, devices):
         "gradients": sum(part.bytes for part in trained),
         "weights in compute type": compute_copies(settings, devices) if training or cast else 0,
         "kept by the layers": model["num_layers"] * kept * training,
-        "embedding and last norm": head_kept(settings, shares, layout_of(settings, devices).model),
+        "embedding and last norm": head_kept(settings, shares, Plan.of(settings, devices).model),
         "mask": shares.group * model["seq_length"] * cell,
         "one layer at work": work + layer_work(settings, shares.group) * training,
         "logits of a chunk": logits * (SPREAD_COPIES if semi and training else LOCAL_COPIES),

@@ -7,31 +7,12 @@ tests/test_plan.py has the record.
 import math
 from dataclasses import dataclass
 
-from mindrlhf.config import sharded
 from mindrlhf.models.glm4 import lora, weight_names
+from mindrlhf.models.glm4.model_config import ModelConfig
+from mindrlhf.parallel import Plan
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 OPTIMIZER_THRESHOLD = 64 * 1024  # bytes: MindSpore's parallel_optimizer_threshold; smaller weights stay whole
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the cards share the work. In parallel mode 0 every card holds all.
-
-    Attributes:
-        data, model: data_parallel and model_parallel.
-        whole_vocabulary: vocab_emb_dp: embedding and output layer are not split.
-        optimizer: enable_parallel_optimizer.
-    """
-    data: int = 1
-    model: int = 1
-    whole_vocabulary: bool = False
-    optimizer: bool = False
-
-    @property
-    def cards(self):
-        """Number of cards."""
-        return self.data * self.model
 
 
 @dataclass(frozen=True)
@@ -63,55 +44,31 @@ class Held:
         return math.prod(self.gathered) // math.prod(self.slice)
 
 
-def layout_of(settings, devices):
-    """Layout of the settings of a YAML on a number of cards.
-
-    Args:
-        settings: as config.load() returns them.
-        devices: number of cards.
-    """
-    if not sharded(settings):
-        return Layout(data=devices, whole_vocabulary=True)
-    plan = settings.get("parallel_config", {})
-    return Layout(plan.get("data_parallel", 1), plan.get("model_parallel", 1),
-                  plan.get("vocab_emb_dp", False),
-                  settings["parallel"].get("enable_parallel_optimizer", False))
-
-
-def numbers_of(settings):
-    """The model's sizes as weights.Numbers; what no size depends on is left at zero."""
-    model = settings["model"]["model_config"]
-    sizes = ("num_layers", "padded_vocab_size", "hidden_size", "ffn_hidden_size", "num_attention_heads",
-             "multi_query_group_num", "kv_channels")
-    return weight_names.Numbers(**{name: model[name] for name in sizes}, layernorm_epsilon=0.0, rope_ratio=0,
-                           eos_token_id=(), pad_token_id=0)
-
-
 def shapes(settings):
     """Name -> shape of every parameter of the network, adapters included."""
-    table = weight_names.shapes(numbers_of(settings))
+    table = weight_names.parameter_shapes(ModelConfig.of(settings))
     if "lora" in settings:
         rank = settings["lora"]["rank"]
         targets = "|".join(lora.TARGETS[target] for target in settings["lora"]["target_modules"]).split("|")
         for name, shape in list(table.items()):
             cell = name.removesuffix(".weight")
             if "encoder.layers" in name and cell != name and cell.rsplit(".", 1)[1] in targets:
-                table |= {cell + lora.A: (rank, shape[1]), cell + lora.B: (shape[0], rank)}
+                table |= {cell + weight_names.LORA_A: (rank, shape[1]), cell + weight_names.LORA_B: (shape[0], rank)}
     return table
 
 
-def strategy(name, shape, layout):
+def strategy(name, shape, plan):
     """Into how many parts each dimension of a parameter is split, without the optimizer's sharding."""
-    model, cell = layout.model, name.rsplit(".", 1)[0]
+    model, cell = plan.model, name.rsplit(".", 1)[0]
     if "layernorm" in name:
         return (1,)
     if name == weight_names.EMBEDDING or cell.endswith("output_layer"):
-        if layout.whole_vocabulary or shape[0] % model:
+        if plan.keeps_vocabulary or shape[0] % model:
             return 1, 1
-        return (model if name == weight_names.EMBEDDING else layout.cards), 1
-    if name.endswith(lora.A):
+        return (model if name == weight_names.EMBEDDING else plan.cards), 1
+    if name.endswith(weight_names.LORA_A):
         return 1, model if cell.endswith("dense_4h_to_h") else 1
-    if name.endswith(lora.B):
+    if name.endswith(weight_names.LORA_B):
         return 1 if cell.endswith("dense_4h_to_h") else model, 1
     if cell.endswith("dense_4h_to_h"):
         return 1, model
@@ -128,22 +85,22 @@ def held(settings, devices):
     Returns:
         dict, name -> Held.
     """
-    layout, model = layout_of(settings, devices), settings["model"]["model_config"]
+    plan, model = Plan.of(settings, devices), settings["model"]["model_config"]
     table = {}
     for name, shape in shapes(settings).items():
         dtype = "float32" if "layernorm" in name else model["param_init_type"]  # layernorm_compute_type
-        parts = strategy(name, shape, layout)
+        parts = strategy(name, shape, plan)
         part = tuple(size // count for size, count in zip(shape, parts))
-        trained = "lora" not in settings or lora.is_adapter(name)
-        shared = _shared(part, parts, layout, dtype) if not name.endswith("bias") else part
+        trained = "lora" not in settings or weight_names.is_adapter(name)
+        shared = _shared(part, parts, plan, dtype) if not name.endswith("bias") else part
         table[name] = Held(shape, part, shared, dtype, trained)
     return table
 
 
-def _shared(part, parts, layout, dtype):
+def _shared(part, parts, plan, dtype):
     """Slice of a part that several cards hold alike, after the optimizer shared it out over them."""
-    copies = layout.cards // math.prod(parts)
-    if (not layout.optimizer or copies == 1 or part[0] % copies
+    copies = plan.cards // math.prod(parts)
+    if (not plan.shards_optimizer or copies == 1 or part[0] % copies
             or math.prod(part) * BYTES[dtype] < OPTIMIZER_THRESHOLD):
         return part
     return (part[0] // copies, *part[1:])

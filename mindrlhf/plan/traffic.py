@@ -5,9 +5,9 @@ scatter over n cards moves (n - 1) / n of the whole, an all-reduce twice that.
 """
 import math
 
-from mindrlhf.config import sharded
+from mindrlhf.parallel import Plan
 from mindrlhf.plan.memory import RESIDUAL, shares_of, widths
-from mindrlhf.plan.parameters import BYTES, held, layout_of
+from mindrlhf.plan.parameters import BYTES, held
 
 
 def _of(cards):
@@ -22,11 +22,11 @@ def layer(settings, devices):
     rows over all cards, so every product's input is gathered and its output shared out again: the price
     of model parallelism here. Without flash attention the scores wander, too.
     """
-    layout, shares = layout_of(settings, devices), shares_of(settings, devices)
+    plan, shares = Plan.of(settings, devices), shares_of(settings, devices)
     model, (hidden, query, key, ffn) = settings["model"]["model_config"], widths(settings)
     compute = BYTES[model["compute_dtype"]]
-    rows, columns = _of(shares.group // shares.split), _of(layout.model)  # shares of rows and columns fetched
-    if layout.model == 1:
+    rows, columns = _of(shares.group // shares.split), _of(plan.model)  # shares of rows and columns fetched
+    if plan.model == 1:
         return 0, 0
     flash = model.get("use_flash_attention", False)
     keys = 2 * key if flash else 2 * query
@@ -49,24 +49,24 @@ def volumes(settings, devices):
     Returns:
         dict, kind -> bytes that a card receives.
     """
-    layout, shares = layout_of(settings, devices), shares_of(settings, devices)
+    plan, shares = Plan.of(settings, devices), shares_of(settings, devices)
     table, model = held(settings, devices), settings["model"]["model_config"]
     compute, hidden, layers = BYTES[model["compute_dtype"]], model["hidden_size"], model["num_layers"]
     trained = [part for part in table.values() if part.trained]
-    if not sharded(settings):
+    if not Plan.of(settings).is_sharded:
         return {"gradient all-reduce": 2 * _of(devices) * sum(part.bytes for part in trained)}
     gathered = sum(math.prod(part.gathered) * _of(part.shared_by)
                    * (compute if "encoder" in name else BYTES[part.dtype]) for name, part in table.items())
     scattered = sum(math.prod(part.gathered) * _of(part.shared_by) * BYTES[part.dtype] for part in trained)
-    reduced = sum(2 * part.bytes * _of(layout.cards * math.prod(part.gathered) // math.prod(part.shape))
+    reduced = sum(2 * part.bytes * _of(plan.cards * math.prod(part.gathered) // math.prod(part.shape))
                   for part in trained if part.shared_by == 1)
     forward, once = layer(settings, devices)
     recompute = settings.get("recompute_config", {}).get("recompute", False)
     again = forward - once if recompute else 0
-    products = 2 * _of(layout.model) * shares.group * hidden
+    products = 2 * _of(plan.model) * shares.group * hidden
     fetched = (shares.everywhere - shares.split) * hidden * compute
     return {"optimizer all-gather": gathered, "gradient reduce-scatter": scattered,
             "gradient all-reduce": reduced,
             "tensor-parallel gathers": layers * (2 * forward + again),
-            "tensor-parallel all-reduces": 2 * products * (layers * compute + RESIDUAL * (layout.model > 1)),
+            "tensor-parallel all-reduces": 2 * products * (layers * compute + RESIDUAL * (plan.model > 1)),
             "hidden states for the logits": 2 * fetched}

@@ -5,6 +5,7 @@ import time
 from mindspore.train.callback import Callback
 
 from mindrlhf import cli, runtime
+from mindrlhf.records import StepOutput
 from mindrlhf.training import metrics
 
 BEST = {"loss": -1, "dpo_loss": -1, "accuracy": 1, "margin": 1}  # metric -> direction in which it is better
@@ -55,14 +56,14 @@ class DPOMonitor(Callback):
         Raises:
             UserError: policy and reference differ at the first step, or too many steps were not finite.
         """
-        _, overflow, _, learning_rate, norm, sums, pair_ids, faulty = run_context.original_args().net_outputs
-        values = metrics.means(sums.asnumpy().tolist(), sft_weight=self.sft_weight)
+        outputs = StepOutput(*run_context.original_args().net_outputs)
+        values = metrics.means(outputs.sums.asnumpy().tolist(), sft_weight=self.sft_weight)
         seconds = time.perf_counter() - self.started
         self.progress.step += 1
-        bad = bool(overflow) or not math.isfinite(values["loss"])
+        bad = bool(outputs.overflow) or not math.isfinite(values["loss"])
         self.bad_steps += bad
         self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
-        values |= {"learning_rate": float(learning_rate), "grad_norm": float(norm), "overflow": bad,
+        values |= {"learning_rate": float(outputs.learning_rate), "grad_norm": float(outputs.grad_norm), "overflow": bad,
                    "overflow_steps": self.bad_steps, "seconds": seconds, "pairs_per_second": values["pairs"] / seconds,
                    "tokens_per_second": values["tokens"] / seconds, "memory_gb": runtime.peak_memory() / 1e9}
         if self.progress.step == 1:
@@ -71,7 +72,7 @@ class DPOMonitor(Callback):
             self.journal.add("train", self.progress.step, values)
         self.show(values)
         if self.bad_in_a_row >= self.max_bad_steps:
-            raise cli.UserError(self.fault(values, pair_ids.asnumpy(), faulty.asnumpy()))
+            raise cli.UserError(self.fault(values, outputs.pair_ids.asnumpy(), outputs.faulty.asnumpy()))
 
     def show(self, values):
         """Print the console line where it is due."""

@@ -1,8 +1,5 @@
-"""Names of what a training step measures, and sums to means."""
-
-# the sums over the pairs of a batch that Glm4DPO returns, in this order
-SUMS = ("pairs", "tokens", "chosen_tokens", "rejected_tokens", "dpo_loss", "sft_nll", "chosen_logps", "rejected_logps",
-        "chosen_reward", "rejected_reward", "correct", "logratio_size")
+"""From the sums that a training step returns to metrics."""
+from mindrlhf.records import SUMS
 
 
 def means(sums, *, sft_weight):

@@ -9,11 +9,12 @@ from pathlib import Path
 from mindspore.train.callback import Callback
 
 from mindrlhf import cli, config, runtime
-from mindrlhf.checkpoints import strict
+from mindrlhf.checkpoints import fingerprints
 from mindrlhf.data import mindrecord
 from mindrlhf.data.dataset import open_dataset
-from mindrlhf.models.glm4 import template
-from mindrlhf.models.glm4.lora import is_adapter, is_base
+from mindrlhf.models.glm4 import build, load, sidecar, template
+from mindrlhf.models.glm4.weight_names import is_adapter, is_base_weight
+from mindrlhf.parallel import Plan
 from mindrlhf.training import state, train_step  # noqa: F401  wrapper registers the training step
 from mindrlhf.training.callbacks import BEST, DPOMonitor, EvalMonitor, Progress
 from mindrlhf.training.evaluate import Evaluator
@@ -28,6 +29,40 @@ class Data:
     train: dict
     eval_path: str | None
     eval: dict | None
+
+
+def finetune(settings):
+    """Train GLM-4 with DPO, as one worker of a run.
+
+    MindFormers' Trainer builds the optimizer and calls our step and our callbacks:
+
+        for batch in dataset:                        # packed rows, data.dataset.open_dataset
+            loss, gradients = value_and_grad(Glm4DPO)(batch)    # training.train_step
+            if norm(gradients) is finite: optimizer(clip(gradients))
+            DPOMonitor          checks the step, prints and records its metrics
+            EvalMonitor         evaluates held-out pairs where it is due
+            DPOCheckpointMonitor saves a state where it is due, and at SIGTERM
+
+    Args:
+        settings: as config.load() returns them, of run_mode finetune.
+
+    Raises:
+        UserError: data, weights, YAML, workers or a state to resume from do not belong together, or a step fails.
+    """
+    config.check_workers(settings, cli.workers())
+    data = open_data(settings)  # says what is wrong before the workers meet
+    resumed = find_state(settings)
+    if not resumed:
+        config.check_weights(settings)
+    sidecar.check(resumed or settings.get("load_checkpoint"), settings)
+    run_config = config.to_mindformers(settings)
+    runtime.start(run_config, parallel=cli.workers() > 1)
+    model = build.build_network(run_config)
+    load_policy(model, settings, data, resumed)
+    if not resumed:
+        sidecar.keep(settings["load_checkpoint"], settings["output_dir"])
+    train(model, run_config, settings, data, resumed)
+    runtime.finish()
 
 
 def open_data(settings):
@@ -62,13 +97,13 @@ def find_state(settings):
         return None
     path = state.find(settings["output_dir"], wish)
     if path:
-        state.set_aside_later(settings["output_dir"], strict.steps_done(path))
-    cli.say(f"resuming from {path}, step {strict.steps_done(path)}" if path else
+        state.set_aside_later(settings["output_dir"], state.steps_done(path))
+    cli.say(f"resuming from {path}, step {state.steps_done(path)}" if path else
             f"nothing to resume in {state.folder(settings['output_dir'])}: starting from the beginning")
     return path
 
 
-def load_weights(model, settings, data, resumed):
+def load_policy(model, settings, data, resumed):
     """Load the weights strictly, and make sure that they are those of the preprocessing.
 
     Args:
@@ -80,23 +115,23 @@ def load_weights(model, settings, data, resumed):
     Raises:
         UserError: they are others, unless dpo.check_reference is False.
     """
-    sharded = config.sharded(settings)  # then each card has its part of a state, which train() loads
+    sharded = Plan.of(settings).is_sharded  # then each card has its part of a state, which train() loads
     if "lora" in settings:
-        loaded = strict.load_strictly(model, settings.get("load_checkpoint"), names=is_base,
+        loaded = load.load_weights(model, settings.get("load_checkpoint"), names=is_base_weight,
                                           strategy=settings.get("src_strategy"))
         if resumed and not sharded:
-            strict.load_strictly(model, resumed, training_state=True, names=is_adapter)
+            load.load_weights(model, resumed, training_state=True, names=is_adapter)
     elif not (resumed and sharded):
-        loaded = strict.load_strictly(model, resumed or settings.get("load_checkpoint"), training_state=bool(resumed),
+        loaded = load.load_weights(model, resumed or settings.get("load_checkpoint"), training_state=bool(resumed),
                                           strategy=None if resumed else settings.get("src_strategy"))
     if resumed:
         return
     if not settings["dpo"]["check_reference"]:
         return
-    identity = strict.fingerprint(loaded)
-    for path, sidecar in ((data.train_path, data.train), (data.eval_path, data.eval)):
-        if sidecar:
-            mindrecord.check_made_for(path, sidecar, seq_len=sidecar["seq_len"], template=sidecar["template"],
+    identity = fingerprints.fingerprint(loaded)
+    for path, made in ((data.train_path, data.train), (data.eval_path, data.eval)):
+        if made:
+            mindrecord.check_made_for(path, made, seq_len=made["seq_len"], template=made["template"],
                                       tokenizer=None, checkpoint=identity)
 
 
@@ -104,7 +139,7 @@ def feeding(settings):
     """How the workers are fed: batch_size (rows that one reads for a step), shards and shard of the data."""
     runner = settings["runner_config"]
     rows = runner["batch_size"] * runner.get("gradient_accumulation_steps", 1)
-    if config.sharded(settings):  # every card is fed the whole batch and takes its part of it
+    if Plan.of(settings).is_sharded:  # every card is fed the whole batch and takes its part of it
         return {"batch_size": rows * settings["parallel_config"]["data_parallel"], "shards": 1, "shard": 0}
     return {"batch_size": rows, "shards": cli.workers(), "shard": cli.rank()}
 
@@ -126,7 +161,7 @@ def train(model, run_config, settings, data, resumed):
     dataset = open_dataset(data.train_path, data.train, shuffle=shuffle, **feed)
     epoch, epochs = dataset.get_dataset_size(), settings["runner_config"]["epochs"]
     total = min(epoch * epochs, settings["runner_config"].get("max_steps", 0) or math.inf)
-    progress = Progress(first=strict.steps_done(resumed) if resumed else 0, total=total)
+    progress = Progress(first=state.steps_done(resumed) if resumed else 0, total=total)
     if progress.first >= total:
         raise cli.UserError(f"{resumed}: has {progress.first} steps, the run {total}; it is done, or raise epochs")
     cli.say(f"{data.train_path}: {data.train['pairs']['written']} pairs in {data.train['rows']} rows of "
@@ -137,8 +172,8 @@ def train(model, run_config, settings, data, resumed):
     callbacks = make_callbacks(model, settings, data, progress, journal, resumed)
     if resumed:
         runtime.resume_after(progress.first)
-    if resumed and config.sharded(settings):
-        saved = (lambda name: not is_base(name)) if "lora" in settings else None
+    if resumed and Plan.of(settings).is_sharded:
+        saved = (lambda name: not is_base_weight(name)) if "lora" in settings else None
         runtime.load_states_with(partial(state.load_own_part, resumed, names=saved))
     trainer = Trainer(args=run_config, task="text_generation", model=model, train_dataset=dataset, callbacks=callbacks)
     trainer.finetune(finetune_checkpoint=str(resumed) if resumed else False, resume_training=bool(resumed),

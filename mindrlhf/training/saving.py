@@ -12,7 +12,8 @@ from mindrlhf import cli, runtime
 from mindrlhf.checkpoints import containers
 from mindrlhf.checkpoints.runs import STEP
 from mindrlhf.files import existing_parent, write_json
-from mindrlhf.models.glm4.lora import is_base, remarks
+from mindrlhf.models.glm4.lora import remarks
+from mindrlhf.models.glm4.weight_names import is_base_weight
 from mindrlhf.training import state
 
 
@@ -38,7 +39,7 @@ class DPOCheckpointMonitor(Callback):
         super().__init__()
         self.progress, self.journal, self.network, self.output = progress, journal, network, Path(output_dir)
         self.prefix, self.every, self.keep = prefix, save_checkpoint_steps, keep_checkpoint_max
-        self.name_filter = (lambda name: not is_base(name)) if lora else None
+        self.name_filter = (lambda name: not is_base_weight(name)) if lora else None
         self.remarks = remarks(lora) if lora else {}
         self.stop_file, self.born = self.output / ".stop", time.time()
         self.lost = None

@@ -1,10 +1,13 @@
 """Training states on disk: weights, optimizer and step of one rank, from which a run goes on exactly."""
+from __future__ import annotations
+
 import re
 from pathlib import Path
 
 from mindrlhf import cli
-from mindrlhf.checkpoints import containers, strict
-from mindrlhf.checkpoints.containers import check_whole
+from mindrlhf.checkpoints import containers
+from mindrlhf.checkpoints.containers import check_whole, read
+from mindrlhf.checkpoints.runs import newest_first
 from mindrlhf.cli import UserError
 
 NAME = re.compile(r"-step_(\d{8})\.ckpt$")
@@ -34,7 +37,7 @@ def saved(output_dir, rank=None):
 
 def check(path):
     """Raise UserError unless a state is whole: structure, step and, where it has one, checksum."""
-    step = strict.steps_done(path)
+    step = steps_done(path)
     if step_of(path) not in (None, step):
         raise UserError(f"{path}: holds step {step}; rename it back")
     check_whole(path)
@@ -54,31 +57,39 @@ def find(output_dir, resume):
         UserError: the named state is missing or damaged, or lies behind others of the same folder.
     """
     if resume == "auto":
-        return _last_whole(output_dir)
+        return _newest_intact(output_dir)
     path = cli.existing_file(resume, "a state to resume from (output/checkpoint/rank_0/...)")
     if path.parent.name == "rank_0":  # every rank has its own
         path = cli.existing_file(path.parent.with_name(f"rank_{cli.rank()}") / path.name, f"the state of rank {cli.rank()}")
     check(path)
-    later = [step for step in saved(output_dir) if step > strict.steps_done(path)]
+    later = [step for step in saved(output_dir) if step > steps_done(path)]
     if later:
         raise UserError(f"{folder(output_dir)}: has states of later steps ({', '.join(map(str, later))}), which this run "
                         "would make again; move them away, or give another --output_dir")
     return path
 
 
-def _last_whole(output_dir):
-    """The newest step of which every rank has a whole state."""
+def _newest_intact(output_dir):
+    """This rank's state of the newest step that is intact on every rank, or None."""
     ranks = [saved(output_dir, rank) for rank in range(cli.workers())]
-    ranks = [states for states in ranks if states] or [{}]  # on several machines a folder may hold this machine's only
-    for step in sorted(set.intersection(*map(set, ranks)), reverse=True):
-        try:
-            for states in ranks:
-                check(states[step])
-        except UserError as error:
-            cli.say(f"skipped: {error}")
-            continue
-        return saved(output_dir)[step]
+    ranks = [states for states in ranks if states]  # on several machines a folder may hold this machine's only
+    for candidate in newest_first(ranks, set.intersection(*map(set, ranks)) if ranks else (), check):
+        if candidate.step:
+            return saved(output_dir)[candidate.step.number]
+        cli.say(f"skipped: {candidate.problem}")
     return None
+
+
+def steps_done(path):
+    """Number of training steps behind a checkpoint that MindFormers' CheckpointMonitor wrote.
+
+    Raises:
+        UserError: the file says nothing of steps; it is no training state.
+    """
+    tensors = read(path)
+    if "step_num" not in tensors:
+        raise UserError(f"{path}: is no training state; resume_training needs a file of output/checkpoint/rank_*")
+    return int(tensors["step_num"].array())
 
 
 def set_aside_later(output_dir, step):

@@ -5,10 +5,8 @@ from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindspore import Tensor, nn, ops
 
 from mindrlhf import cli
-from mindrlhf.data.mindrecord import COLUMNS
+from mindrlhf.records import PLACE
 from mindrlhf.runtime import SumOverWorkers, unwrap
-
-PAIR_IDS, CHOSEN_LOSS_MASK = (list(COLUMNS).index(name) for name in ("pair_ids", "chosen_loss_mask"))
 
 add_gradients = ops.MultitypeFuncGraph("add_gradients")
 
@@ -73,20 +71,23 @@ class PartLoss(nn.Cell):
         super().__init__(auto_prefix=False)
         self.network, self.split, self.sum_over_workers = network, split, sum_over_workers
 
-    def construct(self, chosen_input_ids, chosen_labels, chosen_loss_mask, chosen_segment_ids, chosen_ref_logps,
-                  rejected_input_ids, rejected_labels, rejected_loss_mask, rejected_segment_ids, rejected_ref_logps,
-                  pair_ids, all_pair_ids, all_chosen_loss_mask):
-        """Columns of the part, then pair_ids and chosen_loss_mask of the whole batch -> what Glm4DPO returns."""
-        columns = (chosen_input_ids, chosen_labels, chosen_loss_mask, chosen_segment_ids, chosen_ref_logps,
-                   rejected_input_ids, rejected_labels, rejected_loss_mask, rejected_segment_ids, rejected_ref_logps,
-                   pair_ids, all_pair_ids, all_chosen_loss_mask)
+    def construct(self, columns, all_pair_ids, all_chosen_loss_mask):
+        """
+        Args:
+            columns: tuple of the part's columns, in the order of records.COLUMNS.
+            all_pair_ids, all_chosen_loss_mask: those two columns of the whole batch.
+
+        Returns:
+            what Glm4DPO returns.
+        """
         if self.split is not None:
-            columns = self.split(*columns)
-        pairs = (columns[11] >= 0).astype("float32").sum()
-        tokens = columns[12].astype("float32").sum()
+            inputs = self.split(*columns, all_pair_ids, all_chosen_loss_mask)
+            columns, all_pair_ids, all_chosen_loss_mask = inputs[:-2], inputs[-2], inputs[-1]
+        pairs = (all_pair_ids >= 0).astype("float32").sum()
+        tokens = all_chosen_loss_mask.astype("float32").sum()
         totals = self.sum_over_workers(ops.stack((pairs, tokens)))
         weights = ops.stop_gradient(self.sum_over_workers.factor / ops.maximum(totals, 1.0))
-        return self.network(*columns[:11], weights.reshape((1, 2)))
+        return self.network(columns, weights.reshape((1, 2)))
 
 
 @MindFormerRegister.register(MindFormerModuleType.WRAPPER)
@@ -116,22 +117,22 @@ class DPOTrainOneStepCell(MFTrainOneStepCell):
             self.clip_grad_norm = ClipInPlan(max_grad_norm, self.weights, cli.workers())
 
     def part(self, columns, number):
-        """Inputs of PartLoss for one part of the rows."""
-        size = columns[PAIR_IDS].shape[0] // self.accumulation
+        """The columns of one part of the rows."""
+        size = columns[PLACE["pair_ids"]].shape[0] // self.accumulation
         rows = ()
         for column in columns:
             rows += (column[number * size:(number + 1) * size],)
-        return rows + (columns[PAIR_IDS], columns[CHOSEN_LOSS_MASK])
+        return rows
 
     def construct(self, *columns):
-        """Columns of a batch -> (loss, overflow, loss scale, learning rate, gradient norm before clipping, sums over the
-        global batch, pair_ids (rows, P), faulty (rows of this card, P): pairs whose loss is not finite, -1 for others)."""
+        """Columns of a batch, in the order of records.COLUMNS -> the fields of records.StepOutput, in order."""
         # one function for all parts: MindSpore 2.7 loses the values of the earlier ones when each makes its own
         forward_backward = ops.value_and_grad(self.part_loss, None, self.weights, has_aux=True)
-        (loss, sums, faulty), gradients = forward_backward(*self.part(columns, 0))
+        pair_ids, chosen_loss_mask = columns[PLACE["pair_ids"]], columns[PLACE["chosen_loss_mask"]]
+        (loss, sums, faulty), gradients = forward_backward(self.part(columns, 0), pair_ids, chosen_loss_mask)
         for number in range(1, self.accumulation):
             later = (ops.depend(columns[0], gradients),) + columns[1:]  # one part's activations at a time
-            values, more = forward_backward(*self.part(later, number))
+            values, more = forward_backward(self.part(later, number), pair_ids, chosen_loss_mask)
             gradients = self.hyper_map(add_gradients, gradients, more)
             loss, sums, faulty = loss + values[0], sums + values[1], ops.concat((faulty, values[2]))
         gradients = self.grad_reducer(gradients)
@@ -142,5 +143,4 @@ class DPOTrainOneStepCell(MFTrainOneStepCell):
             learning_rate = self.learning_rate(self.optimizer.global_step).reshape(())
         if not overflow:
             loss = ops.depend(loss, self.optimizer(gradients))
-        return (loss, overflow, self.scale_sense, learning_rate, norm, self.sum_over_workers(sums), columns[PAIR_IDS],
-                faulty)
+        return loss, overflow, self.scale_sense, learning_rate, norm, self.sum_over_workers(sums), pair_ids, faulty

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 
 from mindrlhf.checkpoints.containers import read, write
-from mindrlhf.checkpoints.strict import difference
+from mindrlhf.checkpoints.strict import describe_difference
 from mindrlhf.checkpoints.tensors import narrow, size_of
 from mindrlhf.cli import UserError, existing_file
 from mindrlhf.files import atomic_folder, read_json, write_json
-from mindrlhf.models.glm4 import weight_names
+from mindrlhf.models.glm4 import model_config, weight_names
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # names in a config.json
@@ -32,12 +32,12 @@ def read_folder(folder):
                         + hint)
     config_path = existing_file(folder / "config.json", "the model's config.json")
     config = read_json(config_path)
-    numbers = weight_names.read_numbers(config, config_path)
+    numbers = model_config.parse_hf_config(config, config_path)
     _check_dtype(config, config_path)
     tensors = _read_shards(folder)
     layout = "glm" if any(name.startswith("model.") for name in tensors) else "chatglm"
-    derived = tensors.pop(weight_names.DERIVED, None)
-    problem = difference(weight_names.hf_shapes(numbers, layout), {name: t.shape for name, t in tensors.items()})
+    derived = tensors.pop(weight_names.INV_FREQ, None)
+    problem = describe_difference(weight_names.hf_shapes(numbers, layout), {name: t.shape for name, t in tensors.items()})
     if problem:
         raise UserError(f"{folder}: the weights are not those of its config.json. {problem}")
     odd = [f"{name} is {tensor.dtype}" for name, tensor in tensors.items() if tensor.dtype not in DTYPES]
@@ -89,7 +89,7 @@ def _read_shards(folder):
     return tensors
 
 
-def write_folder(folder, numbers, layout, dtype, tensors, progress=None):
+def write_folder(folder, numbers, layout, dtype, tensors, progress=None, *, shard_size=None):
     """Write a folder that transformers and vLLM open; it appears when it is whole.
 
     Args:
@@ -99,13 +99,14 @@ def write_folder(folder, numbers, layout, dtype, tensors, progress=None):
         dtype: F32, F16 or BF16, of every tensor.
         tensors: list of (name, dtype, shape, make) as formats.write takes them, in the names of the layout.
         progress: called with the number of bytes after each piece.
+        shard_size: bytes of a file, at most, unless one tensor is larger; None: SHARD.
     """
     if layout == "chatglm":
         derived = narrow(np.array(numbers.inv_freq or _inv_freq(numbers), np.float32), dtype)
-        tensors = [*tensors, (weight_names.DERIVED, dtype, derived.shape, lambda: derived)]
+        tensors = [*tensors, (weight_names.INV_FREQ, dtype, derived.shape, lambda: derived)]
     shards, size = [[]], 0
     for tensor in tensors:
-        if size and size + size_of(*tensor[1:3]) > SHARD:
+        if size and size + size_of(*tensor[1:3]) > (shard_size or SHARD):
             shards.append([])
             size = 0
         shards[-1].append(tensor)
@@ -127,7 +128,7 @@ def write_folder(folder, numbers, layout, dtype, tensors, progress=None):
 def _inv_freq(numbers):
     """The rotary embedding's frequencies, theta ** (-2 i / d) of d = kv_channels / 2 rotated channels."""
     rotated = numbers.kv_channels // 2
-    return (weight_names.THETA * numbers.rope_ratio) ** -(np.arange(0, rotated, 2) / rotated)
+    return (model_config.THETA * numbers.rope_ratio) ** -(np.arange(0, rotated, 2) / rotated)
 
 
 def config_json(numbers, layout, dtype):
@@ -138,7 +139,7 @@ def config_json(numbers, layout, dtype):
               "pad_token_id": numbers.pad_token_id, "tie_word_embeddings": False, "use_cache": True,
               "attention_dropout": 0.0, "torch_dtype": DTYPES[dtype]}
     if layout == "glm":
-        rope = {"rope_theta": float(weight_names.THETA * numbers.rope_ratio), "partial_rotary_factor": 0.5}
+        rope = {"rope_theta": float(model_config.THETA * numbers.rope_ratio), "partial_rotary_factor": 0.5}
         return {"architectures": ["GlmForCausalLM"], "model_type": "glm", **common, **rope,
                 "rope_parameters": {"rope_type": "default", **rope}, "hidden_act": "silu",
                 "attention_bias": True, "num_hidden_layers": numbers.num_layers,

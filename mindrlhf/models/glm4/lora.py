@@ -8,20 +8,10 @@ from __future__ import annotations
 import numpy as np
 
 from mindrlhf.cli import UserError
+from mindrlhf.models.glm4.weight_names import LORA_A, LORA_B, is_adapter
 
 TARGETS = {"qkv": "query_key_value", "dense": "dense", "mlp": "dense_h_to_4h|dense_4h_to_h"}
-A, B = ".mindpet_delta_lora_a", ".mindpet_delta_lora_b"
 REMARKS = ("lora_rank", "lora_alpha")  # what an adapter file says of itself
-
-
-def is_adapter(name):
-    """Whether a parameter belongs to an adapter."""
-    return name.endswith((A, B))
-
-
-def is_base(name):
-    """Whether a parameter is one of the weights without adapters."""
-    return name.startswith("transformer.") and not is_adapter(name)
 
 
 def add_adapters(network, lora, *, compute_dtype, seed):
@@ -56,7 +46,7 @@ def initial_values(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     The values depend on the name and the seed alone. MindSpore's initializers draw each card's slice by itself, so
     that a parallel plan would start from other adapters than one process.
     """
-    if name.endswith(B):
+    if name.endswith(LORA_B):
         return np.zeros(shape, np.float32)
     generator = np.random.default_rng([seed, *name.encode()])
     bound = shape[1] ** -0.5
@@ -81,15 +71,15 @@ def pairs(stored, path):
     Raises:
         UserError: the file holds no adapters, or not both halves of one.
     """
-    names = [name.removesuffix(A) for name in stored if name.endswith(A)]
+    names = [name.removesuffix(LORA_A) for name in stored if name.endswith(LORA_A)]
     if not names or any(remark not in stored for remark in REMARKS):
         raise UserError(f"{path}: holds no adapters; a training with a `lora:` section writes them to checkpoint_network")
-    lonely = [name for name in names if name + B not in stored]
-    if lonely or len(names) != sum(name.endswith(B) for name in stored):
+    lonely = [name for name in names if name + LORA_B not in stored]
+    if lonely or len(names) != sum(name.endswith(LORA_B) for name in stored):
         raise UserError(f"{path}: an adapter lacks its other half; copy the file again")
     rank, alpha = (float(stored[remark].array()) for remark in REMARKS)
     scale = alpha / rank
-    return {f"{name}.weight": (stored[name + A].float32(), stored[name + B].float32()) for name in names}, scale
+    return {f"{name}.weight": (stored[name + LORA_A].float32(), stored[name + LORA_B].float32()) for name in names}, scale
 
 
 def merged(base, stored, path):

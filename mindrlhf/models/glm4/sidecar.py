@@ -11,10 +11,10 @@ from pathlib import Path
 
 from mindrlhf import cli
 from mindrlhf.checkpoints.containers import read
-from mindrlhf.checkpoints.strict import fingerprint as fingerprint_of
+from mindrlhf.checkpoints.fingerprints import fingerprint as fingerprint_of
 from mindrlhf.cli import UserError
 from mindrlhf.files import read_json, write_json
-from mindrlhf.models.glm4 import weight_names
+from mindrlhf.models.glm4 import model_config, weight_names
 
 MODEL = "model.json"  # in the output folder of a training run
 IN_YAML = ("num_layers", "padded_vocab_size", "hidden_size", "ffn_hidden_size", "num_attention_heads",
@@ -89,14 +89,14 @@ def read_sidecar(path):
     """
     content = read_json(path)
     values = content.pop("numbers", None)
-    names = [field.name for field in fields(weight_names.Numbers)]
+    names = [field.name for field in fields(model_config.ModelConfig)]
     if not isinstance(values, dict) or sorted(values) != sorted(names):
         raise UserError(f"{path}: no sidecar of a checkpoint; remove it, or convert the weights again")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    odd = [f"{name} is {value!r}" for name, value in values.items() if not weight_names.fits(name, value)]
+    odd = [f"{name} is {value!r}" for name, value in values.items() if not model_config.is_valid(name, value)]
     if odd:
         raise UserError(f"{path}: {', '.join(odd)}; remove it, or convert the weights again")
-    return weight_names.Numbers(**values), content
+    return model_config.ModelConfig(**values), content
 
 
 def read_for(checkpoint):
@@ -140,7 +140,7 @@ def check(checkpoint, settings):
     else:
         sharded = _of_a_rank(checkpoint) or Path(checkpoint).is_dir()
         shapes = {} if sharded else {name: t.shape for name, t in read(checkpoint).items()}
-        source, numbers = checkpoint, weight_names.measure(shapes)
+        source, numbers = checkpoint, weight_names.measure_shapes(shapes)
         yaml |= {f"{name} * kv_channels": model.get(name, 0) * model.get("kv_channels", 0)
                  for name in ("num_attention_heads", "multi_query_group_num")}
         if cli.rank() == 0:

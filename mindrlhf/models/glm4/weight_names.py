@@ -1,222 +1,152 @@
-"""Names and shapes of GLM-4's weights, in MindFormers' ChatGLM2 and in both spellings of Hugging Face.
+"""Names and shapes of GLM-4's weights: in MindFormers' ChatGLM2 and in both spellings of Hugging Face.
 
-`glm` is the spelling of transformers' GlmForCausalLM (glm-4-9b-chat-hf), `chatglm` that of the original
-repositories (glm-4-9b, glm-4-9b-chat, glm-4-9b-chat-1m), which MindFormers follows but for one name.
+`glm` is the spelling of transformers' GlmForCausalLM (glm-4-9b-chat-hf). `chatglm` is that of the original
+repositories (glm-4-9b, glm-4-9b-chat, glm-4-9b-chat-1m), which MindFormers follows except for the embedding.
 """
+from __future__ import annotations
+
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
-from mindrlhf.cli import UserError
+from mindrlhf.models.glm4.model_config import ModelConfig
 
+PREFIX = "transformer."  # of every weight; the other names in a training state are the optimizer's and the Trainer's
+LAYERS = "transformer.encoder.layers."
 EMBEDDING = "transformer.embedding.embedding_weight"
-CACHES = (".key_cache", ".value_cache")  # of prediction with use_past: Parameters, but no weights
-LAYER = re.compile(r"transformer\.encoder\.layers\.(\d+)\.")
-DERIVED = "transformer.rotary_pos_emb.inv_freq"  # stored by the original repositories, computed by the model
+CHATGLM_EMBEDDING = "transformer.embedding.word_embeddings.weight"
+OUTPUT = "transformer.output_layer.weight"
+INV_FREQ = "transformer.rotary_pos_emb.inv_freq"  # stored by the original repositories, computed by the model
+KEY_VALUE_CACHES = (".key_cache", ".value_cache")  # Parameters of prediction with use_past, but no weights
+LORA_A, LORA_B = ".mindpet_delta_lora_a", ".mindpet_delta_lora_b"  # suffixes of an adapter's two matrices
 
 
-def is_cache(name):
-    """Whether a parameter holds keys or values of earlier tokens, which no checkpoint has."""
-    return name.endswith(CACHES)
+class Weight(NamedTuple):
+    """A weight, or the weight of this kind in every layer.
 
-
-@dataclass(frozen=True)
-class Numbers:
-    """The sizes and constants of a GLM-4, named as MindFormers' ChatGLM2Config names them.
-
-    inv_freq: what the source stored under DERIVED, so that it can be given back; the model computes its own.
+    Attributes:
+        name: in MindFormers; {layer} is the layer's number.
+        glm: names in GlmForCausalLM; joined along axis 0 these tensors are the weight.
+        shape: names of its dimensions, see dimensions().
     """
-    num_layers: int
-    padded_vocab_size: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    multi_query_group_num: int
-    kv_channels: int
-    layernorm_epsilon: float
-    rope_ratio: float
-    eos_token_id: tuple
-    pad_token_id: int
-    max_position_embeddings: int = 131072
-    inv_freq: tuple = ()
-
-    @property
-    def qkv_sizes(self):
-        """Rows of the query, key and value parts of query_key_value."""
-        group = self.multi_query_group_num * self.kv_channels
-        return self.num_attention_heads * self.kv_channels, group, group
+    name: str
+    glm: tuple[str, ...]
+    shape: tuple[str, ...]
 
 
-# field of Numbers -> keys of config.json, the `glm` spelling first
-KEYS = {"num_layers": ("num_hidden_layers", "num_layers"),
-        "padded_vocab_size": ("padded_vocab_size", "vocab_size"),
-        "hidden_size": ("hidden_size",), "ffn_hidden_size": ("intermediate_size", "ffn_hidden_size"),
-        "num_attention_heads": ("num_attention_heads",),
-        "multi_query_group_num": ("num_key_value_heads", "multi_query_group_num"),
-        "kv_channels": ("head_dim", "kv_channels"),
-        "layernorm_epsilon": ("rms_norm_eps", "layernorm_epsilon"),
-        "eos_token_id": ("eos_token_id",), "pad_token_id": ("pad_token_id",),
-        "max_position_embeddings": ("max_position_embeddings", "seq_length")}
-OPTIONAL = ("max_position_embeddings",)
-# what this code computes; a config.json that says otherwise is another model
-FIXED = {"hidden_act": "silu", "rmsnorm": True, "add_bias_linear": False, "add_qkv_bias": True,
-         "attention_bias": True, "multi_query_attention": True, "post_layer_norm": True,
-         "original_rope": True, "apply_residual_connection_post_layernorm": False,
-         "partial_rotary_factor": 0.5, "tie_word_embeddings": False}
-MODEL_TYPES = ("glm", "chatglm")
-MOST_LAYERS = 1000  # more is damage, and would take for ever to compare
-THETA = 10000  # base of the rotary embedding at rope_ratio 1
+_L, _H = LAYERS + "{layer}.", "model.layers.{layer}."
+BEFORE_LAYERS = (
+    Weight(EMBEDDING, ("model.embed_tokens.weight",), ("vocabulary", "hidden")),)
+IN_LAYERS = (
+    Weight(_L + "input_layernorm.weight", (_H + "input_layernorm.weight",), ("hidden",)),
+    Weight(_L + "self_attention.query_key_value.weight",
+           (_H + "self_attn.q_proj.weight", _H + "self_attn.k_proj.weight", _H + "self_attn.v_proj.weight"),
+           ("query_key_value", "hidden")),
+    Weight(_L + "self_attention.query_key_value.bias",
+           (_H + "self_attn.q_proj.bias", _H + "self_attn.k_proj.bias", _H + "self_attn.v_proj.bias"),
+           ("query_key_value",)),
+    Weight(_L + "self_attention.dense.weight", (_H + "self_attn.o_proj.weight",), ("hidden", "query")),
+    Weight(_L + "post_attention_layernorm.weight", (_H + "post_attention_layernorm.weight",), ("hidden",)),
+    Weight(_L + "mlp.dense_h_to_4h.weight", (_H + "mlp.gate_up_proj.weight",), ("gate_up", "hidden")),
+    Weight(_L + "mlp.dense_4h_to_h.weight", (_H + "mlp.down_proj.weight",), ("hidden", "feed_forward")))
+AFTER_LAYERS = (
+    Weight("transformer.encoder.final_layernorm.weight", ("model.norm.weight",), ("hidden",)),
+    Weight(OUTPUT, ("lm_head.weight",), ("vocabulary", "hidden")))
 
 
-def fits(field, value):
-    """Whether a field of Numbers may hold this value."""
-    if field in ("eos_token_id", "inv_freq"):
-        kind = int if field == "eos_token_id" else float
-        return isinstance(value, tuple) and all(type(number) is kind and number >= 0 for number in value)
-    if field == "pad_token_id":
-        return type(value) is int and value >= 0
-    if field == "layernorm_epsilon":
-        return type(value) is float and 0 < value < 1
-    if field == "rope_ratio":
-        return type(value) in (int, float) and 0 < value < 1e12
-    return type(value) is int and 0 < value < (MOST_LAYERS if field == "num_layers" else 1 << 32)
+def dimensions(config: ModelConfig) -> dict[str, int]:
+    """Sizes of the dimensions that Weight.shape names."""
+    query, key, value = config.qkv_sizes
+    return {"vocabulary": config.padded_vocab_size, "hidden": config.hidden_size, "query": query,
+            "query_key_value": query + key + value, "gate_up": 2 * config.ffn_hidden_size,
+            "feed_forward": config.ffn_hidden_size}
 
 
-def read_numbers(config, place):
-    """The numbers in a config.json of either spelling.
+def all_weights(config: ModelConfig) -> Iterator[Weight]:
+    """Every weight of a model, in MindFormers' order, with its layer's number in its names."""
+    yield from BEFORE_LAYERS
+    for layer in range(config.num_layers):
+        for name, glm, shape in IN_LAYERS:
+            yield Weight(name.format(layer=layer), tuple(each.format(layer=layer) for each in glm), shape)
+    yield from AFTER_LAYERS
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every parameter of MindFormers' ChatGLM2, without adapters and caches."""
+    sizes = dimensions(config)
+    return {weight.name: tuple(sizes[name] for name in weight.shape) for weight in all_weights(config)}
+
+
+class HfPart(NamedTuple):
+    """A Hugging Face tensor that is a MindFormers parameter, or some rows of one.
+
+    Attributes:
+        name: of the tensor.
+        shape: of the tensor.
+    """
+    name: str
+    shape: tuple[int, ...]
+
+
+def hf_parts(config: ModelConfig, layout: str) -> dict[str, list[HfPart]]:
+    """MindFormers' name -> the Hugging Face tensors that make the parameter when they are joined along axis 0.
 
     Args:
-        config: dict, the parsed file.
-        place: its path, for messages.
-
-    Raises:
-        UserError: listing every key that is missing, odd, or belongs to another model.
+        config: sizes of the model.
+        layout: "glm" or "chatglm".
     """
-    values, problems = {}, []
-    for field, keys in KEYS.items():
-        found = {key: config[key] for key in keys if config.get(key) is not None}
-        if not found:
-            if field not in OPTIONAL:
-                problems.append(f"{' or '.join(keys)} is missing")
-            continue
-        key, value = next(iter(found.items()))
-        if field == "eos_token_id":
-            value = tuple(value) if isinstance(value, list) else (value,)
-        if not fits(field, value):
-            problems.append(f"{key} is {config[key]!r}")
-        elif field != "padded_vocab_size" and any(other != config[key] for other in found.values()):
-            problems.append(" but ".join(f"{key} is {other!r}" for key, other in found.items()))
-        values[field] = value
-    values["rope_ratio"] = _rope_ratio(config, problems)
-    if config.get("model_type", "glm") not in MODEL_TYPES:
-        problems.append(f"model_type is {config['model_type']!r}, GLM-4 has {' or '.join(MODEL_TYPES)}")
-    if not problems and values["num_attention_heads"] % values["multi_query_group_num"]:
-        problems.append(f"{values['num_attention_heads']} attention heads are no multiple of "
-                        f"{values['multi_query_group_num']} key-value heads")
-    if problems:
-        raise UserError(f"{place}: not a GLM-4 that can be converted: {'; '.join(problems)}")
-    return Numbers(**values)
-
-
-def _rope_ratio(config, problems):
-    """The factor on THETA, from any spelling of it: rope_ratio, rope_theta, rope_parameters, rope_scaling."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        problems.append(f"rope_parameters is {rope!r}")
-        rope = {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        problems.append(f"rope_type is {kind!r}, GLM-4 has 'default'")
-    for key, value in FIXED.items():
-        found = rope.get(key, config.get(key, value))
-        if found != value or type(found) is not type(value):
-            problems.append(f"{key} is {found!r}, GLM-4 has {value!r}")
-    given = {"rope_parameters.rope_theta": rope.get("rope_theta"), "rope_theta": config.get("rope_theta"),
-             "rope_ratio": config.get("rope_ratio")}
-    ratios = {}
-    for key, value in given.items():
-        if value is None:
-            continue
-        if not fits("rope_ratio", value):
-            problems.append(f"{key} is {value!r}")
+    parts = {}
+    for weight, shape in zip(all_weights(config), parameter_shapes(config).values()):
+        if layout == "chatglm":
+            name = CHATGLM_EMBEDDING if weight.name == EMBEDDING else weight.name
+            parts[weight.name] = [HfPart(name, shape)]
         else:
-            ratios[key] = value if key == "rope_ratio" else value / THETA
-    if len(set(ratios.values())) > 1:
-        problems.append(" but ".join(f"{key} is {given[key]!r}" for key in ratios))
-    ratio = next(iter(ratios.values()), 1)
-    return int(ratio) if ratio == int(ratio) else ratio
+            rows = config.qkv_sizes if len(weight.glm) == 3 else shape[:1]
+            parts[weight.name] = [HfPart(name, (count, *shape[1:])) for name, count in zip(weight.glm, rows)]
+    return parts
 
 
-def measure(found):
-    """What whole tensors tell of the numbers.
+def hf_shapes(config: ModelConfig, layout: str) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of a Hugging Face checkpoint, in MindFormers' order."""
+    return {part.name: part.shape for parts in hf_parts(config, layout).values() for part in parts}
+
+
+def measure_shapes(found: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """The sizes of a model as the shapes of its whole weights imply them.
 
     Args:
-        found: dict, name -> shape, of a checkpoint.
+        found: name -> shape, of a checkpoint.
 
     Returns:
-        dict, a field of Numbers or a product of two -> int; empty where the tensors are not a GLM-4's.
+        a field of ModelConfig, or a product of two -> size; empty if the tensors are not a GLM-4's.
     """
-    first = "transformer.encoder.layers.0."
+    first = LAYERS + "0."
     names = (EMBEDDING, first + "self_attention.dense.weight", first + "mlp.dense_4h_to_h.weight",
              first + "self_attention.query_key_value.weight")
     if not all(len(found.get(name, ())) == 2 for name in names):
         return {}
     (vocabulary, hidden), (_, heads), (_, ffn), (qkv, _) = (found[name] for name in names)
-    layers = {match[1] for name in found if (match := LAYER.match(name))}
+    layers = {match[1] for name in found if (match := re.match(re.escape(LAYERS) + r"(\d+)\.", name))}
     return {"num_layers": len(layers), "padded_vocab_size": vocabulary, "hidden_size": hidden,
             "ffn_hidden_size": ffn, "num_attention_heads * kv_channels": heads,
             "multi_query_group_num * kv_channels": (qkv - heads) // 2}
 
 
-def shapes(numbers):
-    """Name -> shape of every parameter of MindFormers' ChatGLM2 with these numbers."""
-    hidden, qkv = numbers.hidden_size, sum(numbers.qkv_sizes)
-    table = {EMBEDDING: (numbers.padded_vocab_size, hidden)}
-    for layer in range(numbers.num_layers):
-        prefix = f"transformer.encoder.layers.{layer}."
-        table |= {prefix + "input_layernorm.weight": (hidden,),
-                  prefix + "self_attention.query_key_value.weight": (qkv, hidden),
-                  prefix + "self_attention.query_key_value.bias": (qkv,),
-                  prefix + "self_attention.dense.weight": (hidden, numbers.qkv_sizes[0]),
-                  prefix + "post_attention_layernorm.weight": (hidden,),
-                  prefix + "mlp.dense_h_to_4h.weight": (2 * numbers.ffn_hidden_size, hidden),
-                  prefix + "mlp.dense_4h_to_h.weight": (hidden, numbers.ffn_hidden_size)}
-    return table | {"transformer.encoder.final_layernorm.weight": (hidden,),
-                    "transformer.output_layer.weight": (numbers.padded_vocab_size, hidden)}
+def is_weight(name: str) -> bool:
+    """Whether a name in a checkpoint or strategy is that of a weight or an adapter."""
+    return name.startswith(PREFIX)
 
 
-_GLM = {"embedding.embedding_weight": "model.embed_tokens.weight",
-        "encoder.final_layernorm.weight": "model.norm.weight", "output_layer.weight": "lm_head.weight"}
-_GLM_LAYER = {"self_attention.dense.weight": "self_attn.o_proj.weight",
-              "mlp.dense_h_to_4h.weight": "mlp.gate_up_proj.weight",
-              "mlp.dense_4h_to_h.weight": "mlp.down_proj.weight"}
+def is_adapter(name: str) -> bool:
+    """Whether a parameter belongs to a LoRA adapter."""
+    return name.endswith((LORA_A, LORA_B))
 
 
-def hf_parts(name, numbers, layout):
-    """The Hugging Face tensors that make one MindFormers parameter.
-
-    Args:
-        name: a key of shapes(numbers).
-        numbers: Numbers.
-        layout: "glm" or "chatglm".
-
-    Returns:
-        list of (tensor name, rows): joined along axis 0 they are the parameter; rows is None for only one.
-    """
-    short = name.removeprefix("transformer.")
-    if layout == "chatglm":
-        return [("transformer.embedding.word_embeddings.weight" if name == EMBEDDING else name, None)]
-    if short in _GLM:
-        return [(_GLM[short], None)]
-    _, _, layer, rest = short.split(".", 3)
-    prefix = f"model.layers.{layer}."
-    if "query_key_value" in rest:
-        kind = rest.rsplit(".", 1)[1]
-        return [(f"{prefix}self_attn.{part}_proj.{kind}", rows)
-                for part, rows in zip("qkv", numbers.qkv_sizes)]
-    return [(prefix + _GLM_LAYER.get(rest, rest), None)]
+def is_base_weight(name: str) -> bool:
+    """Whether a parameter is a weight of the model without adapters."""
+    return is_weight(name) and not is_adapter(name)
 
 
-def hf_shapes(numbers, layout):
-    """Name -> shape of every tensor of a Hugging Face checkpoint in one spelling, in order of shapes()."""
-    return {part: shape if rows is None else (rows, *shape[1:])
-            for name, shape in shapes(numbers).items() for part, rows in hf_parts(name, numbers, layout)}
+def is_cache(name: str) -> bool:
+    """Whether a parameter holds keys or values of earlier tokens, which no checkpoint has."""
+    return name.endswith(KEY_VALUE_CACHES)

@@ -1,0 +1,61 @@
+"""Corrections and optimizations of MindFormers' network. cpu/__init__.py lists every patch, with its reason."""
+from __future__ import annotations
+
+from typing import Any
+
+import mindspore as ms
+from mindspore import Tensor, nn, ops
+
+from mindrlhf.cpu.cells import replace_cells
+
+
+def fix_cpu(network: nn.Cell) -> None:
+    """Correct a ChatGLM2 network that MindFormers built, in place."""
+    encoder = network.transformer.encoder
+    if not hasattr(encoder, "cast"):  # nn.Cell had a cast up to MindSpore 2.6
+        encoder.cast = ops.Cast()
+    for layer in encoder.layers:
+        if hasattr(layer.self_attention, "core_attention"):
+            layer.self_attention.core_attention.mul_mask = _FloatMaskMul()
+
+
+class _FloatMaskMul(nn.Cell):
+    """mask * -10000 with a float mask. MindFormers' uint8 mask times -10000 wraps to +240 without flash attention, and
+    attention then prefers what it must not see."""
+
+    def construct(self, mask: Tensor, factor: float) -> Tensor:
+        """Any shape -> float32 of that shape."""
+        return mask.astype(ms.float32) * factor
+
+
+def optimize_cpu(network: nn.Cell, config: Any) -> None:
+    """Replace cells by faster and smaller ones with the same results, if they compute in float32. In place.
+
+    Args:
+        network: ChatGLM2 or Glm4DPO.
+        config: the model_config section.
+    """
+    _fuse_adamw()
+    if config.compute_dtype == config.rotary_dtype == "float32":
+        replace_cells(network)
+
+
+def _fuse_adamw() -> None:
+    """Let MindFormers' AdamW update a parameter with one kernel in place of a dozen, which need six times its size.
+
+    The kernel knows no bias correction: with b1 = 1 - beta1^t and b2 = sqrt(1 - beta2^t), AdamW's
+    p (1 - lr decay) - lr (m / b1) / (sqrt(v) / b2 + eps) is its p - r (m / (sqrt(v) + eps b2) + p decay b1 / b2)
+    with the rate r = lr b2 / b1.
+    """
+    from mindformers.core.optim import adamw
+    update, kernel = ops.MultitypeFuncGraph("fused_adamw"), ops.AdamWeightDecay()
+
+    @update.register(*["Tensor"] * 10, "Bool")
+    def run(beta1, beta2, eps, step, rate, decay, parameter, gradient, mean, square, wanted):
+        if wanted:
+            first, second = 1 - ops.pow(beta1, step), ops.sqrt(1 - ops.pow(beta2, step))
+            return kernel(parameter, mean, square, rate * second / first, beta1, beta2, eps * second,
+                          decay * first / second, gradient.astype(ms.float32))
+        return gradient
+
+    adamw._adamw_opt = update

@@ -1,0 +1,72 @@
+"""Answers of a trained model, by MindFormers' text generation."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mindrlhf import cli, config
+from mindrlhf.cli import UserError
+from mindrlhf.models.glm4 import sidecar, template
+
+Settings = dict[str, Any]
+
+
+def predict(settings: Settings, text: str | None, adapters: str | None = None) -> str:
+    """The model's answer to one message.
+
+    Args:
+        settings: as config.load() returns them, of run_mode predict.
+        text: what the user says.
+        adapters: LoRA adapters to add to the weights: output/checkpoint_network of their training, or one file.
+
+    Returns:
+        the answer without special tokens.
+
+    Raises:
+        UserError: there is no text, it is too long, or weights, adapters and YAML do not belong together.
+    """
+    from mindrlhf import runtime
+    from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
+
+    if text is None:
+        raise UserError("run_mode predict needs --predict_data TEXT")
+    runtime.quiet()
+    sidecar.check(settings.get("load_checkpoint"), settings)
+    tokenizer = Glm4Tokenizer(settings["processor"]["tokenizer"]["vocab_file"])
+    model_config = settings["model"]["model_config"]
+    tokenizer.check_vocabulary(model_config["padded_vocab_size"])
+    prompt = template.prompt_ids(tokenizer, [("user", text)])
+    room = model_config["seq_length"] - len(prompt)
+    if room < 1:
+        raise UserError(f"--predict_data is {len(prompt)} tokens, seq_length {model_config['seq_length']}; shorten it")
+    config.check_weights(settings)
+    _check_strategy(settings, adapters)
+    with cli.quiet_stdout():
+        model = load_model(settings, adapters)
+        output = model.generate([prompt], max_new_tokens=min(model_config.get("max_decode_length", 512), room),
+                                eos_token_id=tokenizer.stop_ids, pad_token_id=tokenizer.pad_id)[0]
+    return tokenizer.decode(output[len(prompt):]).strip()
+
+
+def _check_strategy(settings: Settings, adapters: str | None) -> None:
+    """Raise UserError if --src_strategy could belong to the weights or to the adapters."""
+    path = settings["load_checkpoint"]
+    if settings.get("src_strategy") and adapters and Path(path).is_dir() and Path(adapters).is_dir():
+        raise UserError(f"--src_strategy: {path} and {adapters} are both folders of shards; merge one of them first")
+
+
+def load_model(settings: Settings, adapters: str | None) -> Any:
+    """MindFormers' ChatGLM2ForConditionalGeneration with the weights, and adapters added to them. Arguments as in predict()."""
+    from mindrlhf import runtime
+    from mindrlhf.models.glm4 import build, load, lora
+
+    path, strategy = settings["load_checkpoint"], settings.get("src_strategy")
+    of_adapters = bool(adapters) and not Path(path).is_dir()  # --src_strategy belongs to whatever is sharded
+    run_config = config.to_mindformers(settings)
+    runtime.start(run_config, parallel=False)
+    model = build.build_network(run_config)
+    base = load.load_weights(model, path, strategy=None if of_adapters else strategy)
+    if adapters:
+        stored = load.open_adapters(adapters, strategy if of_adapters else None)
+        load.set_values(model, lora.merged(base, stored, adapters))
+    return model

@@ -1,0 +1,46 @@
+"""GLM-4's network: MindFormers builds it from the YAML, and what MindFormers lacks is added."""
+from __future__ import annotations
+
+from typing import Any
+
+from mindformers.core.parallel_config import build_parallel_config
+from mindformers.models.build_model import build_network as build_by_mindformers
+from mindspore import nn
+
+from mindrlhf import runtime
+from mindrlhf.cpu import patches
+from mindrlhf.models.glm4 import lora, network  # noqa: F401  network registers Glm4DPO
+from mindrlhf.parallel import Plan
+
+
+def build_network(run_config: Any) -> nn.Cell:
+    """Build the network that the YAML names.
+
+    Args:
+        run_config: MindFormerConfig, after runtime.start().
+
+    Returns:
+        the network with random weights: load.load_weights() comes next.
+    """
+    build_parallel_config(run_config)
+    model = build_by_mindformers(run_config.model, default_args={
+        "parallel_config": run_config.parallel_config, "plan": Plan.of(run_config), "dpo": run_config.dpo,
+        "lora": run_config.lora})
+    patches.fix_cpu(model)
+    if can_optimize(run_config.model.model_config):
+        patches.optimize_cpu(model, run_config.model.model_config)
+    if run_config.lora:
+        compute_dtype = run_config.model.model_config.compute_dtype
+        lora.add_adapters(model, run_config.lora, compute_dtype=compute_dtype, seed=run_config.seed)
+    return model
+
+
+def can_optimize(config: Any) -> bool:
+    """Whether cells of the CPU's own may replace MindFormers': in one CPU process without a plan.
+
+    Flash attention and the key-value cache keep MindFormers' cells, so that an NPU's network runs on a CPU.
+
+    Args:
+        config: the model_config section.
+    """
+    return runtime.is_cpu() and not runtime.is_sharded() and not (config.use_flash_attention or config.use_past)
