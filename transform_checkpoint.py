@@ -46,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = transform.open_source(arguments.src_checkpoint, arguments.src_strategy, arguments.step)
     target = transform.plan_target(source, arguments.dst_checkpoint, strategy=arguments.dst_strategy,
                                    suffix=arguments.format and f".{arguments.format}", base=arguments.base_checkpoint)
-    cli.say(*transform.transform(source, target))
+    cli.say(*transform.write_target(source, target))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_command(main)

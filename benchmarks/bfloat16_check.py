@@ -58,8 +58,8 @@ def shorten_all(network, bits):
 
 def measure(bits, dtype):
     """What the check finds: list of numbers, in the order of FOUND."""
-    way = check.Way("x", "glm4_tiny.yaml", 9.0, 9.0, 9.0, {"model.model_config.compute_dtype": dtype})
-    plain, check.WAYS["CPU"] = check.build, (way,)
+    way = check.Precision("x", "glm4_tiny.yaml", 9.0, 9.0, 9.0, {"model.model_config.compute_dtype": dtype})
+    plain, check.PRECISIONS["CPU"] = check.build, (way,)
     if bits:
         check.build = lambda *arguments: shorten_all(plain(*arguments), bits)
     with contextlib.redirect_stdout(io.StringIO()) as screen:

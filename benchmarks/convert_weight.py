@@ -18,7 +18,7 @@ import processes
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from mindrlhf.checkpoints.tensors import PIECE, narrow, size_of  # noqa: E402
+from mindrlhf.checkpoints.tensors import PIECE, count_bytes, round_to  # noqa: E402
 from mindrlhf.models.glm4 import hf, model_config, sidecar, weight_names  # noqa: E402
 
 # 2 * 151552 * 2048 + 18 * (2048 * 2560 + 2048 * 2048 + 3 * 2048 * 6848) = 1.55e9 parameters, 3.1e9 bytes
@@ -46,20 +46,20 @@ print(time.perf_counter() - start, int(status.split("VmHWM:")[1].split()[0]) * 1
 
 def make_input(folder):
     """Write the model; its values are N(0, 0.02), a block of them again and again."""
-    block = narrow(np.random.default_rng(0).normal(0, 0.02, PIECE).astype(np.float32), "BF16")
+    block = round_to(np.random.default_rng(0).normal(0, 0.02, PIECE).astype(np.float32), "BF16")
 
     def pieces(count):
         for first in range(0, count, PIECE):
             yield block[:count - first]
 
-    hf.write_folder(folder, NUMBERS, "glm", "BF16", [
+    hf.write_hf_folder(folder, NUMBERS, "glm", "BF16", [
         (name, "BF16", shape, lambda shape=shape: pieces(int(np.prod(shape))))
         for name, shape in weight_names.hf_shapes(NUMBERS, "glm").items()])
 
 
 def remove_output(path):
     """Delete an output and its sidecar."""
-    for each in (path, sidecar.path_of(path)):
+    for each in (path, sidecar.path_beside(path)):
         processes.remove(each)
 
 
@@ -71,7 +71,7 @@ def main():
         source, whole = folder / "hf", folder / "whole.ckpt"
         hf.SHARD = 1 << 30
         make_input(source)
-        size = sum(size_of("BF16", shape) for shape in weight_names.parameter_shapes(NUMBERS).values())
+        size = sum(count_bytes("BF16", shape) for shape in weight_names.parameter_shapes(NUMBERS).values())
         largest = max(path.stat().st_size for path in source.glob("*.safetensors"))
         base = processes.run(CHILD, "nothing")[1]
         print(f"{size / 1e9:.2f} GB, largest shard {largest / 1e9:.2f} GB, base process {base / 1e6:.0f} MB, "

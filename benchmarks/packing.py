@@ -10,7 +10,7 @@ import tracemalloc
 import data_model
 import numpy as np
 
-from mindrlhf.data.packing import max_pairs, pack
+from mindrlhf.data.packing import max_pairs, pack_pairs
 
 FIRST_FIT_PAIRS = 20_000  # it takes time in proportion to pairs x rows
 
@@ -44,7 +44,7 @@ def peak(pairs):
     """Bytes that packing needs at most, for each pair."""
     lengths = data_model.lengths(pairs)
     tracemalloc.start()
-    pack(lengths, 8192)
+    pack_pairs(lengths, 8192)
     top = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return top / pairs
@@ -54,8 +54,8 @@ def main():
     lengths, few = data_model.lengths(data_model.PAIRS), data_model.lengths(FIRST_FIT_PAIRS)
     lines = []
     for seq_len in (1024, 2048, 8192):
-        lines.append(measure("pack", pack, lengths, seq_len))
-        lines.append(measure("pack", pack, few, seq_len))
+        lines.append(measure("pack", pack_pairs, lengths, seq_len))
+        lines.append(measure("pack", pack_pairs, few, seq_len))
         lines.append(measure("first-fit decreasing", first_fit_decreasing, few, seq_len))
     data_model.table("packing", ["packer", "S", "pairs", "rows", "longer side full", "pairs a row", "most", "seconds"],
                      lines)

@@ -81,7 +81,7 @@ def measure(shape):
     from mindspore import nn, ops
 
     from mindrlhf import runtime
-    runtime.quiet()
+    runtime.quiet_mindformers()
     runtime.tensors_off_heap()
     ms.set_context(mode=1, device_target="CPU")
     runtime.before_build()
@@ -119,7 +119,7 @@ def estimate(shape):
     from mindrlhf import config
     from mindrlhf.plan import memory, parameters
     model = {key: value for key, value in shape.items() if key not in ("rows", "recompute")}
-    settings = config.load(
+    settings = config.load_settings(
         data_model.ROOT / "examples/glm4_dpo/finetune_glm4_tiny.yaml", run_mode="finetune",
         overrides={f"model.model_config.{key}": value
                    for key, value in {**model, "padded_vocab_size": 256}.items()})

@@ -25,10 +25,10 @@ FORMS = {"without": {"use_past": False, "is_dynamic": False, "use_flash_attentio
 
 def build_model(form: dict) -> object:
     """The network of predict_glm4_tiny.yaml with or without a cache; the same weights each time."""
-    settings = config.load(data_model.ROOT / "examples/glm4_dpo/predict_glm4_tiny.yaml", run_mode="predict",
+    settings = config.load_settings(data_model.ROOT / "examples/glm4_dpo/predict_glm4_tiny.yaml", run_mode="predict",
                            overrides={f"model.model_config.{key}": value for key, value in form.items()})
     run = config.to_mindformers(settings)
-    runtime.start(run, parallel=False)
+    runtime.start_device(run, parallel=False)
     network, random = build.build_network(run), np.random.default_rng(0)
     load.set_values(network, {
         parameter.name: lambda shape=parameter.shape: random.normal(0, 0.1, shape).astype(np.float32)

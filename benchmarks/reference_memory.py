@@ -35,12 +35,12 @@ def run(chunk):
     from mindrlhf.data.reference import Scorer
     numbers = {"seq_length": SEQ_LEN, "padded_vocab_size": VOCABULARY, "num_layers": 1, "hidden_size": 64,
                "ffn_hidden_size": 64, "num_attention_heads": 4}
-    settings = config.load(
+    settings = config.load_settings(
         data_model.ROOT / "examples/glm4_dpo/process_glm4_tiny.yaml", run_mode="preprocess",
         overrides={"dpo.logps_chunk_size": chunk,
                    **{f"model.model_config.{name}": value for name, value in numbers.items()}})
     config_ = config.to_mindformers(settings)
-    runtime.start(config_, parallel=False)
+    runtime.start_device(config_, parallel=False)
     mindspore.set_seed(0)
     model = build.build_network(config_)
     random = np.random.default_rng(0)

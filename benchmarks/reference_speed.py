@@ -21,10 +21,10 @@ BATCH, ROWS, REPEATS = 2, 48, 5
 def load_model(seq_len):
     """The tiny GLM-4 for rows of seq_len."""
     from mindrlhf import runtime
-    settings = config.load(data_model.ROOT / "examples/glm4_dpo/process_glm4_tiny.yaml", run_mode="preprocess",
+    settings = config.load_settings(data_model.ROOT / "examples/glm4_dpo/process_glm4_tiny.yaml", run_mode="preprocess",
                            overrides={"model.model_config.seq_length": seq_len})
     run = config.to_mindformers(settings)
-    runtime.start(run, parallel=False)
+    runtime.start_device(run, parallel=False)
     return build.build_network(run)
 
 

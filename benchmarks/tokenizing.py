@@ -11,7 +11,7 @@ import time
 import data_model
 import numpy as np
 
-from mindrlhf.data.features import fit, tokenize
+from mindrlhf.data.features import tokenize_pair, truncate_prompt
 from mindrlhf.data.preference import Pair
 
 PAIRS, SEQ_LEN = 8000, 8192
@@ -33,14 +33,14 @@ def make_pairs(tokenizer, count, seed):
 
 def worker(seed, ready, go, results):
     from mindrlhf import runtime
-    runtime.quiet()
+    runtime.quiet_mindformers()
     from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
     tokenizer = Glm4Tokenizer(TOKENIZER)
     pairs = make_pairs(tokenizer, PAIRS, seed)
     ready.release()
     go.wait()
     begin = time.perf_counter()
-    tokens = sum(fit(tokenize(tokenizer, pair), SEQ_LEN, tokenizer=tokenizer)[0].longest for pair in pairs)
+    tokens = sum(truncate_prompt(tokenize_pair(tokenizer, pair), SEQ_LEN, tokenizer=tokenizer)[0].longest for pair in pairs)
     results.put((time.perf_counter() - begin, tokens))
 
 

@@ -89,10 +89,10 @@ def ours(chunk):
     base = memory()
     sizes = {**SIZES, "seq_length": LENGTH}
     overrides = {f"model.model_config.{name}": value for name, value in sizes.items()}
-    settings = config.load(HERE.parent / "examples/glm4_dpo/finetune_glm4_tiny.yaml", run_mode="finetune",
+    settings = config.load_settings(HERE.parent / "examples/glm4_dpo/finetune_glm4_tiny.yaml", run_mode="finetune",
                            overrides={**overrides, "dpo.logps_chunk_size": chunk, "dpo.sft_weight": SFT_WEIGHT})
     run = config.to_mindformers(settings)
-    runtime.start(run, parallel=False)
+    runtime.start_device(run, parallel=False)
     network = build.build_network(run).set_train()
     parameters = {parameter.name: parameter for parameter in network.get_parameters()}
     for name, value in make_weights():

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from mindrlhf.checkpoints import containers, layouts, reshard  # noqa: E402
-from mindrlhf.checkpoints.tensors import PIECE, size_of  # noqa: E402
+from mindrlhf.checkpoints.tensors import PIECE, count_bytes  # noqa: E402
 from mindrlhf.models.glm4 import model_config, weight_names  # noqa: E402
 
 # 2 * 151552 * 768 + 40 * (768 * 1024 + 768 * 768 + 3 * 768 * 2568) = 5.25e8 parameters, 2.1e9 bytes
@@ -76,7 +76,7 @@ def make_shards(folder, strategy):
         for first in range(0, count, PIECE):
             yield block[:count - first]
 
-    plan = layouts.read(strategy)
+    plan = layouts.read_strategy(strategy)
     for rank in range(4):
         (folder / f"rank_{rank}").mkdir(parents=True)
         items = []
@@ -84,7 +84,7 @@ def make_shards(folder, strategy):
             # what several cards hold must be the same on them; here it is the same on all
             held = tuple(size // parts for size, parts in zip(shape, plan[name].splits))
             items.append((name, "F32", held, lambda held=held: pieces(int(np.prod(held)))))
-        containers.write(folder / f"rank_{rank}" / "x.ckpt", items, hashed=False)
+        containers.write_tensors(folder / f"rank_{rank}" / "x.ckpt", items, hashed=False)
 
 
 def main():
@@ -95,7 +95,7 @@ def main():
         strategy, other = (write_strategy(folder / f"{plan}.ckpt", plan) for plan in ("2x2", "1x4"))
         shards, one, new = folder / "shards", folder / "one.ckpt", folder / "new"
         make_shards(shards, strategy)
-        size, largest = (how(size_of("F32", shape) for shape in SHAPES.values()) for how in (sum, max))
+        size, largest = (how(count_bytes("F32", shape) for shape in SHAPES.values()) for how in (sum, max))
         base = processes.run(CHILD, "nothing")[1]
         print(f"{size / 1e9:.2f} GB, largest tensor {largest / 1e9:.2f} GB, "
               f"base process {base / 1e6:.0f} MB, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n"

@@ -22,8 +22,8 @@ import numpy as np
 
 from mindrlhf import cli, config
 from mindrlhf.data import mindrecord, preference
-from mindrlhf.data.features import TokenPair, tokenize
-from mindrlhf.data.packing import pack
+from mindrlhf.data.features import TokenPair, tokenize_pair
+from mindrlhf.data.packing import pack_pairs
 from mindrlhf.models.glm4 import sidecar
 from mindrlhf.records import COLUMNS, INPUTS, SIDES, StepOutput
 
@@ -40,7 +40,7 @@ LN_2 = math.log(2)
 
 
 @dataclass(frozen=True)
-class Way:
+class Precision:
     """A way of computing, and what it may be off by.
 
     Attributes:
@@ -66,11 +66,11 @@ IN_FLOAT32 = {f"model.model_config.{name}": "float32" for name in ("compute_dtyp
 # exp of its own: it is allowed ten times as much. float16 is off by 0.08 nats (answers have 84 to 899), 0.0008 and
 # 0.04 %; bfloat16 keeps 3 bits less, so 8 times that: 0.7 nats (imitated: 0.25), 0.006 and 0.3 %. Allowed is twice that
 # or more; see benchmarks/bfloat16_check.py.
-WAYS = {"CPU": (Way("float32, in the CPU's own cells", "glm4_tiny.yaml", logps=3e-4, loss=1e-4, norm=1e-4),
-                Way("float32 and flash attention, in the cells of an NPU", "glm4_9b.yaml", logps=3e-4, loss=1e-4, norm=1e-4,
+PRECISIONS = {"CPU": (Precision("float32, in the CPU's own cells", "glm4_tiny.yaml", logps=3e-4, loss=1e-4, norm=1e-4),
+                Precision("float32 and flash attention, in the cells of an NPU", "glm4_9b.yaml", logps=3e-4, loss=1e-4, norm=1e-4,
                     changes={**ONE_CARD, **IN_FLOAT32})),
-        "Ascend": (Way("float32", "glm4_tiny.yaml", logps=3e-3, loss=1e-3, norm=1e-3),
-                   Way("bfloat16 and flash attention, as in the YAMLs of GLM-4-9B", "glm4_9b.yaml",
+        "Ascend": (Precision("float32", "glm4_tiny.yaml", logps=3e-3, loss=1e-3, norm=1e-3),
+                   Precision("bfloat16 and flash attention, as in the YAMLs of GLM-4-9B", "glm4_9b.yaml",
                        logps=2.0, loss=0.05, norm=0.05, changes=ONE_CARD))}
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": ["qkv", "dense", "mlp"]}
 PLAN = """base_config: {base}
@@ -79,7 +79,7 @@ runner_config: {{batch_size: 2}}
 """
 
 
-class Report:
+class Checklist:
     """Lines on the screen, and whether all of them passed."""
 
     def __init__(self):
@@ -103,11 +103,11 @@ class Report:
             self.line(False, what, f"{type(error).__name__}: {reason}")
 
 
-def load_settings(way, mode, device, tokenizer, numbers):
+def golden_settings(way, mode, device, tokenizer, numbers):
     """Settings of a way's YAML for the golden model on one card. mode: preprocess or finetune."""
     path = ROOT / "examples" / "glm4_dpo" / f"{mode.replace('preprocess', 'process')}_{way.yaml}"
     memory = {"context.max_device_memory": "4GB"} if device == "Ascend" else {}
-    return config.load(path, run_mode=mode, overrides={
+    return config.load_settings(path, run_mode=mode, overrides={
         **{f"model.model_config.{name}": getattr(numbers, name) for name in sidecar.IN_YAML}, **memory,
         "context.device_target": device, "model.model_config.seq_length": SEQ_LEN, "dpo.sft_weight": 0.0,
         "parallel.parallel_mode": 0, "processor.tokenizer.vocab_file": str(tokenizer.path), **way.changes})
@@ -118,7 +118,7 @@ def build_and_load(settings, weights, *, names=None):
     from mindrlhf import runtime
     from mindrlhf.models.glm4 import build, load
     run = config.to_mindformers(settings)
-    runtime.start(run, parallel=False)
+    runtime.start_device(run, parallel=False)
     network = build.build_network(run)
     load.load_weights(network, weights, names=names)
     return network
@@ -146,7 +146,7 @@ class Recorded:
 
 def recorded() -> Recorded:
     """What tests/golden holds."""
-    texts = preference.read([TEXTS / "pairs.jsonl"], "cvalues").pairs
+    texts = preference.read_pairs([TEXTS / "pairs.jsonl"], "cvalues").pairs
     pairs = json.loads((TEXTS / "expected.json").read_text())["pairs"]
     tokens = [TokenPair(pair["prompt_ids"], pair["chosen_ids"], pair["rejected_ids"]) for pair in pairs]
     answers = json.loads((CASE / "expected.json").read_text())
@@ -159,7 +159,7 @@ def convert_golden(folder):
     from mindrlhf.models.glm4 import convert
     path = Path(folder) / "golden.ckpt"
     convert.to_mindspore(str(CASE / "hf_glm"), str(path), dtype="fp32")
-    return path, sidecar.read_for(path)[0]
+    return path, sidecar.read_config_of(path)[0]
 
 
 def check_attention(report, scorer, tokens):
@@ -191,7 +191,7 @@ def batch_of(tokens, references, pad_id):
     """Columns of all pairs, packed, and the weights of their losses."""
     import mindspore as ms
     sides = np.array([[len(pair.prompt + getattr(pair, side)) for side in SIDES] for pair in tokens])
-    rows = pack(sides, SEQ_LEN)
+    rows = pack_pairs(sides, SEQ_LEN)
     width = max(map(len, rows))
     made = [mindrecord.make_row([tokens[k] for k in row], references[row], row, seq_len=SEQ_LEN, width=width,
                                 pad_id=pad_id) for row in rows]
@@ -242,19 +242,19 @@ def check_lora(report, way, settings, weights, expected, logps, pad_id):
     report.line(finite and norm > 0 and later < loss, "LoRA: an update lowers the loss", f"{loss:.4f} -> {later:.4f}")
 
 
-def check_way(report, way, device, weights, numbers, tokenizer):
+def check_precision(report, way, device, weights, numbers, tokenizer):
     """All that depends on how is computed."""
     from mindrlhf.data.reference import Scorer
     expected = recorded()
     cli.say(f"{way.name}:")
     with report.guard("computes"):
-        settings = load_settings(way, "preprocess", device, tokenizer, numbers)
+        settings = golden_settings(way, "preprocess", device, tokenizer, numbers)
         scorer = Scorer(build_and_load(settings, weights), seq_len=SEQ_LEN, batch_size=1, pad_id=tokenizer.pad_id)
         logps = scorer(expected.tokens)
         error = np.abs(logps - expected.logps).max()
         report.off(f"PyTorch's log-probs of {logps.size} answers", error, way.logps, "nats")
         check_attention(report, scorer, expected.tokens)
-        settings = load_settings(way, "finetune", device, tokenizer, numbers)
+        settings = golden_settings(way, "finetune", device, tokenizer, numbers)
         check_training(report, way, build_and_load(settings, weights), expected, logps, tokenizer.pad_id)
         check_lora(report, way, settings, weights, expected, logps, tokenizer.pad_id)
 
@@ -300,17 +300,17 @@ def main(argv=None):
         raise cli.UserError(f"{CASE}: no such folder; run the check from a clone of the project")
     from mindrlhf import runtime
     from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
-    runtime.quiet()
+    runtime.quiet_mindformers()
     open_device(device)
-    began, report = time.monotonic(), Report()
+    began, report = time.monotonic(), Checklist()
     cli.say(f"{device}: {', '.join(f'{name} {number}' for name, number in runtime.versions().items())}")
     tokenizer, expected = Glm4Tokenizer(TEXTS / "tokenizer.model"), recorded()
-    good = sum(tokenize(tokenizer, text) == pair for text, pair in zip(expected.texts, expected.tokens))
+    good = sum(tokenize_pair(tokenizer, text) == pair for text, pair in zip(expected.texts, expected.tokens))
     report.line(good == len(expected.texts), "tokens", f"{good} of {len(expected.texts)} pairs as recorded")
     with tempfile.TemporaryDirectory() as folder:
         weights, numbers = convert_golden(folder)
-        for way in WAYS[device]:
-            check_way(report, way, device, weights, numbers, tokenizer)
+        for way in PRECISIONS[device]:
+            check_precision(report, way, device, weights, numbers, tokenizer)
         if arguments.workers > 1:
             check_commands(report, device, folder)
     cli.say(f"{'PASS' if report.passed else 'FAIL'} after {time.monotonic() - began:.0f} s")
@@ -319,4 +319,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_command(main)

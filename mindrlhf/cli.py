@@ -14,7 +14,7 @@ class UserError(Exception):
     """Something that the user can mend. The message names the file, the place and the cure."""
 
 
-def run(main):
+def run_command(main):
     """Call main(); a UserError ends the process with one line on stderr and status 2."""
     try:
         main()
@@ -108,7 +108,7 @@ def quiet_stdout() -> Iterator[None]:
         os.close(stdout)
 
 
-def progress(total, what, unit, **options):
+def progress_bar(total, what, unit, **options):
     """A tqdm bar on rank 0 of a run that someone watches; the launcher says so where a log file lies between."""
     from tqdm import tqdm
     watched = sys.stderr.isatty() or os.environ.get("MINDRLHF_TERMINAL")

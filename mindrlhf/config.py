@@ -28,7 +28,7 @@ class Loader(yaml.SafeLoader):
 Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
 
 
-def load(path, *, run_mode, overrides=None):
+def load_settings(path, *, run_mode, overrides=None):
     """Settings of a YAML file: those of its base_config, its own over them, then the command line's.
 
     Args:
@@ -42,10 +42,10 @@ def load(path, *, run_mode, overrides=None):
     Raises:
         UserError: one line that lists every unknown key, wrong value and contradiction.
     """
-    settings = changed(read(path), {key: value for key, value in (overrides or {}).items() if value is not None})
+    settings = with_changes(read_yaml(path), {key: value for key, value in (overrides or {}).items() if value is not None})
     wrong = list(find_problems(settings))
     problems = [str(problem) for problem in wrong]
-    missing = [f"{key} is missing" for key in REQUIRED if get(settings, key) is None]
+    missing = [f"{key} is missing" for key in REQUIRED if get_setting(settings, key) is None]
     if not missing:
         unreadable = {problem.key.split(".")[0] for problem in wrong if not problem.is_unknown}
         problems += find_contradictions(settings, unreadable)
@@ -58,7 +58,7 @@ def load(path, *, run_mode, overrides=None):
     return settings
 
 
-def get(settings, key, default=None):
+def get_setting(settings, key, default=None):
     """Value of a dotted key."""
     for part in key.split("."):
         if not isinstance(settings, dict) or part not in settings:
@@ -67,9 +67,9 @@ def get(settings, key, default=None):
     return settings
 
 
-def changed(settings, changes):
+def with_changes(settings, changes):
     """A copy of settings with some changed: changes is a dict, dotted key -> value."""
-    whole = merge(settings, {})
+    whole = overlay(settings, {})
     for key, value in changes.items():
         *parents, last = key.split(".")
         section = whole
@@ -79,7 +79,7 @@ def changed(settings, changes):
     return whole
 
 
-def read(path, chain=()):
+def read_yaml(path, chain=()):
     """A YAML over its base_config, unchecked: dict of dicts. chain: the files that led here."""
     path = Path(path)
     existing_file(path, "the YAML of --config" if not chain else f"the base_config of {chain[-1]}")
@@ -98,19 +98,19 @@ def read(path, chain=()):
         return own
     if not isinstance(base, str):
         raise UserError(f"{path}: base_config is {base!r}; the name of one YAML file expected")
-    return merge(read(path.parent / base, (*chain, path)), own)
+    return overlay(read_yaml(path.parent / base, (*chain, path)), own)
 
 
-def merge(base, own):
+def overlay(base, own):
     """Dict with the keys of both; own wins, dicts are merged, lists are replaced. Neither is changed."""
-    merged = {key: merge(value, {}) if isinstance(value, dict) else value for key, value in base.items()}
+    merged = {key: overlay(value, {}) if isinstance(value, dict) else value for key, value in base.items()}
     for key, value in own.items():
         both = isinstance(value, dict) and isinstance(base.get(key), dict)
-        merged[key] = merge(base[key], value) if both else value
+        merged[key] = overlay(base[key], value) if both else value
     return merged
 
 
-def check_workers(settings, workers):
+def require_workers(settings, workers):
     """Raise UserError where a parallel plan does not fit the number of workers.
 
     Args:
@@ -123,7 +123,7 @@ def check_workers(settings, workers):
                         "give the launcher that number, or change parallel_config")
 
 
-def check_weights(settings):
+def require_weights(settings):
     """Raise UserError where no weights are named, or shards of several cards are not to be shared out anew."""
     path = settings.get("load_checkpoint")
     if not path:
@@ -140,7 +140,7 @@ def to_mindformers(settings):
                 "model": {"model_config": {"checkpoint_name_or_path": ""}}}
     if "parallel_config" in settings:
         insisted["parallel_config"] = {"pipeline_stage": 1, "micro_batch_num": 1}
-    merged = merge(settings, insisted)
+    merged = overlay(settings, insisted)
     for key in ("eval_dataset", "load_checkpoint", "src_strategy", "resume_training"):  # run_dpo.py does these itself
         merged.pop(key, None)
     merged["callbacks"] = []

@@ -15,7 +15,7 @@ LORA_KEYS = {"rank", "alpha", "dropout", "target_modules"}
 HALF_PRECISION = "use_flash_attention and use_past need compute_dtype bfloat16 or float16 on an NPU: its operators take no float32"
 
 
-def check_lora(settings: Settings) -> Iterator[str]:
+def lora_contradictions(settings: Settings) -> Iterator[str]:
     """Adapters."""
     if "lora" not in settings:
         return
@@ -27,7 +27,7 @@ def check_lora(settings: Settings) -> Iterator[str]:
         yield "lora is for run_mode finetune: predict takes --adapter_checkpoint"
 
 
-def check_device(settings: Settings) -> Iterator[str]:
+def device_contradictions(settings: Settings) -> Iterator[str]:
     """What the device's operators can do."""
     model, is_cpu = settings["model"]["model_config"], settings["context"]["device_target"] == "CPU"
     if is_cpu and "bfloat16" in (model.get("compute_dtype"), model.get("param_init_type")):
@@ -37,7 +37,7 @@ def check_device(settings: Settings) -> Iterator[str]:
         yield HALF_PRECISION
 
 
-def check_attention(settings: Settings) -> Iterator[str]:
+def attention_contradictions(settings: Settings) -> Iterator[str]:
     """Sizes of heads, and what flash attention needs."""
     model = settings["model"]["model_config"]
     if model.get("num_attention_heads", 1) % model.get("multi_query_group_num", 1):
@@ -51,7 +51,7 @@ def check_attention(settings: Settings) -> Iterator[str]:
         yield "flash attention needs kv_channels, the size of a head, to be a multiple of 16 up to 512"
 
 
-def check_plan(settings: Settings) -> Iterator[str]:
+def plan_contradictions(settings: Settings) -> Iterator[str]:
     """How the model is sharded."""
     model, plan = settings["model"]["model_config"], Plan.of(settings)
     parts = settings.get("parallel_config", {}).get("model_parallel", 1)
@@ -66,7 +66,7 @@ def check_plan(settings: Settings) -> Iterator[str]:
         yield "model_parallel needs parallel.parallel_mode 1"
 
 
-def check_mode(settings: Settings) -> Iterator[str]:
+def mode_contradictions(settings: Settings) -> Iterator[str]:
     """What each run_mode needs, and the key-value cache of prediction."""
     mode, model = settings["run_mode"], settings["model"]["model_config"]
     arch = "ChatGLM2ForConditionalGeneration" if mode == "predict" else "Glm4DPO"
@@ -81,7 +81,7 @@ def check_mode(settings: Settings) -> Iterator[str]:
         yield "is_dynamic needs use_past"
 
 
-def check_loss(settings: Settings) -> Iterator[str]:
+def loss_contradictions(settings: Settings) -> Iterator[str]:
     """The loss."""
     dpo = settings["dpo"]
     if dpo.get("label_smoothing") and dpo.get("loss_type") in ("hinge", "ipo"):
@@ -97,12 +97,12 @@ class Group(NamedTuple):
 
 
 GROUPS = {
-    "lora": Group(check_lora, ("lora", "run_mode")),
-    "device": Group(check_device, ("context", "model")),
-    "attention": Group(check_attention, ("model",)),
-    "plan": Group(check_plan, ("model", "parallel", "parallel_config")),
-    "run_mode": Group(check_mode, ("run_mode", "model", "context")),
-    "dpo": Group(check_loss, ("dpo",))}
+    "lora": Group(lora_contradictions, ("lora", "run_mode")),
+    "device": Group(device_contradictions, ("context", "model")),
+    "attention": Group(attention_contradictions, ("model",)),
+    "plan": Group(plan_contradictions, ("model", "parallel", "parallel_config")),
+    "run_mode": Group(mode_contradictions, ("run_mode", "model", "context")),
+    "dpo": Group(loss_contradictions, ("dpo",))}
 
 
 def find_contradictions(settings: Settings, unreadable: Collection[str] = ()) -> list[str]:

@@ -15,7 +15,7 @@ def existing_parent(path):
     return next(parent for parent in Path(path).absolute().parents if parent.exists())
 
 
-def check_room(path, nbytes):
+def require_space(path, nbytes):
     """Raise UserError where a disk has not the room for what is to be written.
 
     Args:
@@ -102,7 +102,7 @@ class atomic_folder(_Atomic):
 
 
 @contextmanager
-def workshop(path):
+def staging_folder(path):
     """`with workshop(path) as folder`: on the disk of a path, for what is made before it takes that name."""
     try:
         folder = _temporary(existing_parent(path) / Path(path).name)

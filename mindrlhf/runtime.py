@@ -25,7 +25,7 @@ def is_cpu():
     return ms.get_context("device_target") == "CPU"
 
 
-def quiet():
+def quiet_mindformers():
     """Silence MindFormers' info lines and its print of the whole configuration. Call before anything of it logs."""
     from mindformers.tools.logger import get_logger
     from mindformers.trainer import base_trainer
@@ -39,7 +39,7 @@ def versions():
     return {"mindspore": ms.__version__, "mindformers": mindformers.__version__}
 
 
-def start(config, *, parallel):
+def start_device(config, *, parallel):
     """Set the device and, for a parallel run, join the other workers.
 
     Args:
@@ -48,7 +48,7 @@ def start(config, *, parallel):
     """
     context = importlib.import_module("mindformers.core.context.build_context")
     from mindformers.tools.utils import set_output_path
-    quiet()
+    quiet_mindformers()
     if config.context.device_target == "CPU":
         from mindrlhf.cpu import operators, rules, sink
         for stand_in in (operators, rules, sink):
@@ -147,7 +147,7 @@ def evaluation_network(network):
     return _VirtualDatasetCell(network)
 
 
-def unwrap(network):
+def unwrap_network(network):
     """What MindFormers' Trainer hands to a training step: (the network, how a batch is split over the cards).
 
     In semi-auto parallel mode it puts a cell around the network that splits its inputs and takes any number of them;
@@ -165,7 +165,7 @@ def peak_memory():
     return ms.hal.max_memory_allocated()
 
 
-def finish(status=0):
+def end_worker(status=0):
     """End a data-parallel CPU worker when all workers have come this far; return on every other kind of run.
 
     Taking MindSpore's CPU cluster down in order crashes now and then, after all the work is done, and is noisy.

@@ -191,9 +191,9 @@ def stand_for_rank_0(rig: ctypes.CDLL, settings: dict) -> Any:
 def small(graph: str) -> dict:
     """Settings of a graph's YAML with small sizes."""
     name, mode = GRAPHS[graph]
-    settings = config.load(ROOT / "examples/glm4_dpo" / name, run_mode=mode)
+    settings = config.load_settings(ROOT / "examples/glm4_dpo" / name, run_mode=mode)
     rows = settings["runner_config"]["batch_size"] * settings.get("parallel_config", {}).get("data_parallel", 1)
-    return config.changed(settings, {**{f"model.model_config.{key}": value for key, value in SIZES.items()},
+    return config.with_changes(settings, {**{f"model.model_config.{key}": value for key, value in SIZES.items()},
                                      "dpo.logps_chunk_size": 2 * rows * LENGTH // CHUNKS, "output_dir": "."})
 
 
@@ -213,7 +213,7 @@ def compile_one(graph: str, build: str) -> None:
     from mindrlhf.training import train_step  # noqa: F401  registers the training step
     run_config = config.to_mindformers(settings)
     run_config.parallel.global_rank = 0
-    runtime.start(run_config, parallel=plan is not None)
+    runtime.start_device(run_config, parallel=plan is not None)
     model = build.build_network(run_config)
     if graph in ("train", "lora"):
         train(model, run_config, settings)
@@ -238,8 +238,8 @@ def tensor(shape: tuple[int, ...], dtype: str) -> Any:
 
 def columns(settings: dict) -> list:
     """A batch of training data, as the plan's cards are fed it."""
-    from mindrlhf.training.run import feeding
-    rows, sizes = feeding(settings)["batch_size"], {"seq_len": LENGTH, "pairs": PAIRS}
+    from mindrlhf.training.run import feed_of
+    rows, sizes = feed_of(settings)["batch_size"], {"seq_len": LENGTH, "pairs": PAIRS}
     return [tensor((rows, sizes[size]), kind) for kind, size in COLUMNS.values()]
 
 
@@ -307,4 +307,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_command(main)

@@ -50,7 +50,7 @@ def illegal(settings, cards):
 
 def shrunk(settings, vocabulary, device):
     """Settings of a YAML with small sizes, on a CPU without bfloat16; all else as it is."""
-    return config.changed(settings, {**SIZES, HEAD: HEADS[device],
+    return config.with_changes(settings, {**SIZES, HEAD: HEADS[device],
                                      **(TYPES if device == "CPU" else {"context.max_device_memory": "4GB"}),
                                      "model.model_config.padded_vocab_size": vocabulary})
 
@@ -62,7 +62,7 @@ def shrink(path, process, predict, cards, folder, device):
     Raises:
         UserError: the YAML is not one of a semi-auto parallel training.
     """
-    settings = config.load(path, run_mode="finetune")
+    settings = config.load_settings(path, run_mode="finetune")
     if not Plan.of(settings).is_sharded:
         raise cli.UserError(f"{path}: has parallel.parallel_mode 0, so there is no plan to rehearse; a plan has 1")
     if problems := illegal(settings, cards):
@@ -73,16 +73,16 @@ def shrink(path, process, predict, cards, folder, device):
     chunk = settings["dpo"].get("logps_chunk_size") and SIZES["model.model_config.seq_length"] * plan["data_parallel"]
     callbacks = [{**entry, "save_checkpoint_steps": 2} if "save_checkpoint_steps" in entry else entry
                  for entry in settings["callbacks"]]
-    many = config.changed(shrunk(settings, vocabulary, device), {**RUN, "dpo.logps_chunk_size": chunk, "callbacks": callbacks})
+    many = config.with_changes(shrunk(settings, vocabulary, device), {**RUN, "dpo.logps_chunk_size": chunk, "callbacks": callbacks})
     rows = settings["runner_config"]["batch_size"] * plan["data_parallel"]
     heads = {f"model.model_config.{name}": model[name] for name in ("num_attention_heads", "multi_query_group_num",
                                                                     "layernorm_epsilon", "rope_ratio")}
-    process = config.changed(shrunk(config.load(process, run_mode="preprocess"), vocabulary, device), heads)
-    predict = config.changed(shrunk(config.load(predict, run_mode="predict"), vocabulary, device),
+    process = config.with_changes(shrunk(config.load_settings(process, run_mode="preprocess"), vocabulary, device), heads)
+    predict = config.with_changes(shrunk(config.load_settings(predict, run_mode="predict"), vocabulary, device),
                              {**heads, "model.model_config.max_decode_length": 16})
-    plain = config.changed(predict, {"model.model_config.use_past": False, "model.model_config.is_dynamic": False,
+    plain = config.with_changes(predict, {"model.model_config.use_past": False, "model.model_config.is_dynamic": False,
                                      "model.model_config.use_flash_attention": False, "context.jit_config": {}})
-    made = {"many": many, "one": config.changed(many, {**ALONE, "runner_config.batch_size": rows}), "process": process,
+    made = {"many": many, "one": config.with_changes(many, {**ALONE, "runner_config.batch_size": rows}), "process": process,
             "predict": predict, "plain": plain}
     for name, content in made.items():
         (Path(folder) / f"{name}.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
@@ -98,7 +98,7 @@ def describe(path, settings, many, cards, device):
           f"{model['num_attention_heads']} heads, {model['multi_query_group_num']} groups, flash attention "
           f"{model.get('use_flash_attention', False)}, sink mode {runner.get('sink_mode', False)}, LoRA {'lora' in settings}"
           "\nother than in the YAML: " + ", ".join(
-              f"{key.split('.')[-1]} {config.get(settings, key, 'unset')} -> {config.get(many, key)}"
+              f"{key.split('.')[-1]} {config.get_setting(settings, key, 'unset')} -> {config.get_setting(many, key)}"
               for key in (*SIZES, HEAD, "model.model_config.padded_vocab_size", *TYPES, *RUN, "dpo.logps_chunk_size")))
 
 
@@ -124,7 +124,7 @@ def differences(one, many):
 
 def weight_difference(one, many, before):
     """(name, value) of the weight that differs most: norm of the difference over norm of what training changed."""
-    one, many, before = (containers.read(path) for path in (one, many, before))
+    one, many, before = (containers.open_tensors(path) for path in (one, many, before))
     if problem := strict.describe_difference({name: tensor.shape for name, tensor in one.items()},
                                         {name: tensor.shape for name, tensor in many.items()}):
         return problem, np.inf
@@ -186,4 +186,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_command(main)

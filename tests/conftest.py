@@ -82,9 +82,9 @@ def golden(tmp_path_factory):
 def load_model(golden, command, more=None):
     """A network of the golden case with its weights, built as the commands build it."""
     from mindrlhf import config, runtime, schema
-    settings = config.load(getattr(golden, command), run_mode=schema.RUN_MODES, overrides=more)
+    settings = config.load_settings(getattr(golden, command), run_mode=schema.RUN_MODES, overrides=more)
     run = config.to_mindformers(settings)
-    runtime.start(run, parallel=False)
+    runtime.start_device(run, parallel=False)
     network = build.build_network(run)
     load.load_weights(network, golden.checkpoint)
     for name in ("RUN_MODE", "MS_ALLOC_CONF"):  # what MindFormers leaves for a process that predicts; others inherit it

@@ -20,7 +20,7 @@ def run(capsys, monkeypatch, *, training=False):
     if not training:
         monkeypatch.setattr(check, "check_training", lambda *_: None)
         monkeypatch.setattr(check, "check_lora", lambda *_: None)
-        monkeypatch.setitem(check.WAYS, "CPU", check.WAYS["CPU"][:1])
+        monkeypatch.setitem(check.PRECISIONS, "CPU", check.PRECISIONS["CPU"][:1])
     try:
         check.main(["--device_target", "CPU", "--workers", "1"])
         status = 0
@@ -68,7 +68,7 @@ def test_wrong_weights_fail(capsys, monkeypatch):
         weight.set_data(weight * 1.001)
         return network
 
-    monkeypatch.setattr(check, "build", build)
+    monkeypatch.setattr(check, "build_and_load", build)
     lines, status = run(capsys, monkeypatch)
     assert status == 1
     assert failed(lines) == ["PyTorch's log-probs of 16 answers"]
@@ -84,10 +84,10 @@ def test_lora_in_another_type_than_the_yaml_says_fails(capsys, monkeypatch, tmp_
             network, section, **{**options, "compute_dtype": "float16"}))
     else:
         monkeypatch.setattr(Glm4DPO, "attention_mask", hide_nothing)
-    report, way = check.Report(), check.WAYS["CPU"][0]
+    report, way = check.Checklist(), check.PRECISIONS["CPU"][0]
     weights_file, numbers = check.convert(tmp_path)
     tokenizer, expected = Glm4Tokenizer(GOLDEN / "tokenizer.model"), check.recorded()
-    settings = check.load_settings(way, "finetune", "CPU", tokenizer, numbers)
+    settings = check.golden_settings(way, "finetune", "CPU", tokenizer, numbers)
     check.check_lora(report, way, settings, weights_file, expected, expected.logps, tokenizer.pad_id)
     assert not report.passed
     wrong = failed(capsys.readouterr().out.splitlines())
@@ -104,7 +104,7 @@ def test_two_workers_rehearse_the_commands(capsys, monkeypatch, tmp_path):
         return subprocess.CompletedProcess(command, len(seen) - 1, "first\nlast line\n", "")
 
     monkeypatch.setattr(check.subprocess, "run", rehearse)
-    report = check.Report()
+    report = check.Checklist()
     check.check_commands(report, "Ascend", tmp_path)
     assert report.passed
     command, device, plan = seen[0]
@@ -122,7 +122,7 @@ def test_what_an_npu_computes_is_what_9b_computes():
     numbers = model_config.parse_hf_config(json.loads((check.CASE / "hf_glm/config.json").read_text()), "config.json")
     tokenizer = Glm4Tokenizer(GOLDEN / "tokenizer.model")
     for mode, kept in (("preprocess", "bfloat16"), ("finetune", "float32")):
-        settings = check.load_settings(check.WAYS["Ascend"][1], mode, "Ascend", tokenizer, numbers)
+        settings = check.golden_settings(check.PRECISIONS["Ascend"][1], mode, "Ascend", tokenizer, numbers)
         model = settings["model"]["model_config"]
         assert model["compute_dtype"] == "bfloat16"
         assert model["param_init_type"] == kept
@@ -133,10 +133,10 @@ def test_what_an_npu_computes_is_what_9b_computes():
 
 
 def test_a_number_that_is_none_fails(capsys):
-    report = check.Report()
+    report = check.Checklist()
     report.off("x", np.float32("nan"), 1.0, "nats")
     assert not report.passed
-    report = check.Report()
+    report = check.Checklist()
     with report.guard("computes"):
         raise RuntimeError("no kernel\nsecond line")
     assert not report.passed

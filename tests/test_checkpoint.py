@@ -51,8 +51,8 @@ def test_mindspore_reads_what_is_written(tmp_path, monkeypatch, suffix, dtype):
     import mindspore as ms
     monkeypatch.setattr(containers, "RECORD", 16)
     path = tmp_path / f"x{suffix}"
-    stored = {name: tensors.narrow(array, dtype) for name, array in small().items()}
-    containers.write(path, items(stored, dtype))
+    stored = {name: tensors.round_to(array, dtype) for name, array in small().items()}
+    containers.write_tensors(path, items(stored, dtype))
     read = ms.load_checkpoint(str(path), format=suffix[1:])
     assert sorted(read) == sorted(stored)
     for name, array in small().items():  # the values are exact in each dtype
@@ -71,7 +71,7 @@ def test_reads_what_mindspore_wrote(tmp_path, options):
     path = tmp_path / "m.ckpt"
     ms.save_checkpoint([{"name": name, "data": value} for name, value in values.items()], str(path),
                        append_dict={"epoch": 3, "note": "text"}, **options)
-    read = containers.read(path)
+    read = containers.open_tensors(path)
     assert np.array_equal(read["big"].array(), array)
     assert np.array_equal(read["half"].array(), array[:3].astype(np.float16))
     assert np.array_equal(read["brain"].float32(), values["brain"].astype(ms.float32).asnumpy())
@@ -86,8 +86,8 @@ def test_empty_tensors_and_many_pieces_survive(tmp_path, monkeypatch):
     monkeypatch.setattr(containers, "RECORD", 32)
     arrays = {"none": np.zeros((0, 4), np.float32), "some": np.arange(23, dtype=np.float32)}
     for suffix in SUFFIXES:
-        containers.write(tmp_path / f"x{suffix}", items(arrays))
-        read = containers.read(tmp_path / f"x{suffix}")
+        containers.write_tensors(tmp_path / f"x{suffix}", items(arrays))
+        read = containers.open_tensors(tmp_path / f"x{suffix}")
         for name, array in arrays.items():
             assert read[name].shape == array.shape
             assert np.array_equal(read[name].array(), array)
@@ -104,9 +104,9 @@ def test_bfloat16_rounds_to_nearest_and_ties_to_even():
     pairs = [(1.0, 1.0), (1 + step / 2, 1.0), (1 + 3 * step / 2, 1 + 2 * step), (1 + 0.51 * step, 1 + step),
              (-0.0, -0.0), (np.inf, np.inf), (3.4e38, np.inf), (1e-45, 0.0)]
     values, wanted = np.array(pairs, np.float32).T
-    found = tensors.widen(tensors.narrow(np.ascontiguousarray(values), "BF16"), "BF16")
+    found = tensors.to_float32(tensors.round_to(np.ascontiguousarray(values), "BF16"), "BF16")
     assert found.tobytes() == np.ascontiguousarray(wanted).tobytes()
-    assert np.isnan(tensors.widen(tensors.narrow(np.array([np.nan], np.float32), "BF16"), "BF16")).all()
+    assert np.isnan(tensors.to_float32(tensors.round_to(np.array([np.nan], np.float32), "BF16"), "BF16")).all()
 
 
 def test_all_values_of_16_bits_convert_as_numpy_converts_them():
@@ -116,25 +116,25 @@ def test_all_values_of_16_bits_convert_as_numpy_converts_them():
     half = every.view(np.float16).astype(np.float32)
     with np.errstate(all="ignore"):
         wanted = brain.astype(np.float16)
-    found = tensors.convert(every, "BF16", "F16")
+    found = tensors.convert_dtype(every, "BF16", "F16")
     assert found.dtype == np.float16
     assert np.array_equal(found, wanted, equal_nan=True)
     assert np.array_equal(np.signbit(found), np.signbit(wanted))
-    assert np.array_equal(tensors.convert(every.view(np.float16), "F16", "F32"), half, equal_nan=True)
-    back = tensors.widen(tensors.convert(every.view(np.float16), "F16", "BF16"), "BF16")
+    assert np.array_equal(tensors.convert_dtype(every.view(np.float16), "F16", "F32"), half, equal_nan=True)
+    back = tensors.to_float32(tensors.convert_dtype(every.view(np.float16), "F16", "BF16"), "BF16")
     good = np.isfinite(half)
     off = np.abs(back[good] - half[good])
     assert (off <= np.abs(half[good]) * 2.0 ** -8 + 1e-30).all()  # half a step of 8 bits
     assert np.array_equal(np.isnan(back), np.isnan(half))
-    assert np.array_equal(tensors.finite(every, "BF16"), np.isfinite(brain))
-    assert np.array_equal(tensors.finite(every.view(np.float16), "F16"), good)
+    assert np.array_equal(tensors.is_finite(every, "BF16"), np.isfinite(brain))
+    assert np.array_equal(tensors.is_finite(every.view(np.float16), "F16"), good)
 
 
 # identity
 
 def test_fingerprint_is_what_its_documentation_says(tmp_path, monkeypatch):
     monkeypatch.setattr(tensors, "PIECE", 8)
-    containers.write(tmp_path / "x.ckpt", items(small()))
+    containers.write_tensors(tmp_path / "x.ckpt", items(small()))
 
     def sha(content):
         return hashlib.sha256(content).digest()
@@ -148,19 +148,19 @@ def test_fingerprint_is_what_its_documentation_says(tmp_path, monkeypatch):
         sha(b"b.weight F32 [3, 4]\n" + xxh(array[:8]) + xxh(array[8:])),
         sha(b"scale F32 []\n" + xxh(np.float32(3.25))),
     ]
-    assert fingerprints.fingerprint(containers.read(tmp_path / "x.ckpt")) == sha(b"".join(parts)).hex()
+    assert fingerprints.fingerprint(containers.open_tensors(tmp_path / "x.ckpt")) == sha(b"".join(parts)).hex()
 
 
 def test_fingerprint_does_not_depend_on_files(tmp_path):
     arrays = small()
-    written = {containers.write(tmp_path / f"x{suffix}", items(arrays)) for suffix in SUFFIXES}
-    written |= {containers.write(tmp_path / "reordered.ckpt", items(dict(reversed(arrays.items()))))}
+    written = {containers.write_tensors(tmp_path / f"x{suffix}", items(arrays)) for suffix in SUFFIXES}
+    written |= {containers.write_tensors(tmp_path / "reordered.ckpt", items(dict(reversed(arrays.items()))))}
     for number, name in enumerate(arrays):
-        containers.write(tmp_path / f"shard_{number}.safetensors", items({name: arrays[name]}))
+        containers.write_tensors(tmp_path / f"shard_{number}.safetensors", items({name: arrays[name]}))
     shards = {}
     for number in range(len(arrays)):
-        shards |= containers.read(tmp_path / f"shard_{number}.safetensors")
-    read = {fingerprints.fingerprint(containers.read(tmp_path / f"x{suffix}")) for suffix in SUFFIXES}
+        shards |= containers.open_tensors(tmp_path / f"shard_{number}.safetensors")
+    read = {fingerprints.fingerprint(containers.open_tensors(tmp_path / f"x{suffix}")) for suffix in SUFFIXES}
     assert len(written | read | {fingerprints.fingerprint(shards)}) == 1
 
 
@@ -173,8 +173,8 @@ def test_fingerprint_does_not_depend_on_files(tmp_path):
     ],
 )
 def test_fingerprint_depends_on_names_shapes_and_values(tmp_path, change):
-    one = containers.write(tmp_path / "one.ckpt", items(small()))
-    assert containers.write(tmp_path / "two.ckpt", items({**small(), **change})) != one
+    one = containers.write_tensors(tmp_path / "one.ckpt", items(small()))
+    assert containers.write_tensors(tmp_path / "two.ckpt", items({**small(), **change})) != one
 
 
 # writing
@@ -186,7 +186,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
 
     for suffix in SUFFIXES:
         with pytest.raises(KeyboardInterrupt):
-            containers.write(tmp_path / f"x{suffix}", [*items(small()), ("late", "F32", (1,), fail)])
+            containers.write_tensors(tmp_path / f"x{suffix}", [*items(small()), ("late", "F32", (1,), fail)])
     with (
         pytest.raises(UserError, match="cannot be written"),
         files.atomic_folder(tmp_path / "folder") as folder,
@@ -198,7 +198,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
 def test_pieces_that_do_not_fill_the_shape_are_an_error(tmp_path):
     for pieces in ([], [np.zeros(2, np.float32)], [np.zeros(3, np.float32)] * 2):
         with pytest.raises(ValueError, match="piece"):
-            containers.write(tmp_path / "x.ckpt", [("a", "F32", (3,), lambda pieces=pieces: pieces)])
+            containers.write_tensors(tmp_path / "x.ckpt", [("a", "F32", (3,), lambda pieces=pieces: pieces)])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -208,7 +208,7 @@ def test_leftovers_of_dead_processes_go_and_of_living_ones_stay(tmp_path):
     temporary = files._temporary(tmp_path / "x.ckpt")
     for number in (dead.pid, os.getppid()):
         temporary.with_name(temporary.name.replace(str(os.getpid()), str(number))).write_text("left")
-    containers.write(tmp_path / "x.ckpt", items(small()))
+    containers.write_tensors(tmp_path / "x.ckpt", items(small()))
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         ["x.ckpt", temporary.name.replace(str(os.getpid()), str(os.getppid()))])
 
@@ -221,7 +221,7 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path, suffix):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
     try:
         with pytest.raises(UserError, match="cannot be written"):
-            containers.write(tmp_path / f"x{suffix}", items(arrays))
+            containers.write_tensors(tmp_path / f"x{suffix}", items(arrays))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
@@ -238,11 +238,11 @@ def test_wrong_places_are_refused(tmp_path):
         ("x.bin", "ends in .ckpt or"),
     ):
         with pytest.raises(UserError, match=said):
-            containers.write(tmp_path / path, items(small()))
+            containers.write_tensors(tmp_path / path, items(small()))
     with pytest.raises(UserError, match="exists"), files.atomic_folder(tmp_path / "full"):
         pass
     with pytest.raises(UserError, match="do not fit"):
-        files.check_room(tmp_path / "new" / "x.ckpt", 1 << 60)
+        files.require_space(tmp_path / "new" / "x.ckpt", 1 << 60)
 
 
 @pytest.mark.parametrize(("text", "said"), [
@@ -260,12 +260,12 @@ def test_json_must_be_an_object_without_doubts(tmp_path, text, said):
 def test_a_file_cut_anywhere_never_gives_other_values(tmp_path, suffix):
     """A .ckpt has no end mark: cut between two records, it is a file of fewer tensors."""
     path = tmp_path / f"x{suffix}"
-    containers.write(path, items(small()))
+    containers.write_tensors(path, items(small()))
     whole, lengths = path.read_bytes(), []
     for length in range(len(whole)):
         rewrite(path, whole[:length])
         try:
-            found = containers.read(path)
+            found = containers.open_tensors(path)
         except UserError as error:
             one_line(error)
             continue
@@ -298,8 +298,8 @@ def _mutate(content, places, choose):
 def test_2000_damaged_headers_never_give_other_values(tmp_path, suffix):
     """Whatever is read under a name of the original is the original, or of another dtype or shape."""
     path, choose = tmp_path / f"x{suffix}", random.Random(1)
-    containers.write(path, items(small()))
-    whole, original = path.read_bytes(), containers.read(path)
+    containers.write_tensors(path, items(small()))
+    whole, original = path.read_bytes(), containers.open_tensors(path)
     spans = [span for tensor in original.values() for span in tensor.spans]
     places = [
         place for place in range(len(whole)) if not any(0 <= place - offset < size for offset, size in spans)
@@ -308,7 +308,7 @@ def test_2000_damaged_headers_never_give_other_values(tmp_path, suffix):
     for _ in range(2000):
         rewrite(path, _mutate(whole, places, choose))
         try:
-            found = containers.read(path)
+            found = containers.open_tensors(path)
         except UserError as error:
             one_line(error)
             refused += 1
@@ -322,8 +322,8 @@ def test_2000_damaged_headers_never_give_other_values(tmp_path, suffix):
 
 def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path):
     path = tmp_path / "x.safetensors"
-    containers.write(path, items(small()))
-    read = containers.read(path)
+    containers.write_tensors(path, items(small()))
+    read = containers.open_tensors(path)
     os.truncate(path, 100)
     with pytest.raises(UserError, match=r"x\.safetensors: became shorter"):
         [tensor.array() for tensor in read.values()]
@@ -343,11 +343,11 @@ def test_loading_is_strict_and_changes_nothing_where_it_fails(tmp_path):
         ({"weight": np.ones((2, 3), np.float32)}, r"of another shape: weight \(\[2, 3\] in the file"),
     ):
         arrays = {name: array for name, array in {**good, **change}.items() if array is not None}
-        containers.write(path, items(arrays))
+        containers.write_tensors(path, items(arrays))
         with pytest.raises(UserError, match=said):
             load.load_weights(network, path)
         assert np.array_equal(network.weight.asnumpy(), before)
-    containers.write(path, items({**good, "step_num": np.ones(1, np.float32)}))
+    containers.write_tensors(path, items({**good, "step_num": np.ones(1, np.float32)}))
     assert sorted(load.load_weights(network, path, training_state=True)) == ["bias", "weight"]
     assert np.array_equal(network.weight.asnumpy(), good["weight"])
     assert np.array_equal(network.bias.asnumpy(), good["bias"])

@@ -10,7 +10,7 @@ YAMLS = sorted(EXAMPLE.glob("*_glm4_*.yaml"))
 
 
 def load(path, **options):
-    return config.load(path, run_mode=schema.RUN_MODES, **options)
+    return config.load_settings(path, run_mode=schema.RUN_MODES, **options)
 
 
 def overlay(tmp_path, text, base="finetune_glm4_tiny.yaml"):
@@ -128,15 +128,15 @@ def test_broken_files_are_named(tmp_path, content, part):
 
 def test_yaml_of_another_command_is_refused():
     with pytest.raises(UserError, match="run_mode is predict; this command needs preprocess"):
-        config.load(EXAMPLE / "predict_glm4_tiny.yaml", run_mode="preprocess")
+        config.load_settings(EXAMPLE / "predict_glm4_tiny.yaml", run_mode="preprocess")
 
 
 def test_plan_must_fit_the_number_of_workers():
     settings = load(EXAMPLE / "finetune_glm4_9b.yaml")  # data_parallel 4 x model_parallel 2
-    config.check_workers(settings, 8)
+    config.require_workers(settings, 8)
     with pytest.raises(UserError, match="= 8, but 4 worker"):
-        config.check_workers(settings, 4)
-    config.check_workers(load(EXAMPLE / "finetune_glm4_tiny.yaml"), 3)  # data parallel: any number
+        config.require_workers(settings, 4)
+    config.require_workers(load(EXAMPLE / "finetune_glm4_tiny.yaml"), 3)  # data parallel: any number
 
 
 def test_schema_offers_nothing_that_mindformers_does_not_take():

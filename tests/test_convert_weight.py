@@ -100,13 +100,13 @@ def folder(tmp_path):
 def test_golden_forward(tmp_path, layout, dtype, suffix):
     """Both folders hold the same values; hf_chatglm is bfloat16."""
     path = convert(f"{GOLDEN / f'hf_{layout}'}/", tmp_path / f"x{suffix}", "--dtype", dtype)
-    found = containers.read(path)
+    found = containers.open_tensors(path)
     wanted = by_hand()
     assert found.keys() == wanted.keys()
     for name, array in wanted.items():
         assert found[name].dtype == DTYPES[dtype]
         assert found[name].array().tobytes() == in_dtype(np.ascontiguousarray(array), DTYPES[dtype]).tobytes()
-    about = json.loads(sidecar.path_of(path).read_text())
+    about = json.loads(sidecar.path_beside(path).read_text())
     assert about["fingerprint"] == fingerprints.fingerprint(found)
     assert (about["dtype"], about["source_layout"]) == (DTYPES[dtype], layout)
     assert sorted(each.name for each in tmp_path.iterdir()) == [path.name, f"{path.name}.json"]
@@ -155,16 +155,16 @@ def test_one_spelling_to_the_other(tmp_path, source, target, dtype):
 def test_a_trained_checkpoint_there_and_back_is_bit_exact(tmp_path, layout, dtype):
     """Any bits but NaN and inf; the frequencies of the source are given back, whatever they were."""
     convert(GOLDEN / "hf_chatglm", tmp_path / "source.ckpt")
-    numbers, _ = sidecar.read_for(tmp_path / "source.ckpt")
+    numbers, _ = sidecar.read_config_of(tmp_path / "source.ckpt")
     choose = np.random.default_rng(0)
 
     def values(shape):
         array = choose.integers(0, 1 << 8 * STORED[DTYPES[dtype]].itemsize, shape, np.uint64).astype(
             f"u{STORED[DTYPES[dtype]].itemsize}").view(STORED[DTYPES[dtype]])
-        return np.where(tensors.finite(array, DTYPES[dtype]), array, array.dtype.type(1))
+        return np.where(tensors.is_finite(array, DTYPES[dtype]), array, array.dtype.type(1))
 
     trained = {name: values(shape) for name, shape in weight_names.parameter_shapes(numbers).items()}
-    containers.write(tmp_path / "trained.ckpt", [(name, DTYPES[dtype], array.shape, lambda array=array: array)
+    containers.write_tensors(tmp_path / "trained.ckpt", [(name, DTYPES[dtype], array.shape, lambda array=array: array)
                                                  for name, array in trained.items()])
     shutil.copy(GOLDEN / "hf_chatglm" / "config.json", tmp_path / "config.json")
     back = convert(
@@ -178,7 +178,7 @@ def test_a_trained_checkpoint_there_and_back_is_bit_exact(tmp_path, layout, dtyp
         "--config",
         str(tmp_path / "config.json"),
     )
-    again = containers.read(convert(back, tmp_path / "again.safetensors", "--dtype", dtype))
+    again = containers.open_tensors(convert(back, tmp_path / "again.safetensors", "--dtype", dtype))
     assert all(again[name].array().tobytes() == array.tobytes() for name, array in trained.items())
 
 
@@ -193,7 +193,7 @@ def test_the_way_back_needs_numbers(tmp_path):
         UserError, match=r"config\.json: does not describe this checkpoint: rope_ratio is 1 there, 500 in"
     ):
         convert(path, tmp_path / "back", "--reversed", "--config", str(config))
-    kept = sidecar.path_of(path).rename(tmp_path / "kept.json")
+    kept = sidecar.path_beside(path).rename(tmp_path / "kept.json")
     with pytest.raises(UserError, match=r"x\.ckpt: has no x\.ckpt\.json beside it; .*--config"):
         convert(path, tmp_path / "back", "--reversed")
     assert not (tmp_path / "back").exists()
@@ -220,7 +220,7 @@ def test_an_old_sidecar_does_not_outlive_its_checkpoint(tmp_path, folder):
     with pytest.raises(UserError):
         convert(folder, path)
     assert path.read_bytes() == before
-    assert not sidecar.path_of(path).exists()
+    assert not sidecar.path_beside(path).exists()
 
 
 # values
@@ -256,7 +256,7 @@ def test_bad_values_name_their_tensor(tmp_path, folder, bits, dtype, said):
 def test_not_finite_may_pass_but_overflow_may_not(tmp_path, folder):
     name = set_last(folder, 0x7F80)
     path = convert(folder, tmp_path / "x.ckpt", "--dtype", "fp16", "--allow_nonfinite")
-    assert sum(np.isinf(tensor.float32()).sum() for tensor in containers.read(path).values()) == 1
+    assert sum(np.isinf(tensor.float32()).sum() for tensor in containers.open_tensors(path).values()) == 1
     set_last(folder, 0x4780)
     with pytest.raises(UserError, match=f"{name} holds 65536"):
         convert(folder, tmp_path / "x.ckpt", "--dtype", "fp16", "--allow_nonfinite")
@@ -433,14 +433,14 @@ def test_2000_damaged_shards_never_give_other_values(tmp_path):
     numbers = model_config.ModelConfig(1, 4, 4, 4, 2, 1, 2, 1e-5, 1, (1,), 1)
     source, choose = tmp_path / "hf", random.Random(0)
     values = np.random.default_rng(0)
-    hf.write_folder(source, numbers, "glm", "F32", [
+    hf.write_hf_folder(source, numbers, "glm", "F32", [
         (name, "F32", shape, lambda shape=shape: values.normal(size=shape).astype(np.float32))
         for name, shape in weight_names.hf_shapes(numbers, "glm").items()])
     (source / hf.INDEX).unlink()
     (shard,) = source.glob("*.safetensors")
     whole = shard.read_bytes()
     start = 8 + int.from_bytes(whole[:8], "little")
-    wanted = {name: tensor.array().tobytes() for name, tensor in hf.read_folder(source)[2].items()}
+    wanted = {name: tensor.array().tobytes() for name, tensor in hf.read_hf_folder(source)[2].items()}
     refused, harmless = 0, 0
     for _ in range(2000):
         content = bytearray(whole)
@@ -457,7 +457,7 @@ def test_2000_damaged_shards_never_give_other_values(tmp_path):
         shard.unlink()
         shard.write_bytes(content)
         try:
-            found = hf.read_folder(source)[2]
+            found = hf.read_hf_folder(source)[2]
         except UserError as error:
             refused += "\n" not in str(error)
             continue
@@ -570,7 +570,7 @@ def test_progress_counts_bytes(tmp_path, monkeypatch):
         def update(self, count):
             seen.append(count)
 
-    monkeypatch.setattr(cli, "progress", lambda *_, **__: Bar())
+    monkeypatch.setattr(cli, "progress_bar", lambda *_, **__: Bar())
     path = convert(GOLDEN / "hf_chatglm", tmp_path / "x.ckpt")
-    size = sum(tensor.nbytes for tensor in containers.read(path).values())
+    size = sum(tensor.nbytes for tensor in containers.open_tensors(path).values())
     assert seen[0] == size == sum(seen[1:])

@@ -7,7 +7,7 @@ from conftest import GOLDEN
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mindrlhf.data.features import TRUNCATIONS, TokenPair, fit, row_columns, tokenize
+from mindrlhf.data.features import TRUNCATIONS, TokenPair, row_columns, tokenize_pair, truncate_prompt
 from mindrlhf.data.preference import Pair
 from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
 from mindrlhf.records import SIDES
@@ -81,18 +81,18 @@ MESSAGES = (("system", "abcd"), ("user", "efgh"), ("assistant", "ij"), ("user", 
     ("keep_end", 13, "[gMASK]<sop><|system|>\n<|user|>\n<|assistant|>\n<|user|>\n<|assistant|>"),
     ("keep_start", 4, "[gMASK]<sop><|system|>\nabcd<|user|>\nefgh<|assistant|>\ni<|user|>\n<|assistant|>")])
 def test_the_prompt_loses_text_only(tokenizer, truncation, cut, left):
-    tokens = tokenize(tokenizer, Pair(MESSAGES, "yes", "no, thanks"))
-    short, lost = fit(tokens, tokens.longest - cut, tokenizer=tokenizer, truncation=truncation)
+    tokens = tokenize_pair(tokenizer, Pair(MESSAGES, "yes", "no, thanks"))
+    short, lost = truncate_prompt(tokens, tokens.longest - cut, tokenizer=tokenizer, truncation=truncation)
     assert lost == cut
     assert tokenizer.decode(short.prompt, show_special=True) == left
     assert (short.chosen, short.rejected) == (tokens.chosen, tokens.rejected)
 
 
 def test_a_pair_goes_where_its_answer_and_tags_do_not_fit(tokenizer):
-    tokens = tokenize(tokenizer, Pair(MESSAGES, "yes", "no, thanks"))
-    assert fit(tokens, tokens.longest - 14, tokenizer=tokenizer) == (None, 0)
-    assert fit(tokens, tokens.longest, tokenizer=tokenizer, truncation="drop") == (tokens, 0)
-    assert fit(tokens, tokens.longest - 1, tokenizer=tokenizer, truncation="drop") == (None, 0)
+    tokens = tokenize_pair(tokenizer, Pair(MESSAGES, "yes", "no, thanks"))
+    assert truncate_prompt(tokens, tokens.longest - 14, tokenizer=tokenizer) == (None, 0)
+    assert truncate_prompt(tokens, tokens.longest, tokenizer=tokenizer, truncation="drop") == (tokens, 0)
+    assert truncate_prompt(tokens, tokens.longest - 1, tokenizer=tokenizer, truncation="drop") == (None, 0)
 
 
 def test_properties_of_truncation(tokenizer):
@@ -102,8 +102,8 @@ def test_properties_of_truncation(tokenizer):
     @given(st.lists(st.tuples(roles, words), min_size=1, max_size=4), words, words, st.integers(1, 80),
            st.sampled_from(TRUNCATIONS))
     def holds(messages, chosen, rejected, seq_len, truncation):
-        tokens = tokenize(tokenizer, Pair(tuple(messages), chosen, rejected))
-        short, lost = fit(tokens, seq_len, tokenizer=tokenizer, truncation=truncation)
+        tokens = tokenize_pair(tokenizer, Pair(tuple(messages), chosen, rejected))
+        short, lost = truncate_prompt(tokens, seq_len, tokenizer=tokenizer, truncation=truncation)
         tags = [token for token in tokens.prompt if token >= 316]
         room = seq_len - max(len(tokens.chosen), len(tokens.rejected)) - len(tags) - len(messages)  # a newline a tag
         if short is None:

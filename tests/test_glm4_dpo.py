@@ -134,7 +134,7 @@ def test_loss_and_metrics_by_hand(training_model, expected):
     weights = ms.Tensor(np.tile([[1 / 5, 1 / tokens]], (4, 1)), ms.float32)
     loss, sums, faulty = training_model(tuple(columns(rows, ref, width)), weights)
     assert (faulty.asnumpy() == -1).all()
-    found = metrics.means(sums.asnumpy(), sft_weight=1.0)
+    found = metrics.compute_metrics(sums.asnumpy(), sft_weight=1.0)
     five = expected["pairs"][:5]
     nll = -sum(pair["ref_chosen_logps"] for pair in five) / tokens
     assert found["pairs"] == 5

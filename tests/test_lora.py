@@ -44,12 +44,12 @@ def test_it_starts_at_the_reference_and_learns(trained):
 
 def test_only_adapters_are_saved(trained, golden):
     """3 layers of A (4, in) and B (out, 4): qkv 96 -> 160, dense 96 -> 96, mlp 96 -> 320 and 160 -> 96."""
-    stored = containers.read(adapter_file(trained[0]))
+    stored = containers.open_tensors(adapter_file(trained[0]))
     adapters = {name: tensor for name, tensor in stored.items() if weight_names.is_adapter(name)}
     assert set(stored) - set(adapters) == {"lora_rank", "lora_alpha"}
     assert len(adapters) == 3 * 4 * 2
     assert sum(np.prod(t.shape) for t in adapters.values()) == 3 * 4 * ((96 + 160) + (96 + 96) + (96 + 320) + (160 + 96))
-    state = containers.read(trained[0] / "checkpoint/rank_0/glm4_dpo-step_00000002.ckpt")
+    state = containers.open_tensors(trained[0] / "checkpoint/rank_0/glm4_dpo-step_00000002.ckpt")
     assert not any(weight_names.is_base_weight(name) for name in state)
 
 
@@ -91,11 +91,11 @@ def test_merged_and_unmerged_logits_agree(golden, trained, unmerged, tmp_path):
 
 def test_by_hand(golden, trained):
     """W + alpha / rank * B A, for one matrix."""
-    base, stored = containers.read(golden.checkpoint), containers.read(adapter_file(trained[0]))
+    base, stored = containers.open_tensors(golden.checkpoint), containers.open_tensors(adapter_file(trained[0]))
     name = "transformer.encoder.layers.1.mlp.dense_4h_to_h"
     a, b = (stored[f"{name}.mindpet_delta_lora_{half}"].float32() for half in "ab")
     expected = base[f"{name}.weight"].float32() + 2.0 * np.einsum("or,ri->oi", b, a)
-    np.testing.assert_allclose(lora.merged(base, stored, "x")[f"{name}.weight"](), expected, atol=1e-6)
+    np.testing.assert_allclose(lora.merge_adapters(base, stored, "x")[f"{name}.weight"](), expected, atol=1e-6)
 
 
 def test_predict_takes_base_and_adapters(golden, trained):
@@ -122,14 +122,14 @@ def test_target_modules_are_a_choice(golden):
 
 def test_files_that_do_not_belong_together_are_refused(golden, trained, tmp_path):
     import transform_checkpoint
-    base, stored = containers.read(golden.checkpoint), containers.read(adapter_file(trained[0]))
+    base, stored = containers.open_tensors(golden.checkpoint), containers.open_tensors(adapter_file(trained[0]))
     with pytest.raises(UserError, match="holds no adapters"):
-        lora.merged(base, base, "x")
+        lora.merge_adapters(base, base, "x")
     with pytest.raises(UserError, match="does not fit the base"):
-        lora.merged({}, stored, "x")
+        lora.merge_adapters({}, stored, "x")
     half = {name: tensor for name, tensor in stored.items() if not name.endswith("layers.0.mlp.dense_4h_to_h" + weight_names.LORA_B)}
     with pytest.raises(UserError, match="lacks its other half"):
-        lora.merged(base, half, "x")
+        lora.merge_adapters(base, half, "x")
     with pytest.raises(UserError, match="holds full weights, no adapters"):
         transform_checkpoint.main(["--src_checkpoint", str(golden.checkpoint), "--base_checkpoint", str(golden.checkpoint),
                                    "--dst_checkpoint", str(tmp_path / "x")])
@@ -140,8 +140,8 @@ def test_one_adapter_file_says_what_the_folder_says(golden, trained, tmp_path, c
     folder, target = trained[0] / "checkpoint_network", tmp_path / "adapters.safetensors"
     transform_checkpoint.main(["--src_checkpoint", str(folder), "--dst_checkpoint", str(target)])
     assert "these are LoRA adapters alone" in capsys.readouterr().out
-    base = containers.read(golden.checkpoint)
-    changed = [lora.merged(base, load.open_adapters(path), path) for path in (folder, target, adapter_file(trained[0]))]
+    base = containers.open_tensors(golden.checkpoint)
+    changed = [lora.merge_adapters(base, load.open_adapters(path), path) for path in (folder, target, adapter_file(trained[0]))]
     assert len(changed[0]) == 12
     for name, make in changed[0].items():
         for other in changed[1:]:
@@ -181,7 +181,7 @@ def test_adapters_start_alike_whatever_the_plan():
 def test_settings_are_checked(tmp_path, text, part):
     path = write_overlay(tmp_path / "x.yaml", "finetune", text)
     with pytest.raises(UserError, match=part):
-        config.load(path, run_mode="finetune")
+        config.load_settings(path, run_mode="finetune")
 
 
 def test_adapters_leave_the_network_as_it_was_at_first(golden):

@@ -25,7 +25,7 @@ def rows(count=5):
 @pytest.fixture
 def path(tmp_path):
     path = tmp_path / "new folder" / "train.set.1.mindrecord"
-    mindrecord.write(path, rows(), seq_len=S, width=P, sidecar=SIDECAR)
+    mindrecord.write_rows(path, rows(), seq_len=S, width=P, sidecar=SIDECAR)
     return path
 
 
@@ -45,18 +45,18 @@ def test_a_row_by_hand():
 
 
 def test_what_is_written_is_read(path):
-    read = list(mindrecord.read(path))
+    read = list(mindrecord.read_rows(path))
     for row, wanted in zip(read, rows(), strict=True):
         assert {name: values.tolist() for name, values in row.items()} == {
             name: values.tolist() for name, values in wanted.items()}
-    assert mindrecord.read_sidecar(path) == {"format": mindrecord.SIDECAR_FORMAT, **SIDECAR}
+    assert mindrecord.read_data_sidecar(path) == {"format": mindrecord.SIDECAR_FORMAT, **SIDECAR}
     assert sorted(file.name for file in path.parent.iterdir()) == [f"{path.name}{end}" for end in ("", ".db", ".json")]
 
 
 def test_a_second_file_takes_the_place_of_the_first(path):
-    mindrecord.write(path, rows(2), seq_len=S, width=P, sidecar={**SIDECAR, "rows": 2})
-    assert len(list(mindrecord.read(path))) == 2
-    assert mindrecord.read_sidecar(path)["rows"] == 2
+    mindrecord.write_rows(path, rows(2), seq_len=S, width=P, sidecar={**SIDECAR, "rows": 2})
+    assert len(list(mindrecord.read_rows(path))) == 2
+    assert mindrecord.read_data_sidecar(path)["rows"] == 2
 
 
 def test_nothing_stands_under_the_final_name_when_writing_fails(tmp_path):
@@ -65,14 +65,14 @@ def test_nothing_stands_under_the_final_name_when_writing_fails(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        mindrecord.write(tmp_path / "a.mindrecord", broken(), seq_len=S, width=P, sidecar=SIDECAR)
+        mindrecord.write_rows(tmp_path / "a.mindrecord", broken(), seq_len=S, width=P, sidecar=SIDECAR)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot be written"):
-        mindrecord.write(tmp_path / "file" / "a.mindrecord", rows(), seq_len=S, width=P, sidecar=SIDECAR)
+        mindrecord.write_rows(tmp_path / "file" / "a.mindrecord", rows(), seq_len=S, width=P, sidecar=SIDECAR)
 
 
 def test_a_missing_or_damaged_file_is_named(path):
@@ -80,29 +80,29 @@ def test_a_missing_or_damaged_file_is_named(path):
         hidden = path.with_name("hidden")
         path.with_name(path.name + end).rename(hidden)
         with pytest.raises(UserError, match=why):
-            mindrecord.read_sidecar(path)
+            mindrecord.read_data_sidecar(path)
         hidden.rename(path.with_name(path.name + end))
     path.write_bytes(b"junk" * 1000)
     with pytest.raises(UserError, match="cannot be read"):
-        list(mindrecord.read(path))
+        list(mindrecord.read_rows(path))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format": 0}', json.dumps({"format": 1, "rows": 1})])
 def test_a_sidecar_that_is_none(path, content):
-    mindrecord.sidecar_path(path).write_text(content)
+    mindrecord.data_sidecar_path(path).write_text(content)
     with pytest.raises(UserError, match=r"\.json: (not a sidecar|is empty)"):
-        mindrecord.read_sidecar(path)
+        mindrecord.read_data_sidecar(path)
 
 
 def test_data_of_another_run_are_refused_and_the_difference_named():
     same = {"seq_len": S, "template": "t", "tokenizer": "a" * 64, "checkpoint": "b" * 64}
-    mindrecord.check_made_for("f", SIDECAR, **same)
-    mindrecord.check_made_for("f", SIDECAR, **{**same, "checkpoint": None})
+    mindrecord.require_made_for("f", SIDECAR, **same)
+    mindrecord.require_made_for("f", SIDECAR, **{**same, "checkpoint": None})
     for name, value, words in (("seq_len", 99, f"seq_len was {S} .* now 99"), ("template", "u", "template was t"),
                                ("tokenizer", "c" * 64, "tokenizer was aaaaaaaaaaaa.*tokenizer.model.*cccccccccccc"),
                                ("checkpoint", "c" * 64, "checkpoint was bbbbbbbbbbbb.*model.ckpt")):
         with pytest.raises(UserError, match=words):
-            mindrecord.check_made_for("f", SIDECAR, **{**same, name: value})
+            mindrecord.require_made_for("f", SIDECAR, **{**same, name: value})
 
 
 @pytest.mark.parametrize(("batch_size", "shards"), [(1, 1), (2, 1), (5, 1), (8, 1), (1, 2), (2, 2), (3, 4)])

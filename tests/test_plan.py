@@ -73,7 +73,7 @@ def settings_of(folder, data, model, what="", *, layers=1, dtype="float32"):
                     f"dpo: {{logps_chunk_size: 32}}\n"
                     f"parallel_config: {{data_parallel: {data}, model_parallel: {model}, "
                     f"vocab_emb_dp: {'vocab' in what}}}\n{MORE.get(what, '')}\n")
-    return config.load(path, run_mode="finetune")
+    return config.load_settings(path, run_mode="finetune")
 
 
 @pytest.mark.parametrize("plan", HELD)
@@ -83,7 +83,7 @@ def test_weights_gradients_and_moments_are_those_of_the_ranks(tmp_path, plan):
     found = parameters.parameter_bytes(settings, data * model)
     assert [found[name] for name in NAMES] == [4 * math.prod(shapes[at]) for at in NAMES.values()]
     assert sum(found.values()) == total
-    parts = memory.parts(settings, data * model)
+    parts = memory.memory_parts(settings, data * model)
     assert parts["weights"] + parts["Adam's moments"] == total
     assert parts["gradients"] * 2 == parts["Adam's moments"]
 
@@ -105,9 +105,9 @@ def test_the_9b_weights_by_hand():
     13696) + 4096 = 9,399,951,360. On one card of 4 x 2, all matrices are a part of 8; norms (4096) stand
     whole, biases (4608) in halves: 81 x 4096 + 40 x 2304 = 423,936 numbers instead of 1/8 of 81 x 4096 +
     40 x 4608 = 516,096."""
-    settings = config.load(EXAMPLE / "finetune_glm4_9b.yaml", run_mode="finetune")
-    assert sum(math.prod(shape) for shape in parameters.shapes(settings).values()) == 9_399_951_360
-    assert memory.parts(settings, 8)["weights"] == 4 * ((9_399_951_360 - 516_096) // 8 + 423_936)
+    settings = config.load_settings(EXAMPLE / "finetune_glm4_9b.yaml", run_mode="finetune")
+    assert sum(math.prod(shape) for shape in parameters.all_shapes(settings).values()) == 9_399_951_360
+    assert memory.memory_parts(settings, 8)["weights"] == 4 * ((9_399_951_360 - 516_096) // 8 + 423_936)
 
 
 @pytest.mark.parametrize("plan", MOVED)
@@ -115,7 +115,7 @@ def test_traffic_is_that_of_the_compiled_graphs(tmp_path, plan):
     """To one part in 10,000 (which is loss and norm), but for 1x4, where one all-reduce is a
     reduce-scatter, and 16 bits, where the scores of plain attention are float32 on one way."""
     data, model, layers, dtype = plan
-    found = traffic.volumes(settings_of(tmp_path, data, model, layers=layers, dtype=dtype), data * model)
+    found = traffic.traffic_volumes(settings_of(tmp_path, data, model, layers=layers, dtype=dtype), data * model)
     close = 0.05 if (data, model) == (1, 4) or dtype == "float16" else 1e-4
     assert sum(found.values()) == pytest.approx(MOVED[plan], rel=close)
 
@@ -124,7 +124,7 @@ def test_traffic_and_kept_bytes_with_flash_attention(tmp_path):
     """2x2, compiled but not run: keys and values wander unrepeated, no scores, no masks."""
     settings = settings_of(tmp_path, 2, 2)
     settings["model"]["model_config"]["use_flash_attention"] = True
-    assert sum(traffic.volumes(settings, 4).values()) == pytest.approx(4613446, rel=1e-4)
+    assert sum(traffic.traffic_volumes(settings, 4).values()) == pytest.approx(4613446, rel=1e-4)
     assert memory.layer_kept(settings, memory.shares_of(settings, 4)) == pytest.approx(163848, rel=1e-3)
 
 
@@ -158,7 +158,7 @@ def test_published_throughput():
     8192 x 4096, that is 40 x 542,113,792 = 21.68e9, and the output layer's 2 x 4096 x 151552 = 1.24e9. A
     step: 21.68e9 x 3.35 + 1.24e9 x 3 = 76.4e9. At 45 % of 376e12: 2216 a second. The smaller variant's
     313e12: 1845."""
-    settings = config.load(EXAMPLE / "finetune_glm4_9b.yaml", run_mode="finetune",
+    settings = config.load_settings(EXAMPLE / "finetune_glm4_9b.yaml", run_mode="finetune",
                            overrides={"dpo.logps_chunk_size": 0})
     layers, output = hours.forward_operations(settings)
     assert layers == 40 * (2 * (4096 * 4608 + 4096 ** 2 + 3 * 4096 * 13696) + 4 * 8192 * 4096)
@@ -172,8 +172,8 @@ def test_published_throughput():
 def test_hours_by_hand(tmp_path):
     """8 cards alone, 4000 rows: preprocessing scores 500 rows a card of 2 x 8192 positions, one forward
     pass of 22.93e9 operations each, at 169.2e12 a second: 500 x 16384 x 22.93e9 / 169.2e12 = 1110 s."""
-    settings = config.load(EXAMPLE / "process_glm4_9b.yaml", run_mode="preprocess")
-    least, most = hours.hours(settings, 8, 4000)
+    settings = config.load_settings(EXAMPLE / "process_glm4_9b.yaml", run_mode="preprocess")
+    least, most = hours.run_hours(settings, 8, 4000)
     assert least == most == pytest.approx(1110 / 3600, rel=0.005)
 
 
@@ -193,7 +193,7 @@ def advice_of(tmp_path, text, memory_gb=64):
     """What the tool advises for changes of finetune_glm4_9b.yaml."""
     path = tmp_path / "plan.yaml"
     path.write_text(f"base_config: {EXAMPLE / 'finetune_glm4_9b.yaml'}\n{text}\n")
-    settings = config.load(path, run_mode="finetune")
+    settings = config.load_settings(path, run_mode="finetune")
     return tool.advice(settings, 8, tool.room(settings, memory_gb))
 
 
@@ -222,7 +222,7 @@ def test_rows_come_from_the_sidecar(tmp_path, golden, capsys):
 def test_flash_attention_needs_a_key_value_head_on_each_card():
     """Compiled with scripts/rig, 1x4 ends with "operator FlashAttentionScore init failed": 2 heads in 4."""
     with pytest.raises(cli.UserError, match="does not divide multi_query_group_num"):
-        config.load(EXAMPLE / "finetune_glm4_9b.yaml", run_mode="finetune",
+        config.load_settings(EXAMPLE / "finetune_glm4_9b.yaml", run_mode="finetune",
                     overrides={"parallel_config.data_parallel": 2, "parallel_config.model_parallel": 4})
 
 

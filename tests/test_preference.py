@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mindrlhf.cli import UserError
 from mindrlhf.data import preference
-from mindrlhf.data.preference import Pair, held_out, read
+from mindrlhf.data.preference import Pair, choose_held_out, read_pairs
 
 
 def message(role, text):
@@ -29,7 +29,7 @@ def write(path, rows):
 
 
 def one(tmp_path, row, kind="auto"):
-    source = read([write(tmp_path / "pairs.jsonl", [row])], kind)
+    source = read_pairs([write(tmp_path / "pairs.jsonl", [row])], kind)
     return source.dataset_type, source.pairs[0]
 
 
@@ -99,9 +99,9 @@ def test_a_bad_row_is_named_by_file_and_line_and_may_be_skipped(tmp_path, kind, 
     line, good = row if isinstance(row, str) else json.dumps(row), json.dumps(GOOD[kind])
     path.write_text(f"\n\n{line}\n{good}\n")
     with pytest.raises(UserError, match=rf"pairs\.jsonl:3: .*{why}") as caught:
-        read([path], kind)
+        read_pairs([path], kind)
     assert "\n" not in str(caught.value)
-    source = read([path], kind, skip_bad=True)
+    source = read_pairs([path], kind, skip_bad=True)
     assert source.dropped == {preference.BAD: [f"{path}:3"]}
     assert source.bad[0].startswith(f"{path}:3: ")
     assert source.read == 2
@@ -112,15 +112,15 @@ def test_bytes_that_are_no_utf8(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_bytes(json.dumps(CVALUES).encode() + b"\n" + '{"prompt": "问'.encode("gbk") + b'"}\n')
     with pytest.raises(UserError, match=r":2: not UTF-8 \(byte"):
-        read([path])
+        read_pairs([path])
 
 
 def test_an_array_has_line_numbers(tmp_path):
     path = tmp_path / "pairs.json"
     path.write_text(json.dumps([CVALUES, CVALUES, {**CVALUES, "pos_resp": ""}], indent=1))
     with pytest.raises(UserError, match=r"pairs\.json:12: 'pos_resp' is empty"):  # [, five lines a row, from line 2
-        read([path])
-    assert len(read([path], skip_bad=True).pairs) == 2
+        read_pairs([path])
+    assert len(read_pairs([path], skip_bad=True).pairs) == 2
 
 
 @pytest.mark.parametrize(("text", "line"), [("[{}\n {}]", 2), ("[{},\n\n {", 3), ("[{}]\nmore", 2), ("[{},\n", 2), ("[", 1)])
@@ -128,7 +128,7 @@ def test_a_broken_array_is_an_error_in_any_case(tmp_path, text, line):
     path = tmp_path / "pairs.json"
     path.write_text(text)
     with pytest.raises(UserError, match=rf"pairs\.json:{line}: not JSON"):
-        read([path], skip_bad=True)
+        read_pairs([path], skip_bad=True)
 
 
 def test_files_are_read_in_natural_order_plain_or_packed(tmp_path):
@@ -140,28 +140,28 @@ def test_files_are_read_in_natural_order_plain_or_packed(tmp_path):
         json.dump([{**CVALUES, "prompt": "3"}], file)
     for name in ("notes.txt", "old.mindrecord.json", ".part_0.jsonl"):
         (folder / name).write_text("no data")
-    prompts = [pair.messages[0][1] for pair in read([folder]).pairs]
+    prompts = [pair.messages[0][1] for pair in read_pairs([folder]).pairs]
     assert prompts == ["1", "2", "3", "10"]
-    assert [pair.place for pair in read([folder / "part_10.jsonl", folder / "part_2.jsonl"]).pairs] == [
+    assert [pair.place for pair in read_pairs([folder / "part_10.jsonl", folder / "part_2.jsonl"]).pairs] == [
         f"{folder}/part_2.jsonl:1", f"{folder}/part_10.jsonl:1"]
     with pytest.raises(UserError, match="named twice"):
-        read([folder, folder / "part_1.jsonl"])
+        read_pairs([folder, folder / "part_1.jsonl"])
 
 
 def test_paths_without_data(tmp_path):
     for path, why in ((tmp_path / "none", "no such file"), (tmp_path, "holds no data")):
         with pytest.raises(UserError, match=why):
-            read([path])
+            read_pairs([path])
     for content, why in (("", "is empty"), ("\n \n", "holds no pairs"), ("[]", "holds no pairs")):
         (tmp_path / "pairs.json").write_text(content)
         with pytest.raises(UserError, match=why):
-            read([tmp_path / "pairs.json"])
+            read_pairs([tmp_path / "pairs.json"])
     (tmp_path / "pairs.json.gz").write_bytes(gzip.compress(b"{}" * 999)[:-9])
     with pytest.raises(UserError, match="not a whole gzip file"):
-        read([tmp_path / "pairs.json.gz"])
+        read_pairs([tmp_path / "pairs.json.gz"])
     (tmp_path / "pairs.json").write_text("{}\n")
     with pytest.raises(UserError, match="holds no pairs .*1 x bad row.*pairs.json:1: "):
-        read([tmp_path / "pairs.json"], skip_bad=True)
+        read_pairs([tmp_path / "pairs.json"], skip_bad=True)
 
 
 def test_hostile_text_arrives_as_it_was_written(tmp_path):
@@ -169,7 +169,7 @@ def test_hostile_text_arrives_as_it_was_written(tmp_path):
     path = tmp_path / "pairs.jsonl"
     row = json.dumps({**CVALUES, "prompt": "", "pos_resp": text}, ensure_ascii=False)
     path.write_bytes(b"\xef\xbb\xbf" + row.encode() + b"\r\n" + row.encode() + b"\r\n")
-    source = read([path])
+    source = read_pairs([path])
     assert source.read == 2
     assert source.pairs[0] == Pair((("user", ""),), text, "bad")
 
@@ -177,7 +177,7 @@ def test_hostile_text_arrives_as_it_was_written(tmp_path):
 def test_lone_surrogates_are_replaced_and_noted(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"prompt": "\\ud83d\\ude42 \\ud83d", "pos_resp": "good", "neg_resp": "bad"}\n')
-    source = read([path])
+    source = read_pairs([path])
     assert source.pairs[0].messages == (("user", "🙂 \ufffd"),)
     assert source.noted == {preference.SURROGATES: [f"{path}:1"]}
 
@@ -185,10 +185,10 @@ def test_lone_surrogates_are_replaced_and_noted(tmp_path):
 def test_identical_answers_and_repeated_pairs(tmp_path):
     rows = [CVALUES, {**CVALUES, "neg_resp": "good"}, CVALUES, {**CVALUES, "prompt": "Q2"}]
     path = write(tmp_path / "pairs.jsonl", rows)
-    kept = read([path])
+    kept = read_pairs([path])
     assert len(kept.pairs) == 4
     assert kept.noted == {preference.IDENTICAL: [f"{path}:2"], preference.DUPLICATE: [f"{path}:3"]}
-    less = read([path], drop=[preference.IDENTICAL, preference.DUPLICATE])
+    less = read_pairs([path], drop=[preference.IDENTICAL, preference.DUPLICATE])
     assert [pair.number for pair in less.pairs] == [0, 3]
     assert less.dropped == kept.noted
     assert less.read == 4
@@ -199,21 +199,21 @@ def test_no_prompt_is_on_both_sides(prompts, ratio):
     pairs = [Pair((("user", f"question {number}"),), f"a{place}", "b") for place, number in enumerate(prompts)]
     if ratio and len(set(prompts)) == 1:
         with pytest.raises(UserError, match="same prompt"):
-            held_out(pairs, ratio)
+            choose_held_out(pairs, ratio)
         return
-    apart = held_out(pairs, ratio)
+    apart = choose_held_out(pairs, ratio)
     sides = [{number for number, there in zip(prompts, apart) if there == side} for side in (False, True)]
     assert not sides[0] & sides[1]
     assert sides[0]
     assert bool(sides[1]) == (ratio > 0)
-    assert apart == held_out(pairs, ratio)
+    assert apart == choose_held_out(pairs, ratio)
 
 
 def test_the_share_is_met_and_does_not_depend_on_the_order():
     pairs = [Pair((("user", f"question {number // 2}"),), f"a{number}", "b") for number in range(1000)]
-    apart = held_out(pairs, 0.1)
+    apart = choose_held_out(pairs, 0.1)
     assert sum(apart) == 100
-    turned = held_out(pairs[::-1], 0.1)
+    turned = choose_held_out(pairs[::-1], 0.1)
     assert turned[::-1] == apart
     spaced = [Pair((("user", f" question\t{number // 2}\n"),), "a", "b") for number in range(1000)]
-    assert held_out(spaced, 0.1) == apart  # white space makes no other prompt
+    assert choose_held_out(spaced, 0.1) == apart  # white space makes no other prompt

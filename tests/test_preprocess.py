@@ -18,7 +18,7 @@ from mindrlhf.data import mindrecord, preprocess, summary, validation
 from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
 from mindrlhf.records import SIDES
 
-PICTURE = summary.picture
+PICTURE = summary.draw_summary
 SCRIPT = EXAMPLE / "dpo_preprocess_glm4_parallel.py"
 ROWS = [json.loads(line) for line in (GOLDEN / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
 
@@ -35,7 +35,7 @@ def one_model(monkeypatch, made={}):  # noqa: B006  shared by all tests on purpo
         return made[key]
 
     monkeypatch.setattr(preprocess, "open_scorer", cached)
-    monkeypatch.setattr(summary, "picture", lambda *_: True)  # half a second each
+    monkeypatch.setattr(summary, "draw_summary", lambda *_: True)  # half a second each
 
 
 def write(path, rows):
@@ -59,7 +59,7 @@ def rank(monkeypatch, number, workers):
 
 
 def rows(path):
-    return [{name: values.tolist() for name, values in row.items()} for row in mindrecord.read(path)]
+    return [{name: values.tolist() for name, values in row.items()} for row in mindrecord.read_rows(path)]
 
 
 def by_pair(path):
@@ -72,13 +72,13 @@ def tokens_of(path):
     """Number of a pair -> its tokens on both sides."""
     return {int(row["pair_ids"][place]): [row[f"{side}_input_ids"][slice(*validation.segments(row, side)[place])].tolist()
                                           for side in SIDES]
-            for row in mindrecord.read(path) for place in range((row["pair_ids"] >= 0).sum())}
+            for row in mindrecord.read_rows(path) for place in range((row["pair_ids"] >= 0).sum())}
 
 
 def assert_whole(golden, path):
     """Every row of a file is as it should be, and its sidecar balances."""
-    sidecar, special = mindrecord.read_sidecar(path), Glm4Tokenizer(golden.tokenizer).special
-    assert [validation.check_row(row, sidecar, special) for row in mindrecord.read(path)] == [[]] * sidecar["rows"]
+    sidecar, special = mindrecord.read_data_sidecar(path), Glm4Tokenizer(golden.tokenizer).special
+    assert [validation.check_row(row, sidecar, special) for row in mindrecord.read_rows(path)] == [[]] * sidecar["rows"]
     pairs = sidecar["pairs"]
     assert len(by_pair(path)) == pairs["written"]
     assert pairs["read"] == pairs["written"] + pairs["in the other file"] + sum(pairs["dropped"].values())
@@ -120,7 +120,7 @@ def test_the_other_spelling_gives_the_same(golden, expected, tmp_path):
 
 
 def test_the_last_screen_and_the_picture(golden, expected, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(summary, "picture", PICTURE)
+    monkeypatch.setattr(summary, "draw_summary", PICTURE)
     path = run(golden, golden.pairs, tmp_path / "a.mindrecord")
     out = capsys.readouterr().out
     pairs = expected["pairs"]
@@ -134,7 +134,7 @@ def test_the_last_screen_and_the_picture(golden, expected, tmp_path, capsys, mon
     assert f"median {(longer[3] + longer[4]) / 2:.0f}, " in out
     assert f"{tokens:,} real, {tokens / (2 * 3 * SEQ_LEN):.1%} of all positions" in out
     assert "8 read = 8 written + 0 dropped" in out
-    assert "--dataset_type cvalues, told by its fields" in out
+    assert "--dataset_type cvalues (detected from its fields)" in out
     assert (tmp_path / "a.mindrecord.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert sorted(file.name for file in tmp_path.iterdir()) == [f"{path.name}{end}" for end in ("", ".db", ".json", ".png")]
 
@@ -257,7 +257,7 @@ def test_killed_and_started_again_it_gives_the_same_rows(golden, many, quiet, tm
     run(golden, many, path)
     assert rows(path) == rows(quiet)
     rank(monkeypatch, 1, 2)  # a worker that comes late finds nothing to do
-    monkeypatch.setattr(preprocess, "score", None)
+    monkeypatch.setattr(preprocess, "score_parts", None)
     run(golden, many, path)
     assert not folder.exists()
     rank(monkeypatch, 0, 1)

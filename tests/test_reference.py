@@ -25,7 +25,7 @@ from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
 @pytest.fixture(scope="module")
 def scorer(golden):
     from mindrlhf.data import preprocess
-    settings = config.load(golden.process, run_mode="preprocess", overrides={
+    settings = config.load_settings(golden.process, run_mode="preprocess", overrides={
         "load_checkpoint": str(golden.checkpoint), "processor.tokenizer.vocab_file": str(golden.tokenizer)})
     return preprocess.open_scorer(settings, Glm4Tokenizer(golden.tokenizer), packed=True)
 

@@ -65,8 +65,8 @@ def test_killed_damaged_and_terminated_it_ends_as_the_unbroken_run(golden, confi
     wait_for(lambda: steps_written(tmp_path) >= 3, process)
     process.kill()
     process.communicate()
-    newest = list(state.saved(tmp_path, 0).values())[-1]
-    reached = state.step_of(newest)
+    newest = list(state.saved_states(tmp_path, 0).values())[-1]
+    reached = state.step_in_name(newest)
     newest.chmod(0o600)
     newest.write_bytes(newest.read_bytes()[:-1000])
 
@@ -86,33 +86,33 @@ def test_killed_damaged_and_terminated_it_ends_as_the_unbroken_run(golden, confi
     assert [record["step"] for record in found] == list(range(1, 13))
     for left, right in zip(found, unbroken):
         assert {key: left[key] for key in EXACT} == {key: right[key] for key in EXACT}, left["step"]
-    states = state.saved(tmp_path, 0)
+    states = state.saved_states(tmp_path, 0)
     assert list(states) == list(range(4, 13))  # keep_checkpoint_max 9
     assert all(state.steps_done(path) == step for step, path in states.items())
 
 
 def test_auto_without_a_state_starts_anew(golden, config, tmp_path, capsys):
     from mindrlhf.training import run
-    assert run.find_state({"resume_training": "auto", "output_dir": str(tmp_path)}) is None
+    assert run.open_state({"resume_training": "auto", "output_dir": str(tmp_path)}) is None
     assert "starting from the beginning" in capsys.readouterr().out
 
 
 def test_a_state_behind_others_is_not_resumed_over_them(golden, unbroken):
     output = golden.folder / "unbroken"
     with pytest.raises(UserError, match=r"has states of later steps \(12\)"):
-        state.find(output, state.saved(output, 0)[11])
-    assert state.find(output, state.saved(output, 0)[12]) == state.saved(output, 0)[12]
+        state.choose_state(output, state.saved_states(output, 0)[11])
+    assert state.choose_state(output, state.saved_states(output, 0)[12]) == state.saved_states(output, 0)[12]
 
 
 def test_a_flipped_bit_is_found(golden, unbroken, tmp_path):
-    source = state.saved(golden.folder / "unbroken", 0)[12]
+    source = state.saved_states(golden.folder / "unbroken", 0)[12]
     path = tmp_path / source.name
     content = bytearray(source.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(UserError, match="its checksum does not fit"):
-        state.check(path)
-    state.check(source)
+        state.require_intact_state(path)
+    state.require_intact_state(source)
 
 
 def test_curves_events_and_console_are_there(golden, unbroken):
@@ -127,10 +127,10 @@ def test_curves_events_and_console_are_there(golden, unbroken):
 
 
 def test_a_journal_that_a_kill_cut_short_is_read_up_to_there(tmp_path):
-    from mindrlhf.training.journal import Journal, read
+    from mindrlhf.training.journal import Journal, read_records
     lines = [{"split": "train", "step": step, "loss": 1.0} for step in (1, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"split": "tr')
-    assert [record["step"] for record in read(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert [record["step"] for record in read_records(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     journal = Journal(tmp_path, 2)
     journal.add("train", 3, {"loss": float("nan")})
     journal.close()
@@ -165,12 +165,12 @@ def test_a_full_disk_is_told_before_it_costs_anything(tmp_path, capsys):
     for step in (1, 2, 3):
         monitor.progress.step = step
         monitor.save_state(parameters)
-    assert list(state.saved(tmp_path)) == [2, 3]
+    assert list(state.saved_states(tmp_path)) == [2, 3]
     free[0] = 1000
     monitor.progress.step = 4
     monitor.save_state(parameters)
     assert "was not saved (no space left on the disk); earlier ones stay" in capsys.readouterr().out
-    assert list(state.saved(tmp_path)) == [2, 3]
+    assert list(state.saved_states(tmp_path)) == [2, 3]
     with pytest.raises(UserError, match="Make room"):
         monitor.on_train_end(context)
     assert signal.getsignal(signal.SIGTERM) == former
@@ -200,6 +200,6 @@ def test_sigterm_to_the_launcher_saves_the_states_of_both_workers(golden, config
     process.send_signal(signal.SIGTERM)
     out, error = process.communicate(timeout=100)
     assert process.returncode == 143, out + error
-    first, second = state.saved(output, 0), state.saved(output, 1)
+    first, second = state.saved_states(output, 0), state.saved_states(output, 1)
     assert list(first) == list(second)
     assert len(first) == 1

@@ -207,7 +207,7 @@ def test_preprocessing_on_a_plan_gives_the_same_log_probs(rehearsal, launch):
             "parallel_config": {"data_parallel": 1, "model_parallel": 2}, "output_dir": f"{folder}/scored"},
            f"--src {folder}/train.jsonl --dst {folder}/scored.mindrecord --tokenizer {folder}/hf/tokenizer.model "
            f"--load_checkpoint {folder}/tiny.ckpt", workers=2)
-    expected, found = (mindrecord.read(folder / f"{name}.mindrecord") for name in ("train", "scored"))
+    expected, found = (mindrecord.read_rows(folder / f"{name}.mindrecord") for name in ("train", "scored"))
     for one, other in zip(expected, found, strict=True):
         for side in ("chosen", "rejected"):
             assert other[f"{side}_ref_logps"] == pytest.approx(one[f"{side}_ref_logps"], abs=1e-3)

@@ -17,12 +17,12 @@ def tokenizer(golden):
 
 @pytest.fixture
 def sidecar(golden):
-    return mindrecord.read_sidecar(golden.data)
+    return mindrecord.read_data_sidecar(golden.data)
 
 
 @pytest.fixture
 def row(golden):
-    return {name: values.copy() for name, values in next(iter(mindrecord.read(golden.data))).items()}
+    return {name: values.copy() for name, values in next(iter(mindrecord.read_rows(golden.data))).items()}
 
 
 def test_rows_are_printed_pair_by_pair_with_the_scored_tokens_marked(golden, expected, capsys):
@@ -109,7 +109,7 @@ DAMAGES = [
 
 @pytest.mark.parametrize(("damage", "words"), DAMAGES)
 def test_every_damage_to_a_row_is_found(golden, sidecar, tokenizer, damage, words):
-    row = next({name: values.copy() for name, values in row.items()} for row in mindrecord.read(golden.data)
+    row = next({name: values.copy() for name, values in row.items()} for row in mindrecord.read_rows(golden.data)
                if (row["pair_ids"] >= 0).sum() == 2)
     assert validation.check_row(row, sidecar, tokenizer.special) == []
     damage(row)
@@ -128,7 +128,7 @@ def test_a_file_with_a_wrong_count_or_a_pair_twice_is_found(golden, row, sidecar
     assert problems == ["2 rows, 3 in the sidecar", f"{pairs} pairs, 8 in the sidecar", "a pair stands in the file twice"]
     path = tmp_path / "damaged.mindrecord"
     shift_mask(row)
-    mindrecord.write(path, [row], seq_len=sidecar["seq_len"], width=sidecar["pairs_per_row"],
+    mindrecord.write_rows(path, [row], seq_len=sidecar["seq_len"], width=sidecar["pairs_per_row"],
                      sidecar={**sidecar, "rows": 1})
     with pytest.raises(UserError, match="damaged.mindrecord: row 0: chosen of pair 0: .*Preprocess again"):
         show.main([str(path), "--tokenizer", str(golden.tokenizer)])

@@ -81,11 +81,11 @@ def strategy_of_three_layers(folder):
 @pytest.fixture(scope="module")
 def shared(golden):
     """The golden weights in two shards as a run leaves them, and its strategy."""
-    output, stored = golden.folder / "sharded", containers.read(golden.checkpoint)
+    output, stored = golden.folder / "sharded", containers.open_tensors(golden.checkpoint)
     for rank in range(2):
         write(output / f"checkpoint_network/rank_{rank}/glm4_dpo-network.ckpt",
               {name: by_hand("1x2", name, tensor.array(), rank) for name, tensor in stored.items()})
-    sidecar.keep(golden.checkpoint, output)
+    sidecar.copy_to_run(golden.checkpoint, output)
     return output / "checkpoint_network", strategy_of_three_layers(output / "strategy")
 
 
@@ -96,7 +96,7 @@ def from_shards(golden, shared, destination, *more):
 
 def test_preprocessing_from_shards_gives_what_one_file_gives(golden, shared, tmp_path):
     preprocess.main(from_shards(golden, shared, tmp_path / "x.mindrecord"))
-    one, other = (mindrecord.read_sidecar(path) for path in (golden.data, tmp_path / "x.mindrecord"))
+    one, other = (mindrecord.read_data_sidecar(path) for path in (golden.data, tmp_path / "x.mindrecord"))
     assert other["checkpoint"]["fingerprint"] == one["checkpoint"]["fingerprint"]
     for left, right in zip(rows(golden.data), rows(tmp_path / "x.mindrecord")):
         assert all(np.array_equal(left[name], right[name]) for name in left)
@@ -105,7 +105,7 @@ def test_preprocessing_from_shards_gives_what_one_file_gives(golden, shared, tmp
 
 
 def test_training_from_shards_knows_the_weights_of_the_preprocessing(golden, shared, monkeypatch):
-    settings = config.load(golden.finetune, run_mode="finetune", overrides={
+    settings = config.load_settings(golden.finetune, run_mode="finetune", overrides={
         "load_checkpoint": str(shared[0]), "src_strategy": str(shared[1]), "auto_trans_ckpt": True,
         "processor.tokenizer.vocab_file": str(golden.tokenizer),
         "train_dataset.data_loader.dataset_dir": str(golden.data)})
@@ -113,14 +113,14 @@ def test_training_from_shards_knows_the_weights_of_the_preprocessing(golden, sha
     model = load_model(golden, "finetune")
     for parameter in model.get_parameters():
         parameter.set_data(ms.ops.zeros_like(parameter))
-    run.load_weights(model, settings, data, None)
-    stored = containers.read(golden.checkpoint)
+    run.load_policy(model, settings, data, None)
+    stored = containers.open_tensors(golden.checkpoint)
     assert all(np.array_equal(p.asnumpy(), stored[p.name].array()) for p in model.get_parameters())
-    sidecar.check(settings["load_checkpoint"], settings)  # the run's model.json has the YAML's numbers
+    sidecar.require_same_model(settings["load_checkpoint"], settings)  # the run's model.json has the YAML's numbers
 
     data.train["checkpoint"]["fingerprint"] = "0" * 64
     with pytest.raises(UserError, match="checkpoint"):
-        run.load_weights(model, settings, data, None)
+        run.load_policy(model, settings, data, None)
 
 
 @pytest.mark.parametrize(("change", "said"), [
@@ -156,7 +156,7 @@ def test_shards_of_another_model_do_not_load(golden, shared, tmp_path):
 
 
 def test_a_strategy_file_of_a_run_is_found_in_its_folder(tmp_path, shared):
-    assert layouts.find(shared[1]) == shared[1] / "ckpt_strategy_rank_0.ckpt"
-    assert layouts.find(None) is None
-    numbers = sidecar.read_for(shared[0])[0]
+    assert layouts.find_strategy(shared[1]) == shared[1] / "ckpt_strategy_rank_0.ckpt"
+    assert layouts.find_strategy(None) is None
+    numbers = sidecar.read_config_of(shared[0])[0]
     assert weight_names.parameter_shapes(numbers)["transformer.output_layer.weight"] == (330, 96)

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mindrlhf.cli import UserError
-from mindrlhf.data.features import tokenize
-from mindrlhf.data.preference import Pair, read
+from mindrlhf.data.features import tokenize_pair
+from mindrlhf.data.preference import Pair, read_pairs
 from mindrlhf.models.glm4 import template
 from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
 
@@ -20,10 +20,10 @@ def tokenizer():
 
 def test_every_golden_pair_has_pytorch_s_token_ids(tokenizer, expected):
     assert tokenizer.special == expected["special_ids"]
-    pairs = read([GOLDEN / "pairs.jsonl"]).pairs
+    pairs = read_pairs([GOLDEN / "pairs.jsonl"]).pairs
     assert len(pairs) == len(expected["pairs"])
     for pair, want in zip(pairs, expected["pairs"]):
-        tokens = tokenize(tokenizer, pair)
+        tokens = tokenize_pair(tokenizer, pair)
         assert tokens.prompt == want["prompt_ids"]
         assert tokens.chosen == want["chosen_ids"]
         assert tokens.rejected == want["rejected_ids"]
@@ -83,7 +83,7 @@ def test_a_lone_surrogate_becomes_the_replacement_character(tokenizer):
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"])), st.text(min_size=1), st.text(min_size=1))
 def test_no_text_makes_a_tag(prompt, chosen, rejected):
     tokenizer = _cached()
-    tokens = tokenize(tokenizer, Pair((("user", prompt),), chosen, rejected))
+    tokens = tokenize_pair(tokenizer, Pair((("user", prompt),), chosen, rejected))
     assert sum(token >= 316 for token in tokens.prompt) == 4
     for answer in (tokens.chosen, tokens.rejected):
         assert [token for token in answer if token >= 316] == answer[-1:]

@@ -115,8 +115,8 @@ def test_replicas_merge_to_one_verified_checkpoint(two_workers, golden, tmp_path
     transform_checkpoint.main(["--src_checkpoint", str(source / "checkpoint_network"), "--src_strategy",
                                str(source / "strategy"), "--dst_checkpoint", str(tmp_path / "new" / "merged")])
     assert "24 parameters" in capsys.readouterr().out
-    merged = containers.read(tmp_path / "new/merged/merged.ckpt")
-    before = containers.read(golden.checkpoint)
+    merged = containers.open_tensors(tmp_path / "new/merged/merged.ckpt")
+    before = containers.open_tensors(golden.checkpoint)
     assert {name: tensor.shape for name, tensor in merged.items()} == {name: t.shape for name, t in before.items()}
     assert any(not np.array_equal(merged[name].array(), before[name].array()) for name in before)  # trained
 
@@ -154,9 +154,9 @@ def test_resumed_run_goes_on_as_the_unbroken_one_and_needs_no_check(run, golden,
 
 def other_weights(golden, path):
     """The golden weights with one matrix scaled by 1.5: another checkpoint of the same shapes."""
-    tensors = containers.read(golden.checkpoint)
+    tensors = containers.open_tensors(golden.checkpoint)
     scaled = "transformer.encoder.layers.0.mlp.dense_4h_to_h.weight"
-    containers.write(path, [(name, t.dtype, t.shape, lambda t=t, name=name: t.array() * (1.5 if name == scaled else 1))
+    containers.write_tensors(path, [(name, t.dtype, t.shape, lambda t=t, name=name: t.array() * (1.5 if name == scaled else 1))
                             for name, t in tensors.items()])
     return path
 
@@ -172,7 +172,7 @@ def test_policy_that_is_not_the_reference_stops_at_the_first_step(golden, tmp_pa
     """The sidecar is made to agree, so that only the step itself can tell."""
     weights = other_weights(golden, tmp_path / "other.ckpt")
     data = copy_data(golden, tmp_path, checkpoint={"file": "other.ckpt",
-                                                   "fingerprint": fingerprints.fingerprint(containers.read(weights))})
+                                                   "fingerprint": fingerprints.fingerprint(containers.open_tensors(weights))})
     config = training_yaml(golden.folder, "plain")
     result = run_script(RUN_DPO, *arguments(golden, config, tmp_path / "out", weights=weights, data=data))
     assert_one_error(result, "policy and reference differ by", "dpo.check_reference False")
@@ -218,7 +218,7 @@ def test_data_that_are_not_whole_are_refused(golden, tmp_path, lacking):
 
 @pytest.fixture
 def damaged(golden, tmp_path, request):
-    tensors = list(containers.read(golden.checkpoint).values())
+    tensors = list(containers.open_tensors(golden.checkpoint).values())
     items = [(t.name, t.dtype, t.shape, t.array) for t in tensors]
     name = "transformer.encoder.layers.1.mlp.dense_h_to_4h.weight"
     if request.param == "missing":
@@ -227,7 +227,7 @@ def damaged(golden, tmp_path, request):
         items.append((name := "transformer.extra.weight", "F32", (2,), lambda: np.zeros(2, "f4")))
     else:
         items = [(n, d, (3,), lambda: np.zeros(3, "f4")) if n == name else (n, d, s, m) for n, d, s, m in items]
-    containers.write(tmp_path / "damaged.ckpt", items)
+    containers.write_tensors(tmp_path / "damaged.ckpt", items)
     return tmp_path / "damaged.ckpt", request.param, name
 
 
@@ -343,7 +343,7 @@ def first_moments(golden, two_workers):
     assert result.returncode == 0, result.stderr
     found = {}
     for name, folder in (*two_workers.items(), ("accumulated", output)):
-        stored = containers.read(folder / "checkpoint/rank_0/glm4_dpo-step_00000001.ckpt")
+        stored = containers.open_tensors(folder / "checkpoint/rank_0/glm4_dpo-step_00000001.ckpt")
         found[name] = {key: tensor.array() for key, tensor in stored.items() if key.startswith(("exp_avg.", "adam_m."))}
         assert len(found[name]) == 24
     return found
@@ -373,9 +373,9 @@ def test_pairs_without_a_finite_loss_stop_the_run_and_are_named(golden, tmp_path
     rows = [{name: np.asarray(row[name]) for name in COLUMNS} for row in FileReader(str(golden.data)).get_next()]
     for row in rows:
         row["chosen_ref_logps"] = np.where(row["pair_ids"] == 5, -np.inf, row["chosen_ref_logps"]).astype(np.float32)
-    sidecar = mindrecord.read_sidecar(golden.data)
+    sidecar = mindrecord.read_data_sidecar(golden.data)
     data = tmp_path / "bad.mindrecord"
-    mindrecord.write(data, rows, seq_len=sidecar["seq_len"], width=sidecar["pairs_per_row"], sidecar=sidecar)
+    mindrecord.write_rows(data, rows, seq_len=sidecar["seq_len"], width=sidecar["pairs_per_row"], sidecar=sidecar)
     config = training_yaml(golden.folder, "bad", batch_size=3, check=False)
     config.write_text(config.read_text().replace("epochs: 2", "epochs: 9"))
     result = run_script(RUN_DPO, *arguments(golden, config, tmp_path / "out", data=data))
@@ -404,6 +404,6 @@ def test_the_best_weights_are_kept_by_the_named_metric(golden, tmp_path):
     margins = [record["margin"] for record in records(tmp_path, "eval")]
     assert len(margins) == 7
     best = 1 + int(np.argmax(margins[1:]))
-    kept = containers.read(tmp_path / "checkpoint_best/rank_0/glm4_dpo-best.ckpt")
-    state = containers.read(tmp_path / f"checkpoint/rank_0/glm4_dpo-step_{best:08d}.ckpt")
+    kept = containers.open_tensors(tmp_path / "checkpoint_best/rank_0/glm4_dpo-best.ckpt")
+    state = containers.open_tensors(tmp_path / f"checkpoint/rank_0/glm4_dpo-step_{best:08d}.ckpt")
     assert all(np.array_equal(tensor.array(), state[name].array()) for name, tensor in kept.items())

@@ -23,7 +23,7 @@ def whole(seed=0, dtype="F32"):
     def values(shape):
         return random.permutation(np.prod(shape)).astype(np.float32).reshape(shape) + 0.5
 
-    return {name: tensors.narrow(values(shape), dtype) for name, shape in weight_names.parameter_shapes(NUMBERS).items()}
+    return {name: tensors.round_to(values(shape), dtype) for name, shape in weight_names.parameter_shapes(NUMBERS).items()}
 
 
 def part(array, axis, count, number):
@@ -55,7 +55,7 @@ def cards(plan):
 
 def write(path, arrays, dtype="F32"):
     path.parent.mkdir(parents=True, exist_ok=True)
-    containers.write(path, [(name, dtype, array.shape, lambda array=array: array)
+    containers.write_tensors(path, [(name, dtype, array.shape, lambda array=array: array)
                             for name, array in arrays.items()])
 
 
@@ -80,7 +80,7 @@ def run(source, target, **options):
 
 
 def assert_holds(path, arrays, dtype="F32"):
-    found = containers.read(path)
+    found = containers.open_tensors(path)
     assert list(found) == list(arrays)
     for name, tensor in found.items():
         assert (tensor.dtype, tensor.shape) == (dtype, arrays[name].shape), name
@@ -100,12 +100,12 @@ def test_layout_of_a_card_by_hand():
     """12 cards as a matrix of 3 rows and 4 columns; card 7 is in row 1, column 3. The tensor's second
     dimension is split by the rows: 3 parts, of which card 7 has part 1. Its first dimension is not split by
     the plan, so the 4 columns hold the same, and optimizer sharding by 2 gives them parts 0, 1, 0, 1."""
-    layout = layouts.Layout((3, 4), ((), (0,)), 2)
+    layout = layouts.TensorLayout((3, 4), ((), (0,)), 2)
     assert (layout.cards, layout.splits, layout.index(7)) == (12, (2, 3), (1, 1))
     assert layout.whole((5, 7)) == (10, 21)
     assert layout.block((1, 1), (10, 21)) == (slice(5, 10), slice(7, 14))
-    assert layouts.Layout((2, 2), ((0, 1),)).index(2) == (2,)  # one dimension split by both axes
-    assert layouts.Layout((2, 2), ((1, 0),)).index(2) == (1,)
+    assert layouts.TensorLayout((2, 2), ((0, 1),)).index(2) == (2,)  # one dimension split by both axes
+    assert layouts.TensorLayout((2, 2), ((1, 0),)).index(2) == (1,)
 
 
 @pytest.mark.parametrize(("plan", "name", "splits"), [
@@ -115,7 +115,7 @@ def test_layout_of_a_card_by_hand():
     ("1x4", "transformer.encoder.layers.1.mlp.dense_4h_to_h.weight", (1, 4)),
     ("1x2", "transformer.encoder.final_layernorm.weight", (1,))])
 def test_layouts_of_real_runs(plan, name, splits):
-    found = layouts.read(STRATEGIES / f"{plan}.ckpt")
+    found = layouts.read_strategy(STRATEGIES / f"{plan}.ckpt")
     assert len(found) == 17 * 3  # weights and two moments
     assert (found[name].cards, found[name].splits) == (cards(plan), splits)
 
@@ -148,18 +148,18 @@ def test_one_to_shards_to_other_shards_to_one(tmp_path, capsys, first, second, s
     assert_shards(tmp_path / "b", second, arrays, dtype, suffix)
     run(tmp_path / "b", tmp_path / "back", src_strategy=tmp_path / "b/strategy", **options)
     assert_holds(tmp_path / f"back/merged{suffix}", arrays, dtype)
-    identity = fingerprints.fingerprint(containers.read(tmp_path / "one.ckpt"))[:12]
+    identity = fingerprints.fingerprint(containers.open_tensors(tmp_path / "one.ckpt"))[:12]
     assert capsys.readouterr().out.count(f"fingerprint {identity}") == 3
 
 
 def test_the_numbers_of_the_model_travel_with_shards_and_back(tmp_path):
     write(tmp_path / "one.ckpt", whole())
-    identity = fingerprints.fingerprint(containers.read(tmp_path / "one.ckpt"))
-    sidecar.write(tmp_path / "one.ckpt", NUMBERS, dtype="F32", fingerprint=identity, source="nowhere")
+    identity = fingerprints.fingerprint(containers.open_tensors(tmp_path / "one.ckpt"))
+    sidecar.write_sidecar(tmp_path / "one.ckpt", NUMBERS, dtype="F32", fingerprint=identity, source="nowhere")
     run(tmp_path / "one.ckpt", tmp_path / "shards", dst_strategy=STRATEGIES / "2x2.ckpt")
     run(tmp_path / "shards", tmp_path / "back.ckpt", src_strategy=tmp_path / "shards/strategy")
     for place in ("shards", "shards/rank_3/sharded.ckpt", "back.ckpt"):
-        assert sidecar.read_for(tmp_path / place)[0] == NUMBERS
+        assert sidecar.read_config_of(tmp_path / place)[0] == NUMBERS
     assert sidecar.read_sidecar(tmp_path / "back.ckpt.json")[1]["fingerprint"] == identity
 
 
@@ -191,7 +191,7 @@ def test_a_step_that_is_not_whole_on_all_ranks_is_passed_over(tmp_path, capsys, 
     path = source / "rank_2/glm4_dpo-step_00000004.ckpt"
     if damage == "flipped":  # MindSpore's checksum tells
         ms.save_checkpoint([{"name": tensor.name, "data": ms.Tensor(tensor.array())}
-                            for tensor in containers.read(path).values()], str(path), crc_check=True)
+                            for tensor in containers.open_tensors(path).values()], str(path), crc_check=True)
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.unlink()
@@ -248,7 +248,7 @@ def cut(source):
 
 
 def fewer_tensors(source):
-    held = containers.read(source / "rank_2/x.ckpt")
+    held = containers.open_tensors(source / "rank_2/x.ckpt")
     arrays = {name: held[name].array() for name in list(held)[:-1]}
     (source / "rank_2/x.ckpt").unlink()
     write(source / "rank_2/x.ckpt", arrays)
@@ -387,7 +387,7 @@ def test_places_that_cannot_be_written_to(tmp_path):
             ("x.ckpt", {"dst_strategy": STRATEGIES / "2x2.ckpt"}, "is a folder; --format"),
             ("x.ckpt", {"format": "safetensors"}, "leave one of them out"),
             ("x", {"dst_strategy": tmp_path / "full"}, "holds no strategy file"),
-            ("x", {"step": 3}, "leave --src_strategy and --step out"),
+            ("x", {"step": 3}, "--src_strategy and --step belong to a folder"),
             ("one.ckpt/x", {}, "cannot be written")):
         with pytest.raises(UserError, match=said):
             run(tmp_path / "one.ckpt", tmp_path / target, **options)

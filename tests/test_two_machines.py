@@ -197,7 +197,7 @@ def command(script, *words):
 def test_pairs_are_preprocessed_by_both(data, expected):
     """Each machine scored a part; the log-probs are PyTorch's."""
     wanted = dict(enumerate(2 * expected["pairs"]))
-    for row in mindrecord.read(data):
+    for row in mindrecord.read_rows(data):
         for place, number in enumerate(row["pair_ids"]):
             if number >= 0:
                 pair = wanted.pop(int(number))
@@ -226,7 +226,7 @@ def test_two_machines_train_as_one_with_two_workers(network, golden, data, tmp_p
     assert two == one
     for rank in ("rank_0", "rank_1"):
         folders = [tmp_path / run / "checkpoint_network" / rank for run in ("two", "one")]
-        two, one = (containers.read(next(folder.glob("*.ckpt"))) for folder in folders)
+        two, one = (containers.open_tensors(next(folder.glob("*.ckpt"))) for folder in folders)
         assert list(two) == list(one)
         assert all(np.array_equal(two[name].array(), one[name].array()) for name in one)
 

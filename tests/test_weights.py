@@ -194,7 +194,7 @@ def test_the_9b_table_is_that_of_glm4dpo():
 @pytest.fixture
 def tiny():
     """Settings of predict_glm4_tiny.yaml, and the Numbers that fit them."""
-    settings = config.load(EXAMPLE / "predict_glm4_tiny.yaml", run_mode="predict")
+    settings = config.load_settings(EXAMPLE / "predict_glm4_tiny.yaml", run_mode="predict")
     model = settings["model"]["model_config"]
     return settings, replace(NUMBERS, **{name: model[name] for name in sidecar.IN_YAML})
 
@@ -202,11 +202,11 @@ def tiny():
 def write_weights(path, numbers, described=True, seed=0):
     """A random checkpoint, with its sidecar or without."""
     random = np.random.default_rng(seed)
-    identity = containers.write(path, [
+    identity = containers.write_tensors(path, [
         (name, "F32", shape, lambda shape=shape: random.normal(size=shape).astype(np.float32))
         for name, shape in weight_names.parameter_shapes(numbers).items()])
     if described:
-        sidecar.write(path, numbers, dtype="F32", fingerprint=identity, source="nowhere")
+        sidecar.write_sidecar(path, numbers, dtype="F32", fingerprint=identity, source="nowhere")
     return path
 
 
@@ -214,11 +214,11 @@ def write_weights(path, numbers, described=True, seed=0):
 def test_what_fits_passes_in_silence(tmp_path, tiny, capsys, suffix):
     settings, numbers = tiny
     path = write_weights(tmp_path / f"x{suffix}", numbers)
-    sidecar.check(path, settings)
+    sidecar.require_same_model(path, settings)
     assert capsys.readouterr() == ("", "")
-    found, place = sidecar.read_for(path)
+    found, place = sidecar.read_config_of(path)
     assert found == numbers
-    assert json.loads(place.read_text())["fingerprint"] == fingerprints.fingerprint(containers.read(path))
+    assert json.loads(place.read_text())["fingerprint"] == fingerprints.fingerprint(containers.open_tensors(path))
 
 
 def test_every_difference_is_named_with_both_values(tmp_path, tiny):
@@ -227,7 +227,7 @@ def test_every_difference_is_named_with_both_values(tmp_path, tiny):
         tmp_path / "x.ckpt", replace(numbers, rope_ratio=1, layernorm_epsilon=1e-5, num_layers=3)
     )
     with pytest.raises(UserError) as error:
-        sidecar.check(path, settings)
+        sidecar.require_same_model(path, settings)
     for said in ("num_layers is 2 in the YAML, 3 in the checkpoint",
                  "rope_ratio is 500 in the YAML, 1 in the checkpoint",
                  "layernorm_epsilon is 1.5625e-07 in the YAML, 1e-05 in the checkpoint", str(path)):
@@ -240,23 +240,23 @@ def test_a_number_that_the_yaml_leaves_out_is_a_difference(tmp_path, tiny):
     settings, numbers = tiny
     del settings["model"]["model_config"]["rope_ratio"]
     with pytest.raises(UserError, match="rope_ratio is not set in the YAML, 500 in the checkpoint"):
-        sidecar.check(write_weights(tmp_path / "x.ckpt", numbers), settings)
+        sidecar.require_same_model(write_weights(tmp_path / "x.ckpt", numbers), settings)
 
 
 def test_without_a_sidecar_shapes_are_checked_and_the_rest_is_warned_of(tmp_path, tiny, capsys):
     settings, numbers = tiny
     path = write_weights(tmp_path / "x.ckpt", replace(numbers, rope_ratio=1), described=False)
-    sidecar.check(path, settings)
+    sidecar.require_same_model(path, settings)
     out, err = capsys.readouterr()
     assert out == ""  # predict's output is the answer
     assert len(err.splitlines()) == 1
     assert all(said in err for said in ("warning: ", str(path), "rope_ratio", "layernorm_epsilon"))
-    sidecar.check(path, {**settings, "run_mode": "preprocess"})
+    sidecar.require_same_model(path, {**settings, "run_mode": "preprocess"})
     assert "warning: " in capsys.readouterr().out
     others = replace(numbers, num_layers=3, num_attention_heads=4, ffn_hidden_size=64)
     other = write_weights(tmp_path / "y.ckpt", others, described=False)
     with pytest.raises(UserError) as error:
-        sidecar.check(other, settings)
+        sidecar.require_same_model(other, settings)
     for said in ("num_layers is 2 in the YAML, 3", "num_attention_heads * kv_channels is 128 in the YAML, 64",
                  "ffn_hidden_size is 256 in the YAML, 64"):
         assert said in str(error.value)
@@ -268,7 +268,7 @@ def test_a_sidecar_of_another_checkpoint_is_refused(tmp_path, tiny):
     path = write_weights(tmp_path / "x.ckpt", numbers)
     write_weights(path, numbers, described=False, seed=1)  # the file changes, what describes it does not
     with pytest.raises(UserError, match="describes another checkpoint"):
-        sidecar.check(path, settings)
+        sidecar.require_same_model(path, settings)
 
 
 @pytest.mark.parametrize("content", ["{}", '{"numbers": 3}', '{"numbers": {"num_layers": 2}}', "text", "odd"])
@@ -277,9 +277,9 @@ def test_a_damaged_sidecar_is_refused(tmp_path, tiny, content):
     path = write_weights(tmp_path / "x.ckpt", numbers, described=False)
     if content == "odd":
         content = json.dumps({"numbers": {**asdict(numbers), "rope_ratio": "500"}})
-    sidecar.path_of(path).write_text(content)
+    sidecar.path_beside(path).write_text(content)
     with pytest.raises(UserError, match=r"x\.ckpt\.json: .*(no sidecar|not JSON|rope_ratio is '500')"):
-        sidecar.check(path, settings)
+        sidecar.require_same_model(path, settings)
 
 
 def test_numbers_go_through_training_to_the_merged_checkpoint(tmp_path, tiny, capsys):
@@ -289,18 +289,18 @@ def test_numbers_go_through_training_to_the_merged_checkpoint(tmp_path, tiny, ca
     state = output / "checkpoint" / "rank_0" / "s.ckpt"
     state.parent.mkdir(parents=True)
     write_weights(state, replace(numbers, hidden_size=64), described=False)  # a card's share has other shapes
-    sidecar.check(state, settings)
+    sidecar.require_same_model(state, settings)
     assert "warning" in capsys.readouterr().err
-    sidecar.keep(path, output)
-    sidecar.check(state, settings)
+    sidecar.copy_to_run(path, output)
+    sidecar.require_same_model(state, settings)
     assert capsys.readouterr().err == ""
     merged = write_weights(tmp_path / "merged.ckpt", numbers, described=False, seed=2)
-    assert sidecar.carry(output / "checkpoint_network", merged, dtype="F32", fingerprint="f")
-    assert sidecar.read_for(merged)[0] == numbers
+    assert sidecar.copy_to_result(output / "checkpoint_network", merged, dtype="F32", fingerprint="f")
+    assert sidecar.read_config_of(merged)[0] == numbers
     plain = write_weights(tmp_path / "plain.ckpt", numbers, described=False)
-    sidecar.keep(plain, output)  # nothing is known of these: what an earlier run left must go
-    assert not sidecar.carry(f"{output}/checkpoint_network/", merged, dtype="F32", fingerprint="f")
-    assert sidecar.read_for(merged) == (None, None)
+    sidecar.copy_to_run(plain, output)  # nothing is known of these: what an earlier run left must go
+    assert not sidecar.copy_to_result(f"{output}/checkpoint_network/", merged, dtype="F32", fingerprint="f")
+    assert sidecar.read_config_of(merged) == (None, None)
 
 
 @pytest.mark.parametrize("command", ["process", "finetune", "predict"])

@@ -41,7 +41,7 @@ def parser() -> cli.Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, or print the answer."""
     arguments = parser().parse_args(argv)
-    settings = config.load(arguments.config, run_mode=("finetune", "predict"), overrides={
+    settings = config.load_settings(arguments.config, run_mode=("finetune", "predict"), overrides={
         "load_checkpoint": arguments.load_checkpoint, "auto_trans_ckpt": arguments.auto_trans_ckpt,
         "src_strategy": arguments.src_strategy, "resume_training": arguments.resume, "output_dir": arguments.output_dir,
         "train_dataset.data_loader.dataset_dir": arguments.train_dataset,
@@ -56,4 +56,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_command(main)

@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from mindrlhf.checkpoints import fingerprints
-from mindrlhf.checkpoints.tensors import DTYPES, WORKERS, StoredTensor, pieces, size_of
+from mindrlhf.checkpoints.tensors import DTYPES, WORKERS, StoredTensor, count_bytes, pieces
 from mindrlhf.cli import UserError, existing_file
 from mindrlhf.files import atomic_file
 
@@ -26,7 +26,7 @@ CLOSING = b"crc_num"  # MindSpore may end a .ckpt with this word and ten bytes
 
 # reading
 
-def read(path):
+def open_tensors(path):
     """Find the tensors of a checkpoint file; their values stay there until they are asked for.
 
     Returns:
@@ -86,7 +86,7 @@ def _read_ckpt(path, file):
                     raise ValueError(f"{name} stands twice")
                 tensors[name] = StoredTensor(name, dtype, shape, file, (*before.spans, span))
         for tensor in tensors.values():
-            if tensor.nbytes != size_of(tensor.dtype, tensor.shape):
+            if tensor.nbytes != count_bytes(tensor.dtype, tensor.shape):
                 raise ValueError(f"{tensor.name} is cut short")
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise UserError(f"{path}: not a whole MindSpore checkpoint ({error}); copy it again") from None
@@ -137,9 +137,9 @@ def _varint(content, position):
             raise ValueError("a number does not end")
 
 
-def check_whole(path):
+def require_intact(path):
     """Raise UserError unless a checkpoint file is whole: structure and, where MindSpore left one, checksum."""
-    read(path)
+    open_tensors(path)
     if Path(path).suffix != ".ckpt":
         return
     with open(path, "rb") as file:
@@ -161,7 +161,7 @@ def check_whole(path):
 
 # writing
 
-def check_name(path):
+def require_suffix(path):
     """Raise UserError where a path cannot be that of a checkpoint."""
     if Path(path).is_dir():
         raise UserError(f"{path}: is a folder; give the name of a file that ends in .ckpt or .safetensors")
@@ -169,7 +169,7 @@ def check_name(path):
         raise UserError(f"{path}: the name of a checkpoint ends in .ckpt or .safetensors")
 
 
-def write(path, tensors, progress=None, *, framework="np", hashed=True):
+def write_tensors(path, tensors, progress=None, *, framework="np", hashed=True):
     """Write a checkpoint, piece by piece.
 
     Args:
@@ -187,15 +187,15 @@ def write(path, tensors, progress=None, *, framework="np", hashed=True):
         UserError: the file cannot be written. Nothing is left under its name.
     """
     path = Path(path)
-    check_name(path)
-    with atomic_file(path) as file, Writer(file, path.suffix, [item[:3] for item in tensors],
+    require_suffix(path)
+    with atomic_file(path) as file, TensorWriter(file, path.suffix, [item[:3] for item in tensors],
                                            framework=framework, hashed=hashed) as writer:
         for *_, make in tensors:
             writer.add(make(), progress)
     return writer.identity.hexdigest() if hashed else None
 
 
-class Writer:
+class TensorWriter:
     """Writes the tensors of a checkpoint into an open file, one add() after another.
 
     Args:
@@ -257,7 +257,7 @@ def _data(made, dtype, elements):
 def _safetensors_header(tensors, framework):
     header, offset = {"__metadata__": {"format": framework}}, 0
     for name, dtype, shape in tensors:
-        end = offset + size_of(dtype, shape)
+        end = offset + count_bytes(dtype, shape)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()
@@ -269,7 +269,7 @@ class _RecordWriter:
     """Writes one tensor as records of a .ckpt."""
 
     def __init__(self, file, name, dtype, shape):
-        self.file, self.left, self.room = file, size_of(dtype, shape), 0
+        self.file, self.left, self.room = file, count_bytes(dtype, shape), 0
         self.tag = _text(1, name)
         self.start = b"".join(b"\x08" + _number(size) for size in shape) + _text(2, DTYPES[dtype][0])
         if not self.left:

@@ -5,7 +5,7 @@ import hashlib
 
 import xxhash
 
-from mindrlhf.checkpoints.tensors import in_order, pieces
+from mindrlhf.checkpoints.tensors import map_in_order, pieces
 
 
 class Fingerprint:
@@ -56,7 +56,7 @@ def fingerprint(tensors, *, sample=False, inspect=None):
         return digest(values)
 
     identity = Fingerprint()
-    digests = in_order(look, ((tensor, *piece) for tensor in tensors.values() for piece in some(tensor)))
+    digests = map_in_order(look, ((tensor, *piece) for tensor in tensors.values() for piece in some(tensor)))
     for tensor in tensors.values():
         identity.add(tensor.name, tensor.dtype, tensor.shape, [next(digests) for _ in some(tensor)])
     return identity.hexdigest()

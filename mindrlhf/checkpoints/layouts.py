@@ -14,7 +14,7 @@ from mindrlhf.cli import UserError
 
 
 @dataclass(frozen=True)
-class Layout:
+class TensorLayout:
     """The layout of one tensor.
 
     Attributes:
@@ -70,7 +70,7 @@ def _mixed(where, sizes, places):
     return number
 
 
-def find(folder):
+def find_strategy(folder):
     """The strategy file of a run; None where its folder is empty, as data-parallel training leaves it.
 
     Args:
@@ -89,15 +89,15 @@ def find(folder):
     files = sorted(folder.glob("*.ckpt"))
     if not files:
         return None
-    first = read(files[0])
+    first = read_strategy(files[0])
     for path in files[1:]:
-        if read(path) != first:
+        if read_strategy(path) != first:
             raise UserError(f"{path}: differs from {files[0].name}; one folder holds the strategies of one "
                             "run, without pipeline stages: remove those of other runs")
     return files[0]
 
 
-def read(path):
+def read_strategy(path):
     """The layouts in a strategy file: dict, name -> Layout, of weights and optimizer states.
 
     Raises:
@@ -119,7 +119,7 @@ def read(path):
     return layouts
 
 
-def narrow(path, names, target):
+def write_partial_strategy(path, names, target):
     """Write a strategy file of a few tensors: MindSpore parses it many times. Returns its path."""
     from mindspore.train.node_strategy_pb2 import ParallelStrategyMap
     content, few = ParallelStrategyMap(), ParallelStrategyMap()
@@ -140,11 +140,11 @@ def _layout(entry):
     maps = [list(each.dim) for each in entry.tensor_map]
     each = [each for each in maps if each] if len(maps) > 1 else [[axis] for axis in maps[0]]
     axes = tuple(tuple(len(devices) - 1 - axis for axis in dimension if axis >= 0) for dimension in each)
-    layout = Layout(devices, axes)
+    layout = TensorLayout(devices, axes)
     if not all(0 <= place < len(devices) for places in axes for place in places):
         raise ValueError("has an axis that its device matrix lacks")
     if entry.opt_weight_shard_step and entry.opt_weight_shard_size:
         spare = layout.cards // math.prod(layout.splits)
         size = entry.opt_weight_shard_size
-        layout = Layout(devices, axes, spare if size == -1 else size)
+        layout = TensorLayout(devices, axes, spare if size == -1 else size)
     return layout

@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from mindrlhf.checkpoints import fingerprints, layouts, shards
-from mindrlhf.checkpoints.containers import Writer, read, write
-from mindrlhf.checkpoints.tensors import StoredTensor, finite, size_of
+from mindrlhf.checkpoints.containers import TensorWriter, open_tensors, write_tensors
+from mindrlhf.checkpoints.tensors import StoredTensor, count_bytes, is_finite
 from mindrlhf.cli import UserError
 
 GROUP = 1 << 28  # bytes of tensors that MindSpore is given at once
 
 
-def targets(source: Mapping[str, StoredTensor], strategy: Path | None, *,
+def plan_cards(source: Mapping[str, StoredTensor], strategy: Path | None, *,
             is_expected: Callable[[str], bool]) -> list[list[tuple]]:
     """What each card is to hold: list, one a card, of (name, dtype, shape) in order.
 
@@ -35,7 +35,7 @@ def targets(source: Mapping[str, StoredTensor], strategy: Path | None, *,
     """
     if strategy is None:
         return [[(tensor.name, tensor.dtype, tuple(tensor.shape)) for tensor in source.values()]]
-    plan = layouts.read(strategy)
+    plan = layouts.read_strategy(strategy)
     lacking = [name for name in source if name not in plan]
     lost = [name for name in plan if is_expected(name) and name not in source]
     odd = [name for name, tensor in source.items()
@@ -54,7 +54,7 @@ def _divides(splits, shape):
     return len(splits) == len(shape) and not any(size % parts for size, parts in zip(shape, splits))
 
 
-def transform(ranks, strategies, wanted, files, folder, progress):
+def reshard_tensors(ranks, strategies, wanted, files, folder, progress):
     """Write the file of each card.
 
     Args:
@@ -71,10 +71,10 @@ def transform(ranks, strategies, wanted, files, folder, progress):
         for path, shapes in zip(files, wanted):
             path.parent.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(open(path, "wb"))
-            writers.append(stack.enter_context(Writer(file, path.suffix, shapes, hashed=False)))
+            writers.append(stack.enter_context(TensorWriter(file, path.suffix, shapes, hashed=False)))
         for names in _groups(ranks):
             work.mkdir()
-            plans = [path and layouts.narrow(path, names, work / f"{side}_strategy.ckpt")
+            plans = [path and layouts.write_partial_strategy(path, names, work / f"{side}_strategy.ckpt")
                      for side, path in zip(("src", "dst"), strategies)]
             for rank, made in enumerate(_made(ranks, names, plans, work, len(files))):
                 for name in names:
@@ -88,7 +88,7 @@ def _made(ranks, names, plans, work, cards):
     plans = [path and str(path) for path in plans]
     needed = [sorted(ms.rank_list_for_transform(rank, *plans)) for rank in range(cards)]
     for rank in sorted(set().union(*needed)):
-        write(work / f"rank_{rank}.ckpt", [_as_bits(ranks[rank][name]) for name in names], hashed=False)
+        write_tensors(work / f"rank_{rank}.ckpt", [_as_bits(ranks[rank][name]) for name in names], hashed=False)
     for rank in range(cards):
         parts = {part: str(work / f"rank_{part}.ckpt") for part in needed[rank]}
         try:
@@ -98,7 +98,7 @@ def _made(ranks, names, plans, work, cards):
             raise UserError(f"MindSpore cannot transform {names[0]} and what follows it ({said}); check the "
                             "strategies and the disk") from None
         gc.collect()  # MindSpore leaves the tensors in cycles, which double the peak
-        yield read(work / "out.ckpt")
+        yield open_tensors(work / "out.ckpt")
 
 
 def _groups(ranks):
@@ -125,7 +125,7 @@ def _bits(tensor, dtype):
     return (values.view(np.uint16) for values in tensor.chunks()) if dtype == "BF16" else tensor.chunks()
 
 
-def verify(identity: str, files: Sequence[Path], strategy: Path | None, *,
+def verify_files(identity: str, files: Sequence[Path], strategy: Path | None, *,
            is_expected: Callable[[str], bool]) -> None:
     """Compare what was written, read back, with the source.
 
@@ -141,17 +141,17 @@ def verify(identity: str, files: Sequence[Path], strategy: Path | None, *,
     Raises:
         UserError: a difference, or values that are not finite.
     """
-    ranks, bad = [read(path) for path in files], set()
+    ranks, bad = [open_tensors(path) for path in files], set()
     written = (shards.join_shards(ranks, strategy, files[0].parents[1], is_expected=is_expected)
                if strategy else ranks[0])
 
     def inspect(tensor, values):
-        if tensor.dtype in ("F32", "F16", "BF16", "F64") and not finite(values, tensor.dtype).all():
+        if tensor.dtype in ("F32", "F16", "BF16", "F64") and not is_finite(values, tensor.dtype).all():
             bad.add(tensor.name)
 
     found = fingerprints.fingerprint(written, inspect=inspect)
     if strategy:
-        shards.check_replicas(written)
+        shards.require_equal_replicas(written)
     if identity != found:
         raise UserError("what was read back is not what was to be written; check the disk, then try again")
     if bad:
@@ -159,7 +159,7 @@ def verify(identity: str, files: Sequence[Path], strategy: Path | None, *,
                         "training diverged; take an earlier --step")
 
 
-def room(source, ranks):
+def scratch_bytes(source, ranks):
     """Bytes of MindSpore's intermediate files at most: those of a group, and what is made of them."""
     return 2 * max(GROUP, *(tensor.nbytes * len(ranks) for tensor in ranks[0].values()),
                    *(tensor.nbytes for tensor in source.values()))
@@ -167,4 +167,4 @@ def room(source, ranks):
 
 def size_on_disk(wanted):
     """Bytes that the files of all cards take."""
-    return sum(size_of(dtype, shape) for shapes in wanted for _, dtype, shape in shapes)
+    return sum(count_bytes(dtype, shape) for shapes in wanted for _, dtype, shape in shapes)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mindrlhf.checkpoints.containers import SUFFIXES, check_whole, read
+from mindrlhf.checkpoints.containers import SUFFIXES, open_tensors, require_intact
 from mindrlhf.cli import UserError
 from mindrlhf.files import read_json
 
@@ -52,7 +52,7 @@ def _step_of(path):
     match, beside = re.search(r"-step_(\d+)$", path.stem), path.with_name(STEP)
     named = int(match[1]) if match else None
     try:
-        tensors = read(path)
+        tensors = open_tensors(path)
     except UserError:
         return named  # damaged, which is said if it is chosen
     if "step_num" not in tensors:
@@ -126,7 +126,7 @@ def find_step(folder: str | Path, number: int | None = None, *,
     ranks = [_steps(each) for each in rank_folders(folder)]
     wanted = {number} if number is not None else set().union(*ranks)
     problems = []
-    for candidate in newest_first(ranks, wanted, check_whole):
+    for candidate in newest_first(ranks, wanted, require_intact):
         if candidate.step:
             for problem in problems:
                 report_skipped(f"skipped: {problem}")

@@ -11,7 +11,7 @@ import numpy as np
 
 from mindrlhf.arithmetic import ceil_div
 from mindrlhf.checkpoints import layouts
-from mindrlhf.checkpoints.tensors import DTYPES, StoredTensor, pieces, size_of
+from mindrlhf.checkpoints.tensors import DTYPES, StoredTensor, count_bytes, pieces
 from mindrlhf.cli import UserError
 
 
@@ -23,13 +23,13 @@ class ShardedTensor(StoredTensor):
         layout: Layout.
         parts: the StoredTensor of each card, rank 0 first.
     """
-    layout: layouts.Layout = None
+    layout: layouts.TensorLayout = None
     parts: tuple = ()
 
     @property
     def nbytes(self):
         """Size of the whole in bytes."""
-        return size_of(self.dtype, self.shape)
+        return count_bytes(self.dtype, self.shape)
 
     @cached_property
     def holders(self):
@@ -83,7 +83,7 @@ def join_shards(ranks: Sequence[Mapping[str, StoredTensor]], strategy: Path, pla
     Raises:
         UserError: cards and strategy are not of one run.
     """
-    plan = layouts.read(strategy)
+    plan = layouts.read_strategy(strategy)
     cards = next(iter(plan.values())).cards
     if cards != len(ranks):
         cure = f", or copy rank_{len(ranks)} too" if cards > len(ranks) else ""
@@ -124,7 +124,7 @@ def _joined(name, parts, layout, strategy):
     return tensor
 
 
-def check_replicas(tensors):
+def require_equal_replicas(tensors):
     """Raise UserError unless cards that hold the same block hold the same values in it."""
     def differ(one, other):
         return any(one.read(*piece).tobytes() != other.read(*piece).tobytes()

@@ -13,7 +13,7 @@ from mindspore import Tensor
 from mindspore.common.initializer import Zero
 from mindspore.communication import get_group_size, get_rank
 
-from mindrlhf.checkpoints.tensors import convert
+from mindrlhf.checkpoints.tensors import convert_dtype
 
 
 class FileTensor(Tensor):
@@ -37,11 +37,11 @@ class FileTensor(Tensor):
             block = find_block(whole, tuple(shape), slice_index, cards=get_group_size(),
                                group=group or (1, 0))
         values = np.ascontiguousarray(self.stored.block(block))
-        return Tensor(convert(values, self.stored.dtype, "F32"), self.dtype)
+        return Tensor(convert_dtype(values, self.stored.dtype, "F32"), self.dtype)
 
 
 @dataclass(frozen=True)
-class Values:
+class ArrayTensor:
     """An array in the place of a StoredTensor, for FileTensor: what a parameter starts with in every plan.
 
     Attributes:

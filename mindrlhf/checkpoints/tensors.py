@@ -23,7 +23,7 @@ PIECE = 1 << 19
 WORKERS = min(os.cpu_count() or 1, 8)  # threads; each holds a few pieces
 
 
-def in_order(function, jobs):
+def map_in_order(function, jobs):
     """function(*job) of each job, computed a little ahead of use by several threads, and given in order."""
     ahead = deque()
     with ThreadPoolExecutor(WORKERS) as pool:
@@ -40,7 +40,7 @@ def pieces(elements):
     return [(first, min(PIECE, elements - first)) for first in range(0, elements, PIECE)]
 
 
-def size_of(dtype, shape):
+def count_bytes(dtype, shape):
     """Bytes of a tensor."""
     return math.prod(shape) * DTYPES[dtype][1].itemsize
 
@@ -97,7 +97,7 @@ class StoredTensor:
 
     def float32(self):
         """The values as float32, exact for bfloat16 and float16."""
-        return convert(self.array(), self.dtype, "F32")
+        return convert_dtype(self.array(), self.dtype, "F32")
 
     def _fill(self, view, begin):
         for offset, size in self.spans:
@@ -113,7 +113,7 @@ class StoredTensor:
                 wanted, offset = wanted[got:], offset + got
 
 
-def finite(array, dtype):
+def is_finite(array, dtype):
     """bool array: whether each stored value is neither NaN nor infinite."""
     if dtype in ("F32", "F64"):
         return np.isfinite(array)
@@ -121,14 +121,14 @@ def finite(array, dtype):
     return (array.view(np.uint16) & exponent) != exponent
 
 
-def widen(array, dtype):
+def to_float32(array, dtype):
     """Stored values -> float32."""
     if dtype == "BF16":
         return (array.astype(np.uint32) << 16).view(np.float32)
     return array.astype(np.float32, copy=False)
 
 
-def narrow(array, dtype):
+def round_to(array, dtype):
     """float32 values -> stored values of dtype F32, F16 or BF16, rounded to nearest, ties to even."""
     if dtype == "BF16":
         bits = array.view(np.uint32)
@@ -143,10 +143,10 @@ def narrow(array, dtype):
 def _table(source, target):
     """The 65,536 values of a 16-bit dtype in another one; looking up is faster than computing."""
     every = np.arange(1 << 16, dtype=np.uint16).view(DTYPES[source][1])
-    return narrow(widen(every, source), target)
+    return round_to(to_float32(every, source), target)
 
 
-def convert(array, source, target):
+def convert_dtype(array, source, target):
     """Stored values of one dtype -> stored values of another, rounded to nearest.
 
     Args:
@@ -157,4 +157,4 @@ def convert(array, source, target):
         return array
     if source == "F16" or (source, target) == ("BF16", "F16"):
         return _table(source, target).take(array.view(np.uint16), mode="wrap")  # lets other threads run
-    return narrow(widen(array, source), target)
+    return round_to(to_float32(array, source), target)

@@ -71,7 +71,7 @@ class DataWrapper(nn.Cell):
         return outputs
 
 
-def train(model: Model, epoch: int, train_dataset: Dataset, *arguments: Any, dataset_sink_mode: bool = True,
+def train_in_sink_mode(model: Model, epoch: int, train_dataset: Dataset, *arguments: Any, dataset_sink_mode: bool = True,
           sink_size: int = -1, **options: Any) -> None:
     """In place of Model._train, with its arguments."""
 
@@ -98,4 +98,4 @@ ORIGINAL = Model._train
 
 def install() -> None:
     """Let MindFormers' Trainer find sink mode on this CPU."""
-    Model._train = train
+    Model._train = train_in_sink_mode

@@ -22,14 +22,14 @@ class TokenPair:
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
 
-def tokenize(tokenizer, pair):
+def tokenize_pair(tokenizer, pair):
     """Pair -> TokenPair. Prompt and responses are encoded apart, so no token spans their border."""
     return TokenPair(template.prompt_ids(tokenizer, pair.messages),
                      template.response_ids(tokenizer, pair.chosen),
                      template.response_ids(tokenizer, pair.rejected))
 
 
-def fit(tokens, seq_len, *, tokenizer, truncation="keep_end"):
+def truncate_prompt(tokens, seq_len, *, tokenizer, truncation="keep_end"):
     """Shorten the prompt until prompt + longer response fit into seq_len tokens.
 
     Only text is cut, the tokens of all messages taken as one: prefix, tags and the newlines after them stay.

@@ -6,7 +6,7 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
          "observation": "observation", "tool": "observation"}
 
 
-def parse(row, kind):
+def parse_row(row, kind):
     """One row.
 
     Args:
@@ -22,7 +22,7 @@ def parse(row, kind):
     return _PARSE[kind](row)
 
 
-def tell(row):
+def detect_type(row):
     """The kind of a row, by its fields.
 
     Raises:
@@ -32,10 +32,10 @@ def tell(row):
         if isinstance(row, dict) and all(name in row for name in fields):
             return kind
     found = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
-    raise ValueError(f"auto tells a row by its fields ({describe(FIELDS)}); this one has: {found or 'none'}")
+    raise ValueError(f"auto tells a row by its fields ({describe_fields(FIELDS)}); this one has: {found or 'none'}")
 
 
-def describe(kinds):
+def describe_fields(kinds):
     """The fields of some kinds, in words."""
     return "; ".join(f"{kind}: {', '.join(FIELDS[kind])}" for kind in kinds)
 

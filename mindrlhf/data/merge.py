@@ -13,7 +13,7 @@ LISTED = 1000  # places of one kind that the sidecar lists
 
 
 @dataclass(frozen=True)
-class Report:
+class MergeReport:
     """What came of the pairs: read == those of the files + all the places in dropped.
 
     Attributes:
@@ -40,7 +40,7 @@ def eval_path(destination):
     return path.with_name(f"{path.stem}_eval{path.suffix}")
 
 
-def merge(parts, source, held_out, *, destination, seq_len, packed, pad_id, sidecar):
+def merge_parts(parts, source, held_out, *, destination, seq_len, packed, pad_id, sidecar):
     """Write the final files. Only lengths and log-probs are in memory; tokens come from the parts row by row.
 
     Args:
@@ -81,7 +81,7 @@ def merge(parts, source, held_out, *, destination, seq_len, packed, pad_id, side
         if not len(members):
             parts.remove()  # they are of no use: only other options help
             raise cli.UserError(f"{path}: no pair for it fits into {seq_len} tokens; raise --seq_len")
-        rows = packing.pack(scored.sides[members], seq_len) if packed else np.arange(len(members))[:, None]
+        rows = packing.pack_pairs(scored.sides[members], seq_len) if packed else np.arange(len(members))[:, None]
         rows = [members[row].tolist() for row in rows]
         width = max(map(len, rows))
         counts = {"read": source.read, "written": len(members), "in the other file": total - len(members),
@@ -90,15 +90,15 @@ def merge(parts, source, held_out, *, destination, seq_len, packed, pad_id, side
         about = {"rows": len(rows), "pairs_per_row": width, "pairs": counts, "bad_rows": source.bad,
                  "tokens": int(scored.sides[members].sum()),
                  "places": {reason: at[:LISTED] for reason, at in {**dropped, **noted}.items()}}
-        mindrecord.write(path, _rows(scored, source.pairs, rows, seq_len=seq_len, width=width, pad_id=pad_id),
+        mindrecord.write_rows(path, _rows(scored, source.pairs, rows, seq_len=seq_len, width=width, pad_id=pad_id),
                          seq_len=seq_len, width=width, sidecar={**about, **sidecar})
         files.append((path, len(members), len(rows), width))
-    return Report(files, source.read, dropped, noted, source.bad, scored, seq_len)
+    return MergeReport(files, source.read, dropped, noted, source.bad, scored, seq_len)
 
 
 def _rows(scored, pairs, rows, **sizes):
     """Rows of numbers of scored pairs to rows of a file, made one at a time."""
-    bar = cli.progress(len(rows), "write", "row")
+    bar = cli.progress_bar(len(rows), "write", "row")
     for row in rows:
         numbers = [pairs[number].number for number in scored.pairs[row].tolist()]
         members = [scored.tokens(number) for number in row]

@@ -38,7 +38,7 @@ def make_row(pairs, logps, pair_ids, *, seq_len, width, pad_id):
     return row
 
 
-def write(path, rows, *, seq_len, width, sidecar):
+def write_rows(path, rows, *, seq_len, width, sidecar):
     """Write rows and sidecar. Nothing stands under the final name before all is written.
 
     MindSpore keeps a file's name inside its index, so the file is written under its name in a folder beside
@@ -65,7 +65,7 @@ def write(path, rows, *, seq_len, width, sidecar):
         writer.commit()
         path.unlink(missing_ok=True)
         shutil.move(workshop / f"{path.name}.db", path.with_name(f"{path.name}.db"))
-        write_json(sidecar_path(path), {"format": SIDECAR_FORMAT, **sidecar})
+        write_json(data_sidecar_path(path), {"format": SIDECAR_FORMAT, **sidecar})
         shutil.move(workshop / path.name, path)
     except (OSError, RuntimeError) as error:
         raise UserError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from None
@@ -73,7 +73,7 @@ def write(path, rows, *, seq_len, width, sidecar):
         shutil.rmtree(workshop, ignore_errors=True)
 
 
-def read(path):
+def read_rows(path):
     """Rows of a training file, one after another: dicts of arrays.
 
     Raises:
@@ -91,12 +91,12 @@ def read(path):
             reader.close()
 
 
-def sidecar_path(path):
+def data_sidecar_path(path):
     """Where the sidecar of a training file lies."""
     return Path(f"{path}.json")
 
 
-def read_sidecar(path):
+def read_data_sidecar(path):
     """The sidecar of a training file.
 
     Raises:
@@ -104,7 +104,7 @@ def read_sidecar(path):
     """
     path = existing_file(path, "the data that dpo_preprocess_glm4_parallel.py made")
     existing_file(f"{path}.db", "the index that belongs to the .mindrecord")
-    sidecar = existing_file(sidecar_path(path), "the sidecar that belongs to the .mindrecord")
+    sidecar = existing_file(data_sidecar_path(path), "the sidecar that belongs to the .mindrecord")
     try:
         content = json.loads(sidecar.read_text(encoding="utf-8"))
         if content["format"] != SIDECAR_FORMAT:
@@ -117,7 +117,7 @@ def read_sidecar(path):
     return content
 
 
-def check_made_for(path, sidecar, *, seq_len, template, tokenizer, checkpoint):
+def require_made_for(path, sidecar, *, seq_len, template, tokenizer, checkpoint):
     """Raise UserError unless data were made as training will use them, naming each difference.
 
     Args:

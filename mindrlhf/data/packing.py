@@ -53,7 +53,7 @@ class _Kind:
         return 0, None
 
 
-def pack(lengths, seq_len):
+def pack_pairs(lengths, seq_len):
     """Pack pairs into rows, full on both sides and about equally many to a row.
 
     A row starts with the longest pair left, goes on with pairs in a mixed order (the side with more room gets

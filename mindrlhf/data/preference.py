@@ -28,7 +28,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Source:
+class PairSource:
     """What was read. read == len(pairs) + all the places in dropped.
 
     Attributes:
@@ -49,7 +49,7 @@ class Source:
     bad: list
 
 
-def read(paths, dataset_type="auto", *, skip_bad=False, drop=()):
+def read_pairs(paths, dataset_type="auto", *, skip_bad=False, drop=()):
     """Read the pairs of files and folders.
 
     Args:
@@ -64,15 +64,15 @@ def read(paths, dataset_type="auto", *, skip_bad=False, drop=()):
     Raises:
         UserError: naming file and line of the first bad row, or that there is no pair at all.
     """
-    files = sources.find(paths)
+    files = sources.find_files(paths)
     pairs, bad, dropped, noted, seen, number = [], [], {}, {}, set(), -1
     for number, (place, row, why) in enumerate(_rows(files)):
         try:
             if why:
                 raise ValueError(why)
             if dataset_type == "auto":
-                dataset_type = formats.tell(row)
-            pair, changed = _mend(Pair(*formats.parse(row, dataset_type), number, place))
+                dataset_type = formats.detect_type(row)
+            pair, changed = _mend(Pair(*formats.parse_row(row, dataset_type), number, place))
         except ValueError as error:
             bad.append(f"{place}: {error}")
             if not skip_bad:
@@ -90,15 +90,15 @@ def read(paths, dataset_type="auto", *, skip_bad=False, drop=()):
         seen.add(pair)
         pairs.append(pair)
     if not pairs:
-        wanted = formats.describe(formats.FIELDS if dataset_type == "auto" else [dataset_type])
+        wanted = formats.describe_fields(formats.FIELDS if dataset_type == "auto" else [dataset_type])
         raise UserError(f"{', '.join(map(str, paths))}: holds no pairs (fields of {wanted}). " + "; ".join(
             [f"{len(places)} x {reason}" for reason, places in dropped.items()] + bad[:1]))
-    return Source(files, dataset_type, number + 1, pairs, dropped, noted, bad)
+    return PairSource(files, dataset_type, number + 1, pairs, dropped, noted, bad)
 
 
 def _rows(files):
     for file in files:
-        for line, row, why in sources.rows(file):
+        for line, row, why in sources.read_json_rows(file):
             yield f"{file}:{line}", row, why
 
 
@@ -112,7 +112,7 @@ def _mend(pair):
     return mended, mended != pair
 
 
-def held_out(pairs, ratio):
+def choose_held_out(pairs, ratio):
     """Which pairs make the evaluation set: whole prompts, picked by a hash, as many as make up the ratio.
 
     Prompts that differ in white space only count as one.

@@ -51,14 +51,14 @@ def preprocess(options: Options, config_path: str, overrides: dict[str, Any]) ->
     Raises:
         UserError: a file, a row or a setting is wrong, or the model gives log-probs that are not finite.
     """
-    settings = load_settings(options, config_path, overrides)
+    settings = load_preprocess_settings(options, config_path, overrides)
     source, held_out = read_source(options)
-    sidecar.check(settings.get("load_checkpoint"), settings)
+    sidecar.require_same_model(settings.get("load_checkpoint"), settings)
 
     from mindrlhf import runtime
     if not Plan.of(settings).is_sharded:
         runtime.leave_cluster()  # workers compute alone here
-    runtime.quiet()
+    runtime.quiet_mindformers()
     tokenizer = Glm4Tokenizer(settings["processor"]["tokenizer"]["vocab_file"])
     tokenizer.check_vocabulary(settings["model"]["model_config"]["padded_vocab_size"])
     origin, identity = describe_run(options, settings, source, tokenizer)
@@ -75,19 +75,19 @@ def preprocess(options: Options, config_path: str, overrides: dict[str, Any]) ->
         return
     score_parts(parts, todo, source, settings, tokenizer, options)
     if cli.rank() == 0:
-        report = merge.merge(parts, source, held_out, destination=options.dst, packed=options.pack,
+        report = merge.merge_parts(parts, source, held_out, destination=options.dst, packed=options.pack,
                              seq_len=origin["seq_len"], pad_id=tokenizer.pad_id, sidecar=origin)
-        is_drawn = summary.picture(f"{options.dst}.png", report.scored)
+        is_drawn = summary.draw_summary(f"{options.dst}.png", report.scored)
         parts.remove()
-        cli.say(*summary.screen(report), f"  picture    {options.dst}.png" if is_drawn else
+        cli.say(*summary.summary_lines(report), f"  picture    {options.dst}.png" if is_drawn else
                 "  picture    none: matplotlib is not installed")
 
 
-def load_settings(options: Options, config_path: str, overrides: dict[str, Any]) -> Settings:
+def load_preprocess_settings(options: Options, config_path: str, overrides: dict[str, Any]) -> Settings:
     """The settings of a run, checked as far as they can be without MindSpore."""
-    settings = config.load(config_path, run_mode="preprocess", overrides=overrides)
-    config.check_weights(settings)
-    config.check_workers(settings, cli.workers())
+    settings = config.load_settings(config_path, run_mode="preprocess", overrides=overrides)
+    config.require_weights(settings)
+    config.require_workers(settings, cli.workers())
     if Plan.of(settings).is_sharded and not settings["parallel"].get("full_batch"):
         raise UserError(f"{config_path}: preprocessing with a parallel plan needs parallel.full_batch True: every "
                         "card is given the whole batch")
@@ -96,18 +96,18 @@ def load_settings(options: Options, config_path: str, overrides: dict[str, Any])
     return settings
 
 
-def read_source(options: Options) -> tuple[preference.Source, list[bool]]:
+def read_source(options: Options) -> tuple[preference.PairSource, list[bool]]:
     """The pairs, and which of them are held out; prints what was found."""
     choices = {preference.IDENTICAL: options.identical, preference.DUPLICATE: options.duplicates}
-    source = preference.read(options.src, options.dataset_type, skip_bad=options.on_bad_row == "skip",
+    source = preference.read_pairs(options.src, options.dataset_type, skip_bad=options.on_bad_row == "skip",
                              drop=[reason for reason, choice in choices.items() if choice == "drop"])
     detected = " (detected from its fields)" if options.dataset_type == "auto" else ""
     cli.say(f"{len(source.pairs):,} pairs in {len(source.files)} file(s), "
             f"--dataset_type {source.dataset_type}{detected}")
-    return source, preference.held_out(source.pairs, options.eval_ratio)
+    return source, preference.choose_held_out(source.pairs, options.eval_ratio)
 
 
-def describe_run(options: Options, settings: Settings, source: preference.Source,
+def describe_run(options: Options, settings: Settings, source: preference.PairSource,
                  tokenizer: Glm4Tokenizer) -> tuple[dict[str, Any], dict[str, Any]]:
     """(What the sidecar says of the data's origin, the identity of the run: everything that the data depend on)."""
     from mindrlhf import runtime
@@ -130,7 +130,7 @@ def describe_run(options: Options, settings: Settings, source: preference.Source
 def is_made(paths: Iterable[str | Path], run: str) -> bool:
     """Whether all files exist already, made by the same run."""
     try:
-        return all(mindrecord.read_sidecar(path).get("run") == run for path in paths)
+        return all(mindrecord.read_data_sidecar(path).get("run") == run for path in paths)
     except UserError:
         return False
 
@@ -140,7 +140,7 @@ def open_scorer(settings: Settings, tokenizer: Glm4Tokenizer, *, packed: bool) -
     from mindrlhf import runtime
     from mindrlhf.models.glm4 import build
     run_config = config.to_mindformers(settings)
-    runtime.start(run_config, parallel=Plan.of(settings).is_sharded and cli.workers() > 1)
+    runtime.start_device(run_config, parallel=Plan.of(settings).is_sharded and cli.workers() > 1)
     model = build.build_network(run_config)
     load.load_weights(model, settings["load_checkpoint"], strategy=settings.get("src_strategy"))
     return reference.Scorer(model, seq_len=settings["model"]["model_config"]["seq_length"], packed=packed,
@@ -158,7 +158,7 @@ class Bar:
     def __init__(self, parts: Parts, total: int):
         self.parts, self.looked = parts, time.monotonic()
         pairs, self.tokens = parts.progress()
-        self.bar, self.began = cli.progress(total, "score", "pair", initial=pairs), time.monotonic()
+        self.bar, self.began = cli.progress_bar(total, "score", "pair", initial=pairs), time.monotonic()
 
     def show(self, at_once: bool = False) -> None:
         """Draw what all workers have reported, twice a second at most unless at_once."""
@@ -177,7 +177,7 @@ class Bar:
         self.bar.close()
 
 
-def score_parts(parts: Parts, todo: Sequence[int], source: preference.Source, settings: Settings,
+def score_parts(parts: Parts, todo: Sequence[int], source: preference.PairSource, settings: Settings,
                 tokenizer: Glm4Tokenizer, options: Options) -> None:
     """Make the parts in todo; rank 0 then waits until those of the others exist too.
 

@@ -2,8 +2,8 @@
 import numpy as np
 
 from mindrlhf.cli import UserError
-from mindrlhf.data.features import fit, row_columns, tokenize
-from mindrlhf.data.packing import max_pairs, pack
+from mindrlhf.data.features import row_columns, tokenize_pair, truncate_prompt
+from mindrlhf.data.packing import max_pairs, pack_pairs
 from mindrlhf.data.parts import Parts, part_size  # noqa: F401  part of the reference pass
 from mindrlhf.records import INPUTS, SIDES
 
@@ -26,7 +26,7 @@ def make_part(tokenizer, pairs, first, *, seq_len, score, truncation="keep_end")
     """
     kept, numbers, cut, dropped = [], [], [], []
     for number, pair in enumerate(pairs, first):
-        tokens, lost = fit(tokenize(tokenizer, pair), seq_len, tokenizer=tokenizer, truncation=truncation)
+        tokens, lost = truncate_prompt(tokenize_pair(tokenizer, pair), seq_len, tokenizer=tokenizer, truncation=truncation)
         if tokens is None:
             dropped.append(number)
         else:
@@ -72,7 +72,7 @@ class Scorer:
             UserError: a log-prob is not finite.
         """
         sides = np.array([[len(pair.prompt) + len(getattr(pair, side)) for side in SIDES] for pair in pairs])
-        rows = pack(sides, self.seq_len) if self.packed else [[number] for number in range(len(pairs))]
+        rows = pack_pairs(sides, self.seq_len) if self.packed else [[number] for number in range(len(pairs))]
         logps, done, tokens = np.zeros((len(pairs), 2), np.float32), 0, 0
         for begin in range(0, len(rows), self.batch_size):
             batch = rows[begin:begin + self.batch_size]

@@ -83,17 +83,17 @@ def check_file(rows, sidecar, special):
 
 def main(argv=None):
     arguments = parser().parse_args(argv)
-    sidecar = mindrecord.read_sidecar(arguments.file)
+    sidecar = mindrecord.read_data_sidecar(arguments.file)
     from mindrlhf import runtime
-    runtime.quiet()
+    runtime.quiet_mindformers()
     from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
     tokenizer = Glm4Tokenizer(arguments.tokenizer)
-    mindrecord.check_made_for(arguments.file, sidecar, seq_len=None, template=template.VERSION,
+    mindrecord.require_made_for(arguments.file, sidecar, seq_len=None, template=template.VERSION,
                               tokenizer=tokenizer.fingerprint, checkpoint=None)
-    for number, row in zip(range(arguments.n), mindrecord.read(arguments.file)):
+    for number, row in zip(range(arguments.n), mindrecord.read_rows(arguments.file)):
         if not validation.check_shapes(row, sidecar):
             print_row(number, row, tokenizer)
-    problems = check_file(mindrecord.read(arguments.file), sidecar, tokenizer.special)
+    problems = check_file(mindrecord.read_rows(arguments.file), sidecar, tokenizer.special)
     if problems:
         more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise cli.UserError(f"{arguments.file}: {'; '.join(problems[:SHOWN])}{more}. Preprocess again")
@@ -102,4 +102,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_command(main)

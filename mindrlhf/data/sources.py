@@ -17,7 +17,7 @@ def natural(path):
     return [int(piece) if piece.isdecimal() else piece for piece in re.split(r"(\d+)", str(path))]
 
 
-def find(paths):
+def find_files(paths):
     """Files that paths name, in natural order.
 
     Args:
@@ -45,7 +45,7 @@ def find(paths):
     return files
 
 
-def rows(path):
+def read_json_rows(path):
     """Rows of one file.
 
     Returns:

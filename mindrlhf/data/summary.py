@@ -12,7 +12,7 @@ BAD_ROWS = 20  # bad rows listed in full
 POINTS = 20_000  # of the scatter plot
 
 
-def screen(report):
+def summary_lines(report):
     """Lines of text about a merge.Report."""
     scored, sides = report.scored, report.scored.sides
     longer, rows = sides.max(1), sum(rows for _, _, rows, _ in report.files)
@@ -43,7 +43,7 @@ def _places(what, places):
     return f"{len(places):,} x {what} ({', '.join(places[:EXAMPLES])}{more})"
 
 
-def picture(path, scored):
+def draw_summary(path, scored):
     """Draw lengths of answers' sides and log-probs per token.
 
     Args:

@@ -30,8 +30,8 @@ def predict(settings: Settings, text: str | None, adapters: str | None = None) -
 
     if text is None:
         raise UserError("run_mode predict needs --predict_data TEXT")
-    runtime.quiet()
-    sidecar.check(settings.get("load_checkpoint"), settings)
+    runtime.quiet_mindformers()
+    sidecar.require_same_model(settings.get("load_checkpoint"), settings)
     tokenizer = Glm4Tokenizer(settings["processor"]["tokenizer"]["vocab_file"])
     model_config = settings["model"]["model_config"]
     tokenizer.check_vocabulary(model_config["padded_vocab_size"])
@@ -39,7 +39,7 @@ def predict(settings: Settings, text: str | None, adapters: str | None = None) -
     room = model_config["seq_length"] - len(prompt)
     if room < 1:
         raise UserError(f"--predict_data is {len(prompt)} tokens, seq_length {model_config['seq_length']}; shorten it")
-    config.check_weights(settings)
+    config.require_weights(settings)
     _check_strategy(settings, adapters)
     with cli.quiet_stdout():
         model = load_model(settings, adapters)
@@ -63,10 +63,10 @@ def load_model(settings: Settings, adapters: str | None) -> Any:
     path, strategy = settings["load_checkpoint"], settings.get("src_strategy")
     of_adapters = bool(adapters) and not Path(path).is_dir()  # --src_strategy belongs to whatever is sharded
     run_config = config.to_mindformers(settings)
-    runtime.start(run_config, parallel=False)
+    runtime.start_device(run_config, parallel=False)
     model = build.build_network(run_config)
     base = load.load_weights(model, path, strategy=None if of_adapters else strategy)
     if adapters:
         stored = load.open_adapters(adapters, strategy if of_adapters else None)
-        load.set_values(model, lora.merged(base, stored, adapters))
+        load.set_values(model, lora.merge_adapters(base, stored, adapters))
     return model

@@ -26,13 +26,13 @@ def parser():
 
 def room(settings, size):
     """Bytes of a card that may be used: its memory, and max_device_memory where the YAML sets less."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GB|MB)", config.get(settings, "context.max_device_memory", ""))
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GB|MB)", config.get_setting(settings, "context.max_device_memory", ""))
     return min(size * 1e9, float(match[1]) * UNITS[match[2]] if match else size * 1e9)
 
 
 def total_with(settings, devices, changes):
     """Bytes of a card if some settings were others: changes is a dict, dotted key -> value."""
-    return memory.peak(config.changed(settings, changes), devices)[1]
+    return memory.peak_memory_of(config.with_changes(settings, changes), devices)[1]
 
 
 def remedies(settings, devices):
@@ -64,9 +64,9 @@ def remedies(settings, devices):
 
 def advice(settings, devices, limit):
     """One line: it fits, or the first change that makes it fit (several at once where one is not enough)."""
-    if memory.peak(settings, devices)[1] <= limit:
+    if memory.peak_memory_of(settings, devices)[1] <= limit:
         return "fits"
-    sentences, together, least = [], {}, memory.peak(settings, devices)[1]
+    sentences, together, least = [], {}, memory.peak_memory_of(settings, devices)[1]
     for sentence, changes in remedies(settings, devices):
         alone = total_with(settings, devices, changes)
         both = total_with(settings, devices, together | changes)
@@ -95,26 +95,26 @@ def report(settings, devices, *, limit, rows):
         limit: bytes of a card that may be used.
         rows: of the data, or None.
     """
-    plan, (where, most) = Plan.of(settings, devices), memory.peak(settings, devices)
+    plan, (where, most) = Plan.of(settings, devices), memory.peak_memory_of(settings, devices)
     shared = "the optimizer's state shared out" if plan.shards_optimizer else "the optimizer's state whole"
     lines = [f"{devices} cards: data_parallel {plan.data} x model_parallel {plan.model}, {shared}; "
              f"seq_length {settings['model']['model_config']['seq_length']}"]
     exact = parameter_bytes(settings, devices)
     lines += table(f"memory of a card ({len(exact)} weights and moments to the byte; the rest estimated)",
-                   memory.parts(settings, devices), 1e9, "GB")
+                   memory.memory_parts(settings, devices), 1e9, "GB")
     lines.append(f"  at most {most / 1e9:.1f} GB at once, in the {where}, of {limit / 1e9:.0f} GB: "
                  f"{advice(settings, devices, limit)}")
     if settings["run_mode"] == "finetune" and devices > 1:
-        volumes = traffic.volumes(settings, devices)
+        volumes = traffic.traffic_volumes(settings, devices)
         lines += table("traffic of a step: bytes that a card receives", volumes, 1e9, "GB")
     computing, communicating = hours.seconds_per_step(settings, devices)
     sent = f", {communicating:.1f} s communication at {hours.BANDWIDTH / 1e9:.0f} GB/s" * (communicating > 0)
     lines.append(f"a step: {computing:.1f} s computing at {hours.EFFICIENCY:.0%} of "
                  f"{hours.PEAK / 1e12:.0f} TFLOPS{sent} (assumed rates)")
     if rows:
-        least, most = hours.hours(settings, devices, rows)
+        least, most = hours.run_hours(settings, devices, rows)
         span = f"{least:.1f}" if most - least < 0.05 else f"{least:.1f} to {most:.1f}"
-        count = hours.steps(settings, devices, rows)
+        count = hours.steps_per_epoch(settings, devices, rows)
         lines.append(f"{rows} rows: {count} batches a card an epoch, {span} hours in all")
     return lines
 
@@ -122,14 +122,14 @@ def report(settings, devices, *, limit, rows):
 def main(argv=None):
     """Print the report of a YAML."""
     arguments = parser().parse_args(argv)
-    settings = config.load(arguments.config, run_mode=("finetune", "preprocess"))
+    settings = config.load_settings(arguments.config, run_mode=("finetune", "preprocess"))
     plan = Plan.of(settings)
     devices = arguments.devices or (plan.cards if plan.is_sharded else 8)
-    config.check_workers(settings, devices)
+    config.require_workers(settings, devices)
     rows = arguments.rows
     if arguments.data:
-        from mindrlhf.data.mindrecord import read_sidecar
-        sidecar = read_sidecar(arguments.data)
+        from mindrlhf.data.mindrecord import read_data_sidecar
+        sidecar = read_data_sidecar(arguments.data)
         rows, length = sidecar["rows"], settings["model"]["model_config"]["seq_length"]
         if sidecar["seq_len"] != length:
             raise cli.UserError(f"{arguments.data}: has rows of {sidecar['seq_len']}, the YAML seq_length "
@@ -138,4 +138,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_command(main)

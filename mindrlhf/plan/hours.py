@@ -53,16 +53,16 @@ def seconds_per_step(settings, devices):
     if settings["run_mode"] == "preprocess":
         return positions / tokens_per_second(sum(forward_operations(settings))), 0.0
     return (positions / tokens_per_second(step_operations(settings)),
-            sum(traffic.volumes(settings, devices).values()) / BANDWIDTH)
+            sum(traffic.traffic_volumes(settings, devices).values()) / BANDWIDTH)
 
 
-def steps(settings, devices, rows):
+def steps_per_epoch(settings, devices, rows):
     """Steps of a pass over so many rows (a chosen and a rejected side each), accumulated parts counted."""
     return math.ceil(rows / (settings["runner_config"]["batch_size"] * Plan.of(settings, devices).data))
 
 
-def hours(settings, devices, rows):
+def run_hours(settings, devices, rows):
     """(fastest, slowest) hours of a run over so many rows: communication behind computing, or after it."""
     computing, communicating = seconds_per_step(settings, devices)
-    count = steps(settings, devices, rows) * settings["runner_config"].get("epochs", 1) / 3600
+    count = steps_per_epoch(settings, devices, rows) * settings["runner_config"].get("epochs", 1) / 3600
     return count * max(computing, communicating), count * (computing + communicating)

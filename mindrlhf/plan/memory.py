@@ -128,7 +128,7 @@ def compute_copies(settings, devices):
                and (part.shared_by > 1 or part.dtype != model["compute_dtype"]))
 
 
-def parts(settings, devices):
+def memory_parts(settings, devices):
     """Memory of a card.
 
     Args:
@@ -161,7 +161,7 @@ def parts(settings, devices):
         "buffers": BUFFERS}
 
 
-def peak(settings, devices):
+def peak_memory_of(settings, devices):
     """The most that a card holds at once.
 
     A step's memory has three summits: at the log-probs, when all layers wait for their gradient; in the
@@ -171,7 +171,7 @@ def peak(settings, devices):
     Returns:
         (where: "log-probs", "last layer" or "first layer", bytes).
     """
-    found = parts(settings, devices)
+    found = memory_parts(settings, devices)
     kept, gradients, work = found["kept by the layers"], found["gradients"], found["one layer at work"]
     always = sum(found[name] for name in (
         "weights", "Adam's moments", "weights in compute type", "embedding and last norm", "mask",

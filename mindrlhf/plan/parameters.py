@@ -44,7 +44,7 @@ class Held:
         return math.prod(self.gathered) // math.prod(self.slice)
 
 
-def shapes(settings):
+def all_shapes(settings):
     """Name -> shape of every parameter of the network, adapters included."""
     table = weight_names.parameter_shapes(ModelConfig.of(settings))
     if "lora" in settings:
@@ -57,7 +57,7 @@ def shapes(settings):
     return table
 
 
-def strategy(name, shape, plan):
+def split_of(name, shape, plan):
     """Into how many parts each dimension of a parameter is split, without the optimizer's sharding."""
     model, cell = plan.model, name.rsplit(".", 1)[0]
     if "layernorm" in name:
@@ -87,9 +87,9 @@ def held(settings, devices):
     """
     plan, model = Plan.of(settings, devices), settings["model"]["model_config"]
     table = {}
-    for name, shape in shapes(settings).items():
+    for name, shape in all_shapes(settings).items():
         dtype = "float32" if "layernorm" in name else model["param_init_type"]  # layernorm_compute_type
-        parts = strategy(name, shape, plan)
+        parts = split_of(name, shape, plan)
         part = tuple(size // count for size, count in zip(shape, parts))
         trained = "lora" not in settings or weight_names.is_adapter(name)
         shared = _shared(part, parts, plan, dtype) if not name.endswith("bias") else part

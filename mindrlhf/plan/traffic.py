@@ -39,7 +39,7 @@ def layer(settings, devices):
     return joint + moved, joint
 
 
-def volumes(settings, devices):
+def traffic_volumes(settings, devices):
     """Traffic of a training step.
 
     Args:

@@ -44,7 +44,7 @@ class DPOMonitor(Callback):
 
     def on_train_begin(self, run_context):
         """Start the bar."""
-        self.bar = cli.progress(self.progress.total, "train", "step", initial=self.progress.step)
+        self.bar = cli.progress_bar(self.progress.total, "train", "step", initial=self.progress.step)
 
     def on_train_step_begin(self, run_context):
         """Start the clock."""
@@ -57,7 +57,7 @@ class DPOMonitor(Callback):
             UserError: policy and reference differ at the first step, or too many steps were not finite.
         """
         outputs = StepOutput(*run_context.original_args().net_outputs)
-        values = metrics.means(outputs.sums.asnumpy().tolist(), sft_weight=self.sft_weight)
+        values = metrics.compute_metrics(outputs.sums.asnumpy().tolist(), sft_weight=self.sft_weight)
         seconds = time.perf_counter() - self.started
         self.progress.step += 1
         bad = bool(outputs.overflow) or not math.isfinite(values["loss"])

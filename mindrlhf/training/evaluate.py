@@ -47,4 +47,4 @@ class Evaluator:
             total += self.step(*batch).asnumpy()
         self.network.set_train(True)
         total = self.sum_over_workers(Tensor(total, dtype=float32)).asnumpy()
-        return metrics.means(total, sft_weight=self.sft_weight)
+        return metrics.compute_metrics(total, sft_weight=self.sft_weight)

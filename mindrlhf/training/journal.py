@@ -11,7 +11,7 @@ CURVES = (("loss", ("loss", "dpo_loss")), ("reward accuracy", ("accuracy",)), ("
           ("gradient norm", ("grad_norm",)))
 
 
-def read(path, *, before=math.inf):
+def read_records(path, *, before=math.inf):
     """Records of a metrics.jsonl up to a step; a last line that a kill cut short is passed over."""
     records = []
     for line in Path(path).read_text(encoding="utf-8").splitlines():
@@ -38,7 +38,7 @@ class Journal:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "metrics.jsonl"
-        self.records = read(self.path, before=first_step) if first_step and self.path.exists() else []
+        self.records = read_records(self.path, before=first_step) if first_step and self.path.exists() else []
         with atomic_file(self.path) as file:
             for record in self.records:
                 file.write(_line(record).encode())

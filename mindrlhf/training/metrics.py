@@ -2,7 +2,7 @@
 from mindrlhf.records import SUMS
 
 
-def means(sums, *, sft_weight):
+def compute_metrics(sums, *, sft_weight):
     """Sums over any number of pairs -> metrics per pair.
 
     Args:

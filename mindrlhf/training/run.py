@@ -18,7 +18,7 @@ from mindrlhf.parallel import Plan
 from mindrlhf.training import state, train_step  # noqa: F401  wrapper registers the training step
 from mindrlhf.training.callbacks import BEST, DPOMonitor, EvalMonitor, Progress
 from mindrlhf.training.evaluate import Evaluator
-from mindrlhf.training.journal import Journal, read
+from mindrlhf.training.journal import Journal, read_records
 from mindrlhf.training.saving import DPOCheckpointMonitor, check_optimizer_state
 
 
@@ -49,20 +49,20 @@ def finetune(settings):
     Raises:
         UserError: data, weights, YAML, workers or a state to resume from do not belong together, or a step fails.
     """
-    config.check_workers(settings, cli.workers())
+    config.require_workers(settings, cli.workers())
     data = open_data(settings)  # says what is wrong before the workers meet
-    resumed = find_state(settings)
+    resumed = open_state(settings)
     if not resumed:
-        config.check_weights(settings)
-    sidecar.check(resumed or settings.get("load_checkpoint"), settings)
+        config.require_weights(settings)
+    sidecar.require_same_model(resumed or settings.get("load_checkpoint"), settings)
     run_config = config.to_mindformers(settings)
-    runtime.start(run_config, parallel=cli.workers() > 1)
+    runtime.start_device(run_config, parallel=cli.workers() > 1)
     model = build.build_network(run_config)
     load_policy(model, settings, data, resumed)
     if not resumed:
-        sidecar.keep(settings["load_checkpoint"], settings["output_dir"])
+        sidecar.copy_to_run(settings["load_checkpoint"], settings["output_dir"])
     train(model, run_config, settings, data, resumed)
-    runtime.finish()
+    runtime.end_worker()
 
 
 def open_data(settings):
@@ -72,21 +72,21 @@ def open_data(settings):
         UserError: a file is missing, or was made otherwise.
     """
     from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
-    path = config.get(settings, "train_dataset.data_loader.dataset_dir")
+    path = config.get_setting(settings, "train_dataset.data_loader.dataset_dir")
     if not path:
         raise cli.UserError("no training data given; --train_dataset names what the preprocessing wrote")
     tokenizer = Glm4Tokenizer(settings["processor"]["tokenizer"]["vocab_file"])
     tokenizer.check_vocabulary(settings["model"]["model_config"]["padded_vocab_size"])
-    eval_path = config.get(settings, "eval_dataset.data_loader.dataset_dir") or None
+    eval_path = config.get_setting(settings, "eval_dataset.data_loader.dataset_dir") or None
     sidecars = {}
     for each in filter(None, (path, eval_path)):
-        sidecars[each] = mindrecord.read_sidecar(each)
-        mindrecord.check_made_for(each, sidecars[each], seq_len=settings["model"]["model_config"]["seq_length"],
+        sidecars[each] = mindrecord.read_data_sidecar(each)
+        mindrecord.require_made_for(each, sidecars[each], seq_len=settings["model"]["model_config"]["seq_length"],
                                   template=template.VERSION, tokenizer=tokenizer.fingerprint, checkpoint=None)
     return Data(path, sidecars[path], eval_path, sidecars.get(eval_path))
 
 
-def find_state(settings):
+def open_state(settings):
     """The training state to go on from (resume_training: a path, or auto), or None.
 
     Raises:
@@ -95,11 +95,11 @@ def find_state(settings):
     wish = settings.get("resume_training") or None
     if not wish:
         return None
-    path = state.find(settings["output_dir"], wish)
+    path = state.choose_state(settings["output_dir"], wish)
     if path:
         state.set_aside_later(settings["output_dir"], state.steps_done(path))
     cli.say(f"resuming from {path}, step {state.steps_done(path)}" if path else
-            f"nothing to resume in {state.folder(settings['output_dir'])}: starting from the beginning")
+            f"nothing to resume in {state.state_folder(settings['output_dir'])}: starting from the beginning")
     return path
 
 
@@ -131,11 +131,11 @@ def load_policy(model, settings, data, resumed):
     identity = fingerprints.fingerprint(loaded)
     for path, made in ((data.train_path, data.train), (data.eval_path, data.eval)):
         if made:
-            mindrecord.check_made_for(path, made, seq_len=made["seq_len"], template=made["template"],
+            mindrecord.require_made_for(path, made, seq_len=made["seq_len"], template=made["template"],
                                       tokenizer=None, checkpoint=identity)
 
 
-def feeding(settings):
+def feed_of(settings):
     """How the workers are fed: batch_size (rows that one reads for a step), shards and shard of the data."""
     runner = settings["runner_config"]
     rows = runner["batch_size"] * runner.get("gradient_accumulation_steps", 1)
@@ -155,9 +155,9 @@ def train(model, run_config, settings, data, resumed):
         resumed: path of the state to go on from, or None.
     """
     from mindformers import Trainer
-    feed = feeding(settings)
+    feed = feed_of(settings)
     runtime.seed_dataset(settings["seed"])
-    shuffle = config.get(settings, "train_dataset.data_loader.shuffle", True)
+    shuffle = config.get_setting(settings, "train_dataset.data_loader.shuffle", True)
     dataset = open_dataset(data.train_path, data.train, shuffle=shuffle, **feed)
     epoch, epochs = dataset.get_dataset_size(), settings["runner_config"]["epochs"]
     total = min(epoch * epochs, settings["runner_config"].get("max_steps", 0) or math.inf)
@@ -197,7 +197,7 @@ def make_callbacks(model, settings, data, progress, journal, resumed):
     if data.eval:
         evaluation = options.get("EvalMonitor", {})
         metric = evaluation.get("best_metric", "loss")
-        feed = {**feeding(settings), "batch_size": feeding(settings)["batch_size"] //
+        feed = {**feed_of(settings), "batch_size": feed_of(settings)["batch_size"] //
                 settings["runner_config"].get("gradient_accumulation_steps", 1)}
         held_out = open_dataset(data.eval_path, data.eval, shuffle=False, **feed)
         chain.append(EvalMonitor(
@@ -210,7 +210,7 @@ def make_callbacks(model, settings, data, progress, journal, resumed):
 def best_so_far(output_dir, step, metric):
     """Best value of a metric in the evaluations that a resumed run has behind it, or None."""
     path = Path(output_dir) / "metrics.jsonl"
-    values = [record[metric] for record in read(path, before=step) if record["split"] == "eval" and record["step"]] \
+    values = [record[metric] for record in read_records(path, before=step) if record["split"] == "eval" and record["step"]] \
         if step and path.exists() else []
     return max(values, key=lambda value: BEST[metric] * value, default=None)
 

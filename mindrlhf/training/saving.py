@@ -12,7 +12,7 @@ from mindrlhf import cli, runtime
 from mindrlhf.checkpoints import containers
 from mindrlhf.checkpoints.runs import STEP
 from mindrlhf.files import existing_parent, write_json
-from mindrlhf.models.glm4.lora import remarks
+from mindrlhf.models.glm4.lora import adapter_metadata
 from mindrlhf.models.glm4.weight_names import is_base_weight
 from mindrlhf.training import state
 
@@ -40,7 +40,7 @@ class DPOCheckpointMonitor(Callback):
         self.progress, self.journal, self.network, self.output = progress, journal, network, Path(output_dir)
         self.prefix, self.every, self.keep = prefix, save_checkpoint_steps, keep_checkpoint_max
         self.name_filter = (lambda name: not is_base_weight(name)) if lora else None
-        self.remarks = remarks(lora) if lora else {}
+        self.remarks = adapter_metadata(lora) if lora else {}
         self.stop_file, self.born = self.output / ".stop", time.time()
         self.lost = None
 
@@ -73,7 +73,7 @@ class DPOCheckpointMonitor(Callback):
             self.journal.draw()
         if stop and not last:
             cli.say(f"stopped by SIGTERM after step {step}; --resume auto goes on from there")
-            runtime.finish(143)
+            runtime.end_worker(143)
             raise SystemExit(143)
 
     def _stop_now(self, step):
@@ -104,12 +104,12 @@ class DPOCheckpointMonitor(Callback):
         Args:
             parameters: what MindSpore tells callbacks of the run.
         """
-        name = state.file_name(self.prefix, self.progress.step)
+        name = state.state_name(self.prefix, self.progress.step)
         cell = parameters.network
         about = {"step_num": self.progress.step, "epoch_num": parameters.cur_epoch_num, "loss_scale": 1.0,
                  "global_step": cell.optimizer.global_step, **self.remarks}
-        if self._save(cell, state.folder(self.output), name, about):
-            for path in list(state.saved(self.output).values())[:-self.keep]:
+        if self._save(cell, state.state_folder(self.output), name, about):
+            for path in list(state.saved_states(self.output).values())[:-self.keep]:
                 path.unlink()
 
     def save_weights(self, place, name):
@@ -151,7 +151,7 @@ class DPOCheckpointMonitor(Callback):
 
 def check_optimizer_state(optimizer, path):
     """Raise UserError where a state lacks something of the optimizer: MindSpore would start that from zero in silence."""
-    stored = containers.read(path)
+    stored = containers.open_tensors(path)
     missing = [p.name for p in optimizer.get_parameters() if p.name not in stored]
     if missing:
         raise cli.UserError(f"{path}: lacks {missing[0]} and {len(missing) - 1} more of the optimizer's; was it saved with "

@@ -6,44 +6,44 @@ from pathlib import Path
 
 from mindrlhf import cli
 from mindrlhf.checkpoints import containers
-from mindrlhf.checkpoints.containers import check_whole, read
+from mindrlhf.checkpoints.containers import open_tensors, require_intact
 from mindrlhf.checkpoints.runs import newest_first
 from mindrlhf.cli import UserError
 
 NAME = re.compile(r"-step_(\d{8})\.ckpt$")
 
 
-def folder(output_dir, rank=None):
+def state_folder(output_dir, rank=None):
     """Where a rank keeps its states."""
     return Path(output_dir) / "checkpoint" / f"rank_{cli.rank() if rank is None else rank}"
 
 
-def file_name(prefix, step):
+def state_name(prefix, step):
     """Name of a state: the true number of steps behind it, whatever was resumed on the way."""
     return f"{prefix}-step_{step:08d}.ckpt"
 
 
-def step_of(path):
+def step_in_name(path):
     """Number of steps in a state's name; None for another file."""
     match = NAME.search(Path(path).name)
     return int(match[1]) if match else None
 
 
-def saved(output_dir, rank=None):
+def saved_states(output_dir, rank=None):
     """States of a rank, oldest first: dict, step -> path."""
-    files = folder(output_dir, rank).glob("*.ckpt")
-    return dict(sorted((step_of(path), path) for path in files if step_of(path) is not None))
+    files = state_folder(output_dir, rank).glob("*.ckpt")
+    return dict(sorted((step_in_name(path), path) for path in files if step_in_name(path) is not None))
 
 
-def check(path):
+def require_intact_state(path):
     """Raise UserError unless a state is whole: structure, step and, where it has one, checksum."""
     step = steps_done(path)
-    if step_of(path) not in (None, step):
+    if step_in_name(path) not in (None, step):
         raise UserError(f"{path}: holds step {step}; rename it back")
-    check_whole(path)
+    require_intact(path)
 
 
-def find(output_dir, resume):
+def choose_state(output_dir, resume):
     """The state to go on from.
 
     Args:
@@ -61,21 +61,21 @@ def find(output_dir, resume):
     path = cli.existing_file(resume, "a state to resume from (output/checkpoint/rank_0/...)")
     if path.parent.name == "rank_0":  # every rank has its own
         path = cli.existing_file(path.parent.with_name(f"rank_{cli.rank()}") / path.name, f"the state of rank {cli.rank()}")
-    check(path)
-    later = [step for step in saved(output_dir) if step > steps_done(path)]
+    require_intact_state(path)
+    later = [step for step in saved_states(output_dir) if step > steps_done(path)]
     if later:
-        raise UserError(f"{folder(output_dir)}: has states of later steps ({', '.join(map(str, later))}), which this run "
+        raise UserError(f"{state_folder(output_dir)}: has states of later steps ({', '.join(map(str, later))}), which this run "
                         "would make again; move them away, or give another --output_dir")
     return path
 
 
 def _newest_intact(output_dir):
     """This rank's state of the newest step that is intact on every rank, or None."""
-    ranks = [saved(output_dir, rank) for rank in range(cli.workers())]
+    ranks = [saved_states(output_dir, rank) for rank in range(cli.workers())]
     ranks = [states for states in ranks if states]  # on several machines a folder may hold this machine's only
-    for candidate in newest_first(ranks, set.intersection(*map(set, ranks)) if ranks else (), check):
+    for candidate in newest_first(ranks, set.intersection(*map(set, ranks)) if ranks else (), require_intact_state):
         if candidate.step:
-            return saved(output_dir)[candidate.step.number]
+            return saved_states(output_dir)[candidate.step.number]
         cli.say(f"skipped: {candidate.problem}")
     return None
 
@@ -86,7 +86,7 @@ def steps_done(path):
     Raises:
         UserError: the file says nothing of steps; it is no training state.
     """
-    tensors = read(path)
+    tensors = open_tensors(path)
     if "step_num" not in tensors:
         raise UserError(f"{path}: is no training state; resume_training needs a file of output/checkpoint/rank_*")
     return int(tensors["step_num"].array())
@@ -94,7 +94,7 @@ def steps_done(path):
 
 def set_aside_later(output_dir, step):
     """Rename states of later steps, which are damaged or lack another rank's: the run makes these steps again."""
-    for later, path in saved(output_dir).items():
+    for later, path in saved_states(output_dir).items():
         if later > step:
             path.rename(path.with_suffix(".ckpt.unusable"))
 
@@ -111,7 +111,7 @@ def load_own_part(path, network, optimizer, *, names=None):
         UserError: a parameter is missing, or its part cannot be one of this plan.
     """
     from mindrlhf.checkpoints.slices import OwnPart
-    stored = containers.read(path)
+    stored = containers.open_tensors(path)
     for parameter in {p.name: p for cell in (network, optimizer) for p in cell.get_parameters()
                       if names is None or names(p.name)}.values():
         tensor = stored.get(parameter.name)

@@ -6,7 +6,7 @@ from mindspore import Tensor, nn, ops
 
 from mindrlhf import cli
 from mindrlhf.records import PLACE
-from mindrlhf.runtime import SumOverWorkers, unwrap
+from mindrlhf.runtime import SumOverWorkers, unwrap_network
 
 add_gradients = ops.MultitypeFuncGraph("add_gradients")
 
@@ -107,7 +107,7 @@ class DPOTrainOneStepCell(MFTrainOneStepCell):
     """
 
     def __init__(self, network, optimizer, max_grad_norm=1.0, accumulation=1, parallel_config=None):
-        network, split = unwrap(network)
+        network, split = unwrap_network(network)
         super().__init__(network, optimizer, use_clip_grad=True, max_grad_norm=max_grad_norm,
                          parallel_config=parallel_config)
         self.accumulation = accumulation

@@ -45,7 +45,7 @@ class Conversion:
     def item(self, name: str, shape: tuple[int, ...], ranges: Sequence[Range]) -> tuple:
         """A tensor of the output, as containers.write takes it; its elements come from the ranges in order."""
         jobs = [(ranges, *piece) for piece in tensors.pieces(math.prod(shape))]
-        return name, self.dtype, shape, lambda: tensors.in_order(self.piece, jobs)
+        return name, self.dtype, shape, lambda: tensors.map_in_order(self.piece, jobs)
 
     def piece(self, ranges: Sequence[Range], begin: int, count: int) -> np.ndarray:
         """`count` converted elements from `begin` on."""
@@ -64,13 +64,13 @@ class Conversion:
             UserError: they hold NaN or inf, or a value beyond the range of dtype.
         """
         values = stored.read(first, count)
-        converted = tensors.convert(values, stored.dtype, self.dtype)
-        good = tensors.finite(converted, self.dtype)
+        converted = tensors.convert_dtype(values, stored.dtype, self.dtype)
+        good = tensors.is_finite(converted, self.dtype)
         if good.all():
             return converted
-        was_finite, place = tensors.finite(values, stored.dtype), f"{stored.file.name}: {stored.name}"
+        was_finite, place = tensors.is_finite(values, stored.dtype), f"{stored.file.name}: {stored.name}"
         if (was_finite & ~good).any():
-            worst = np.abs(tensors.widen(values[was_finite], stored.dtype)).max()
+            worst = np.abs(tensors.to_float32(values[was_finite], stored.dtype)).max()
             raise UserError(f"{place} holds {worst:g}, beyond the range of the output (largest: "
                             f"{tensors.LARGEST[self.dtype]:g}); convert with another --dtype")
         if not self.allow_nonfinite:
@@ -93,18 +93,18 @@ def to_mindspore(source: str, target: str, *, dtype: str, allow_nonfinite: bool 
     Raises:
         UserError: the folder is no GLM-4 or is damaged, or the file cannot be written.
     """
-    containers.check_name(target)
+    containers.require_suffix(target)
     conversion = Conversion(DTYPES[dtype], allow_nonfinite)
     with _progress(target) as progress:
-        numbers, layout, stored = hf.read_folder(source)
+        numbers, layout, stored = hf.read_hf_folder(source)
         shapes, items = weight_names.parameter_shapes(numbers), []
         for name, parts in weight_names.hf_parts(numbers, layout).items():
             ranges = [Range(stored[part.name], 0, stored[part.name].elements) for part in parts]
             items.append(conversion.item(name, shapes[name], ranges))
         _announce(items, target, progress)
-        sidecar.forget(target)  # it would describe other weights, if this were interrupted
-        identity = containers.write(target, items, progress.update)
-    sidecar.write(target, numbers, dtype=conversion.dtype, fingerprint=identity, source=source, source_layout=layout)
+        sidecar.remove_sidecar(target)  # it would describe other weights, if this were interrupted
+        identity = containers.write_tensors(target, items, progress.update)
+    sidecar.write_sidecar(target, numbers, dtype=conversion.dtype, fingerprint=identity, source=source, source_layout=layout)
     return _summary(target, progress.total, dtype, numbers)
 
 
@@ -128,7 +128,7 @@ def to_hugging_face(source: str, target: str, *, dtype: str, allow_nonfinite: bo
     """
     conversion = Conversion(DTYPES[dtype], allow_nonfinite)
     with _progress(target) as progress:
-        stored = containers.read(source)
+        stored = containers.open_tensors(source)
         numbers = find_config(source, config)
         problem = describe_difference(weight_names.parameter_shapes(numbers),
                                       {name: tensor.shape for name, tensor in stored.items()})
@@ -142,22 +142,22 @@ def to_hugging_face(source: str, target: str, *, dtype: str, allow_nonfinite: bo
                 items.append(conversion.item(part.name, part.shape, [Range(stored[name], first, count)]))
                 first += count
         _announce(items, target, progress)
-        hf.write_folder(target, numbers, layout, conversion.dtype, items, progress.update)
+        hf.write_hf_folder(target, numbers, layout, conversion.dtype, items, progress.update)
     return _summary(target, progress.total, dtype, numbers) + f"; {layout} names; copy the model's tokenizer files there too"
 
 
 def find_config(source: str, given: str | None) -> ModelConfig:
     """The numbers of a checkpoint: from its sidecar, or from --config; if both are there, they must agree."""
-    numbers, path = sidecar.read_for(source)
+    numbers, path = sidecar.read_config_of(source)
     if given is None:
         if numbers is None:
-            raise UserError(f"{source}: has no {sidecar.path_of(source).name} beside it; copy it there, or "
+            raise UserError(f"{source}: has no {sidecar.path_beside(source).name} beside it; copy it there, or "
                             "give --config with the config.json of the model that it comes from")
         return numbers
     content = files.read_json(cli.existing_file(given, "a config.json or a sidecar"))
     config = (sidecar.read_sidecar(given)[0] if "numbers" in content
               else model_config.parse_hf_config(content, given))
-    wrong = numbers and sidecar.differences(
+    wrong = numbers and sidecar.compare_fields(
         asdict(numbers), {name: getattr(config, name) for name in sidecar.IN_YAML})
     if wrong:
         raise UserError(f"{given}: does not describe this checkpoint: " + "; ".join(
@@ -171,7 +171,7 @@ def _progress(target: str) -> Iterator[Any]:
     # the C library keeps giving each piece's memory back and asking for it anew, unless a larger one was freed once
     np.empty(16 << 20, np.uint8)
     try:
-        with cli.progress(None, "convert", "B", unit_scale=True) as progress:
+        with cli.progress_bar(None, "convert", "B", unit_scale=True) as progress:
             yield progress
     except KeyboardInterrupt:
         raise UserError(f"{target}: stopped; nothing was left there") from None
@@ -179,9 +179,9 @@ def _progress(target: str) -> Iterator[Any]:
 
 def _announce(items: Sequence[tuple], target: str | Path, progress: Any) -> None:
     """Tell the bar how many bytes there will be, and the user if the disk has no room for them."""
-    progress.total = sum(tensors.size_of(dtype, shape) for _, dtype, shape, _ in items)
+    progress.total = sum(tensors.count_bytes(dtype, shape) for _, dtype, shape, _ in items)
     progress.refresh()
-    files.check_room(target, progress.total)
+    files.require_space(target, progress.total)
 
 
 def _summary(target: str, nbytes: int, dtype: str, numbers: ModelConfig) -> str:

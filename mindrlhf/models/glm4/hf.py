@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mindrlhf.checkpoints.containers import read, write
+from mindrlhf.checkpoints.containers import open_tensors, write_tensors
 from mindrlhf.checkpoints.strict import describe_difference
-from mindrlhf.checkpoints.tensors import narrow, size_of
+from mindrlhf.checkpoints.tensors import count_bytes, round_to
 from mindrlhf.cli import UserError, existing_file
 from mindrlhf.files import atomic_folder, read_json, write_json
 from mindrlhf.models.glm4 import model_config, weight_names
@@ -16,7 +16,7 @@ DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # names in a 
 SHARD = 5_000_000_000  # bytes of a shard, at most (a larger tensor has one for itself)
 
 
-def read_folder(folder):
+def read_hf_folder(folder):
     """The model in a folder, of either spelling.
 
     Returns:
@@ -79,7 +79,7 @@ def _read_shards(folder):
             "download the weights"))
     tensors, origin = {}, {}
     for shard in shards:
-        for name, tensor in read(folder / shard).items():
+        for name, tensor in open_tensors(folder / shard).items():
             if name in tensors:
                 raise UserError(f"{folder}: {name} stands in both {origin[name]} and {shard}; remove one")
             tensors[name], origin[name] = tensor, shard
@@ -89,7 +89,7 @@ def _read_shards(folder):
     return tensors
 
 
-def write_folder(folder, numbers, layout, dtype, tensors, progress=None, *, shard_size=None):
+def write_hf_folder(folder, numbers, layout, dtype, tensors, progress=None, *, shard_size=None):
     """Write a folder that transformers and vLLM open; it appears when it is whole.
 
     Args:
@@ -102,22 +102,22 @@ def write_folder(folder, numbers, layout, dtype, tensors, progress=None, *, shar
         shard_size: bytes of a file, at most, unless one tensor is larger; None: SHARD.
     """
     if layout == "chatglm":
-        derived = narrow(np.array(numbers.inv_freq or _inv_freq(numbers), np.float32), dtype)
+        derived = round_to(np.array(numbers.inv_freq or _inv_freq(numbers), np.float32), dtype)
         tensors = [*tensors, (weight_names.INV_FREQ, dtype, derived.shape, lambda: derived)]
     shards, size = [[]], 0
     for tensor in tensors:
-        if size and size + size_of(*tensor[1:3]) > (shard_size or SHARD):
+        if size and size + count_bytes(*tensor[1:3]) > (shard_size or SHARD):
             shards.append([])
             size = 0
         shards[-1].append(tensor)
-        size += size_of(*tensor[1:3])
+        size += count_bytes(*tensor[1:3])
     mapping = {}
     with atomic_folder(folder) as target:
         for number, shard in enumerate(shards, 1):
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            write(target / name, shard, progress, framework="pt", hashed=False)
+            write_tensors(target / name, shard, progress, framework="pt", hashed=False)
             mapping |= {tensor[0]: name for tensor in shard}
-        total = sum(size_of(*tensor[1:3]) for tensor in tensors)
+        total = sum(count_bytes(*tensor[1:3]) for tensor in tensors)
         write_json(target / INDEX, {"metadata": {"total_size": total},
                                     "weight_map": dict(sorted(mapping.items()))})
         write_json(target / "config.json", config_json(numbers, layout, dtype))

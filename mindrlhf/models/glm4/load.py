@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from mindrlhf.checkpoints import layouts
-from mindrlhf.checkpoints.containers import read
+from mindrlhf.checkpoints.containers import open_tensors
 from mindrlhf.checkpoints.runs import find_step
 from mindrlhf.checkpoints.shards import join_shards, require_alike
 from mindrlhf.checkpoints.strict import load_strictly
 from mindrlhf.checkpoints.tensors import StoredTensor
 from mindrlhf.cli import UserError
 from mindrlhf.models.glm4 import weight_names
-from mindrlhf.models.glm4.lora import REMARKS
+from mindrlhf.models.glm4.lora import METADATA
 from mindrlhf.models.glm4.model_config import ModelConfig
 from mindrlhf.models.glm4.weight_names import is_adapter, is_cache, is_weight
 
@@ -68,10 +68,10 @@ def open_checkpoint(path: str | Path, strategy: str | None = None, *, step: int 
     if not path.is_dir():
         if strategy or step:
             raise UserError(f"{path}: is one file; --src_strategy and --step belong to a folder of rank_0, rank_1, ...")
-        return OpenedCheckpoint(path, [path], [read(path)], None, None)
+        return OpenedCheckpoint(path, [path], [open_tensors(path)], None, None)
     found = find_step(path, step, report_skipped=report_skipped)
     ranks = [read_weights(file) for file in found.files]
-    return OpenedCheckpoint(path, found.files, ranks, layouts.find(strategy), found.number)
+    return OpenedCheckpoint(path, found.files, ranks, layouts.find_strategy(strategy), found.number)
 
 
 def read_weights(path: str | Path) -> dict[str, StoredTensor]:
@@ -80,7 +80,7 @@ def read_weights(path: str | Path) -> dict[str, StoredTensor]:
     Raises:
         UserError: the file is damaged or holds no weights.
     """
-    tensors = {name: tensor for name, tensor in read(path).items() if is_weight(name)}
+    tensors = {name: tensor for name, tensor in open_tensors(path).items() if is_weight(name)}
     if not tensors:
         raise UserError(f"{path}: holds no weights of a GLM-4")
     return tensors
@@ -107,7 +107,7 @@ def open_adapters(path: str | Path, strategy: str | None = None) -> dict[str, St
         strategy: of the shards, as open_checkpoint takes it.
     """
     opened = open_checkpoint(path, strategy)
-    remarks = {name: tensor for name, tensor in read(opened.files[0]).items() if name in REMARKS}
+    remarks = {name: tensor for name, tensor in open_tensors(opened.files[0]).items() if name in METADATA}
     return {**opened.whole_tensors(), **remarks}
 
 

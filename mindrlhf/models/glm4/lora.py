@@ -11,7 +11,7 @@ from mindrlhf.cli import UserError
 from mindrlhf.models.glm4.weight_names import LORA_A, LORA_B, is_adapter
 
 TARGETS = {"qkv": "query_key_value", "dense": "dense", "mlp": "dense_h_to_4h|dense_4h_to_h"}
-REMARKS = ("lora_rank", "lora_alpha")  # what an adapter file says of itself
+METADATA = ("lora_rank", "lora_alpha")  # what an adapter file says of itself
 
 
 def add_adapters(network, lora, *, compute_dtype, seed):
@@ -27,7 +27,7 @@ def add_adapters(network, lora, *, compute_dtype, seed):
     from mindformers.pet.pet_config import LoraConfig
     from mindformers.pet.tuners.lora_adapter import LoraAdapter
 
-    from mindrlhf.checkpoints.slices import FileTensor, Values
+    from mindrlhf.checkpoints.slices import ArrayTensor, FileTensor
     pattern = "|".join(TARGETS[target] for target in lora["target_modules"])
     LoraAdapter.get_pet_model(network.transformer.encoder, LoraConfig(
         lora_rank=lora["rank"], lora_alpha=lora["alpha"], lora_dropout=lora["dropout"], target_modules=f"({pattern})$",
@@ -36,7 +36,7 @@ def add_adapters(network, lora, *, compute_dtype, seed):
         parameter.requires_grad = is_adapter(name)
         if is_adapter(name):
             parameter.name = name  # MindFormers names it within its cell only
-            start = Values(initial_values(name, parameter.shape, seed))
+            start = ArrayTensor(initial_values(name, parameter.shape, seed))
             parameter.set_data(FileTensor(start, parameter.dtype))  # of which each card of a plan takes its part
 
 
@@ -53,12 +53,12 @@ def initial_values(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     return generator.uniform(-bound, bound, shape).astype(np.float32)
 
 
-def remarks(lora):
+def adapter_metadata(lora):
     """REMARKS of the section `lora` of the YAML, for ms.save_checkpoint's append_dict."""
-    return dict(zip(REMARKS, (int(lora["rank"]), float(lora["alpha"]))))
+    return dict(zip(METADATA, (int(lora["rank"]), float(lora["alpha"]))))
 
 
-def pairs(stored, path):
+def adapter_pairs(stored, path):
     """The adapters in a file.
 
     Args:
@@ -72,17 +72,17 @@ def pairs(stored, path):
         UserError: the file holds no adapters, or not both halves of one.
     """
     names = [name.removesuffix(LORA_A) for name in stored if name.endswith(LORA_A)]
-    if not names or any(remark not in stored for remark in REMARKS):
+    if not names or any(remark not in stored for remark in METADATA):
         raise UserError(f"{path}: holds no adapters; a training with a `lora:` section writes them to checkpoint_network")
     lonely = [name for name in names if name + LORA_B not in stored]
     if lonely or len(names) != sum(name.endswith(LORA_B) for name in stored):
         raise UserError(f"{path}: an adapter lacks its other half; copy the file again")
-    rank, alpha = (float(stored[remark].array()) for remark in REMARKS)
+    rank, alpha = (float(stored[remark].array()) for remark in METADATA)
     scale = alpha / rank
     return {f"{name}.weight": (stored[name + LORA_A].float32(), stored[name + LORA_B].float32()) for name in names}, scale
 
 
-def merged(base, stored, path):
+def merge_adapters(base, stored, path):
     """Full weights: base weights with adapters added.
 
     Args:
@@ -96,7 +96,7 @@ def merged(base, stored, path):
     Raises:
         UserError: an adapter fits no base weight.
     """
-    adapters, scale = pairs(stored, path)
+    adapters, scale = adapter_pairs(stored, path)
     for name, (a, b) in adapters.items():
         if name not in base or tuple(base[name].shape) != (b.shape[0], a.shape[1]):
             raise UserError(f"{path}: its adapter of {name} does not fit the base weights; give the base it was trained on, "

@@ -10,7 +10,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from mindrlhf import cli
-from mindrlhf.checkpoints.containers import read
+from mindrlhf.checkpoints.containers import open_tensors
 from mindrlhf.checkpoints.fingerprints import fingerprint as fingerprint_of
 from mindrlhf.cli import UserError
 from mindrlhf.files import read_json, write_json
@@ -22,20 +22,20 @@ IN_YAML = ("num_layers", "padded_vocab_size", "hidden_size", "ffn_hidden_size", 
 UNCHECKED = "rope_ratio, layernorm_epsilon, the size of a head and the stop tokens are not checked"
 
 
-def path_of(checkpoint):
+def path_beside(checkpoint):
     """Where the sidecar of a checkpoint lies."""
     return Path(f"{checkpoint}.json")
 
 
-def find(checkpoint):
+def find_sidecar(checkpoint):
     """The sidecar of a checkpoint; for the shards of several cards, a folder or a file of one, that of their run."""
     path = Path(checkpoint).absolute()
     if path.is_dir() or not path.suffix:
         places = [path / MODEL, path.parent / MODEL]
     elif _of_a_rank(path):
-        places = [path_of(checkpoint), path.parents[1] / MODEL, path.parents[2] / MODEL]
+        places = [path_beside(checkpoint), path.parents[1] / MODEL, path.parents[2] / MODEL]
     else:
-        places = [path_of(checkpoint)]
+        places = [path_beside(checkpoint)]
     return next((place for place in places if place.is_file()), None)
 
 
@@ -45,10 +45,10 @@ def _of_a_rank(checkpoint):
 
 
 def _name_for(checkpoint):
-    return MODEL if Path(checkpoint).is_dir() else path_of(checkpoint).name
+    return MODEL if Path(checkpoint).is_dir() else path_beside(checkpoint).name
 
 
-def write(checkpoint, numbers, *, dtype, fingerprint, source, **about):
+def write_sidecar(checkpoint, numbers, *, dtype, fingerprint, source, **about):
     """Write the sidecar of a checkpoint that is there.
 
     Args:
@@ -57,28 +57,28 @@ def write(checkpoint, numbers, *, dtype, fingerprint, source, **about):
         dtype, fingerprint: of the file.
         source: what it was made from; about: more of that.
     """
-    write_json(path_of(checkpoint), {
+    write_json(path_beside(checkpoint), {
         "numbers": asdict(numbers), "dtype": dtype, "source": str(source), **about,
-        "fingerprint": fingerprint, "sample_fingerprint": sample_of(checkpoint)})
+        "fingerprint": fingerprint, "sample_fingerprint": sample_fingerprint(checkpoint)})
 
 
-def forget(checkpoint):
+def remove_sidecar(checkpoint):
     """Remove the sidecar of a checkpoint that is about to be another.
 
     Raises:
         UserError: there is one, and it cannot be removed.
     """
     try:
-        path_of(checkpoint).unlink(missing_ok=True)
+        path_beside(checkpoint).unlink(missing_ok=True)
     except NotADirectoryError:  # then there is no checkpoint either
         pass
     except OSError as error:
-        raise UserError(f"{path_of(checkpoint)}: cannot be removed ({error.strerror}); give another path") from None
+        raise UserError(f"{path_beside(checkpoint)}: cannot be removed ({error.strerror}); give another path") from None
 
 
-def sample_of(checkpoint):
+def sample_fingerprint(checkpoint):
     """Enough of a checkpoint's identity to tell it from others, in a moment."""
-    return fingerprint_of(read(checkpoint), sample=True)
+    return fingerprint_of(open_tensors(checkpoint), sample=True)
 
 
 def read_sidecar(path):
@@ -99,28 +99,28 @@ def read_sidecar(path):
     return model_config.ModelConfig(**values), content
 
 
-def read_for(checkpoint):
+def read_config_of(checkpoint):
     """(Numbers, path of the sidecar) that hold for a checkpoint; (None, None) where nothing says so.
 
     Raises:
         UserError: there is a sidecar, but of another checkpoint.
     """
-    path = find(checkpoint)
+    path = find_sidecar(checkpoint)
     if path is None:
         return None, None
     numbers, about = read_sidecar(path)
-    if about.get("sample_fingerprint") and about["sample_fingerprint"] != sample_of(checkpoint):
+    if about.get("sample_fingerprint") and about["sample_fingerprint"] != sample_fingerprint(checkpoint):
         raise UserError(f"{path}: describes another checkpoint than the one beside it; fetch or convert both "
                         "again, or remove it if you know that the numbers in the YAML are right")
     return numbers, path
 
 
-def differences(first, second):
+def compare_fields(first, second):
     """What differs in two dicts: dict, name -> (value in first, value in second), for the names in second."""
     return {name: (first.get(name), second[name]) for name in second if first.get(name) != second[name]}
 
 
-def check(checkpoint, settings):
+def require_same_model(checkpoint, settings):
     """Refuse a checkpoint whose numbers are not those of the YAML; warn of what cannot be compared.
 
     Args:
@@ -133,13 +133,13 @@ def check(checkpoint, settings):
     if not checkpoint:
         return
     model = settings["model"]["model_config"]
-    numbers, source = read_for(checkpoint)
+    numbers, source = read_config_of(checkpoint)
     yaml = {name: model.get(name, "not set") for name in IN_YAML}
     if numbers:
         numbers = {name: getattr(numbers, name) for name in IN_YAML}
     else:
         sharded = _of_a_rank(checkpoint) or Path(checkpoint).is_dir()
-        shapes = {} if sharded else {name: t.shape for name, t in read(checkpoint).items()}
+        shapes = {} if sharded else {name: t.shape for name, t in open_tensors(checkpoint).items()}
         source, numbers = checkpoint, weight_names.measure_shapes(shapes)
         yaml |= {f"{name} * kv_channels": model.get(name, 0) * model.get("kv_channels", 0)
                  for name in ("num_attention_heads", "multi_query_group_num")}
@@ -147,18 +147,18 @@ def check(checkpoint, settings):
             stream = sys.stderr if settings["run_mode"] == "predict" else sys.stdout  # there the answer goes
             print(f"warning: {checkpoint}: has no {_name_for(checkpoint)} beside it, so {UNCHECKED}; "
                   "convert_weight.py writes one", file=stream, flush=True)
-    wrong = differences(yaml, numbers)
+    wrong = compare_fields(yaml, numbers)
     if wrong:
         raise UserError(f"{source}: the YAML is not for this checkpoint: " + "; ".join(
             f"{name} is {ours} in the YAML, {theirs} in the checkpoint"
             for name, (ours, theirs) in wrong.items()))
 
 
-def keep(checkpoint, output_dir):
+def copy_to_run(checkpoint, output_dir):
     """Leave the numbers of the checkpoint that a run starts from in its output folder. Rank 0 writes."""
     if cli.rank():
         return
-    target, sidecar = Path(output_dir) / MODEL, find(checkpoint)
+    target, sidecar = Path(output_dir) / MODEL, find_sidecar(checkpoint)
     if sidecar is None:
         target.unlink(missing_ok=True)  # of an earlier run
     elif sidecar.resolve() != target.resolve():
@@ -167,7 +167,7 @@ def keep(checkpoint, output_dir):
                             "source_fingerprint": about.get("fingerprint")})
 
 
-def carry(source, target, *, dtype, fingerprint):
+def copy_to_result(source, target, *, dtype, fingerprint):
     """Write the sidecar of a checkpoint that was merged or shared out.
 
     Args:
@@ -178,13 +178,13 @@ def carry(source, target, *, dtype, fingerprint):
     Returns:
         whether there was anything to carry.
     """
-    described = find(source)
+    described = find_sidecar(source)
     if Path(target).is_dir():
         if described:
             write_json(Path(target) / MODEL, {"numbers": asdict(read_sidecar(described)[0]), "source": str(source),
                                               "source_fingerprint": fingerprint})
     elif described:
-        write(target, read_sidecar(described)[0], dtype=dtype, fingerprint=fingerprint, source=source)
+        write_sidecar(target, read_sidecar(described)[0], dtype=dtype, fingerprint=fingerprint, source=source)
     else:
-        forget(target)
+        remove_sidecar(target)
     return described is not None

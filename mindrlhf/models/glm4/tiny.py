@@ -34,7 +34,7 @@ def write_model(folder: Path, config_path: str | Path, text: str) -> int:
     Returns:
         number of parameters.
     """
-    settings = config.read(config_path)["model"]["model_config"]
+    settings = config.read_yaml(config_path)["model"]["model_config"]
     vocabulary = settings["padded_vocab_size"] - SPECIAL_TOKENS
     sizes = {name: settings[name] for name in SIZES}
     model = ModelConfig(**sizes, layernorm_epsilon=settings["layernorm_epsilon"], rope_ratio=settings["rope_ratio"],
@@ -43,7 +43,7 @@ def write_model(folder: Path, config_path: str | Path, text: str) -> int:
     tensors = make_weights(model)
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     items = [(name, "F32", tensor.shape, lambda tensor=tensor: tensor) for name, tensor in tensors.items()]
-    hf.write_folder(folder, model, "glm", "F32", items, shard_size=nbytes // SHARDS)
+    hf.write_hf_folder(folder, model, "glm", "F32", items, shard_size=nbytes // SHARDS)
     lines = [f"{base64.b64encode(token).decode()} {rank}\n"
              for rank, token in enumerate(train_tokenizer(text, vocabulary))]
     (folder / "tokenizer.model").write_text("".join(lines))

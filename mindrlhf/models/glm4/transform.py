@@ -9,17 +9,17 @@ from pathlib import Path
 
 from mindrlhf import cli
 from mindrlhf.checkpoints import fingerprints, layouts, reshard, shards
-from mindrlhf.checkpoints.containers import SUFFIXES, read, write
-from mindrlhf.checkpoints.tensors import StoredTensor, narrow
+from mindrlhf.checkpoints.containers import SUFFIXES, open_tensors, write_tensors
+from mindrlhf.checkpoints.tensors import StoredTensor, round_to
 from mindrlhf.cli import UserError
-from mindrlhf.files import check_room, workshop
+from mindrlhf.files import require_space, staging_folder
 from mindrlhf.models.glm4 import load, lora, sidecar
 from mindrlhf.models.glm4.load import OpenedCheckpoint
 from mindrlhf.models.glm4.weight_names import is_adapter, is_weight
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceCheckpoint:
     """What is transformed.
 
     Attributes:
@@ -36,7 +36,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Target:
+class TargetCheckpoint:
     """What is made of it.
 
     Attributes:
@@ -58,7 +58,7 @@ class Written:
     cards: list[list[tuple]]
 
 
-def open_source(place: str | Path, strategy: str | None = None, step: int | None = None) -> Source:
+def open_source(place: str | Path, strategy: str | None = None, step: int | None = None) -> SourceCheckpoint:
     """Open a checkpoint, and make sure that its parts belong together.
 
     Args:
@@ -77,14 +77,14 @@ def open_source(place: str | Path, strategy: str | None = None, step: int | None
         opened = replace(opened, ranks=[tensors])
     elif opened.strategy:
         tensors = opened.whole_tensors()
-        shards.check_replicas(tensors)
+        shards.require_equal_replicas(tensors)
     else:
         tensors = _require_equal_ranks(opened)
         opened = replace(opened, ranks=[tensors])
-    described = sidecar.find(opened.place) if opened.place.is_dir() else None
+    described = sidecar.find_sidecar(opened.place) if opened.place.is_dir() else None
     load.require_whole_model({name: tensor.shape for name, tensor in tensors.items()}, opened.files[0],
                              sidecar.read_sidecar(described)[0] if described else None)
-    return Source(opened, tensors)
+    return SourceCheckpoint(opened, tensors)
 
 
 def _require_equal_ranks(opened: OpenedCheckpoint) -> dict[str, StoredTensor]:
@@ -101,8 +101,8 @@ def _require_equal_ranks(opened: OpenedCheckpoint) -> dict[str, StoredTensor]:
     return opened.ranks[0]
 
 
-def plan_target(source: Source, path: str | Path, *, strategy: str | None = None, suffix: str | None = None,
-                base: str | None = None) -> Target:
+def plan_target(source: SourceCheckpoint, path: str | Path, *, strategy: str | None = None, suffix: str | None = None,
+                base: str | None = None) -> TargetCheckpoint:
     """Decide what to write, and refuse options that contradict each other or the source.
 
     Args:
@@ -112,7 +112,7 @@ def plan_target(source: Source, path: str | Path, *, strategy: str | None = None
         suffix: ".ckpt" or ".safetensors"; None: as the path says, or .ckpt.
         base: base weights to add LoRA adapters to, or None.
     """
-    path, found = Path(path), layouts.find(strategy)
+    path, found = Path(path), layouts.find_strategy(strategy)
     if strategy and not found:
         raise UserError(f"{strategy}: holds no strategy file; a parallel run writes them to output/strategy")
     _check_adapters(source, base, found)
@@ -121,18 +121,18 @@ def plan_target(source: Source, path: str | Path, *, strategy: str | None = None
             raise UserError(f"{path}: with --dst_strategy, --dst_checkpoint is a folder; --format says what its files are")
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UserError(f"{path}: exists; remove it, or give the name of a new folder")
-        cards = len(reshard.targets(source.tensors, found, is_expected=is_weight))
-        return Target(path, [f"rank_{rank}/sharded{suffix or '.ckpt'}" for rank in range(cards)], found, base)
+        cards = len(reshard.plan_cards(source.tensors, found, is_expected=is_weight))
+        return TargetCheckpoint(path, [f"rank_{rank}/sharded{suffix or '.ckpt'}" for rank in range(cards)], found, base)
     if path.suffix not in SUFFIXES:
         path = path / f"merged{suffix or '.ckpt'}"
     elif suffix and path.suffix != suffix:
         raise UserError(f"{path}: is not --format {suffix[1:]}; leave one of them out")
     if path.is_dir():
         raise UserError(f"{path}: is a folder; give the name of a file")
-    return Target(path, [path.name], None, base)
+    return TargetCheckpoint(path, [path.name], None, base)
 
 
-def _check_adapters(source: Source, base: str | None, strategy: Path | None) -> None:
+def _check_adapters(source: SourceCheckpoint, base: str | None, strategy: Path | None) -> None:
     """Raise UserError for what makes no sense with, or without, LoRA adapters."""
     place = source.opened.place
     if base and not source.is_adapted:
@@ -144,7 +144,7 @@ def _check_adapters(source: Source, base: str | None, strategy: Path | None) -> 
         raise UserError(f"{place}: holds LoRA adapters, which every command takes as one file; leave --dst_strategy out")
 
 
-def transform(source: Source, target: Target) -> list[str]:
+def write_target(source: SourceCheckpoint, target: TargetCheckpoint) -> list[str]:
     """Write and verify the target; it appears under its name when it is complete.
 
     Returns:
@@ -153,7 +153,7 @@ def transform(source: Source, target: Target) -> list[str]:
     Raises:
         UserError: the disk is too small, the strategies do not fit the source, or what was read back differs.
     """
-    with workshop(target.path) as folder:
+    with staging_folder(target.path) as folder:
         files = [folder / "out" / name for name in target.names]
         written = _write_files(source, target, files, folder)
         if target.strategy:
@@ -161,7 +161,7 @@ def transform(source: Source, target: Target) -> list[str]:
             shutil.copy(target.strategy, folder / "out" / "strategy" / "ckpt_strategy_rank_0.ckpt")
         target.path.parent.mkdir(parents=True, exist_ok=True)
         os.replace(folder / "out" if target.strategy else files[0], target.path)
-    described = sidecar.carry(source.opened.place, target.path, dtype=written.cards[0][0][1],
+    described = sidecar.copy_to_result(source.opened.place, target.path, dtype=written.cards[0][0][1],
                               fingerprint=written.fingerprint)
     lines = []
     if source.is_adapted and not target.base:
@@ -173,47 +173,47 @@ def transform(source: Source, target: Target) -> list[str]:
     return lines
 
 
-def _write_files(source: Source, target: Target, files: Sequence[Path], folder: Path) -> Written:
+def _write_files(source: SourceCheckpoint, target: TargetCheckpoint, files: Sequence[Path], folder: Path) -> Written:
     """Write and verify the file of every card."""
     strategies = source.opened.strategy, target.strategy
-    cards = reshard.targets(source.tensors, target.strategy, is_expected=is_weight)
+    cards = reshard.plan_cards(source.tensors, target.strategy, is_expected=is_weight)
     if not any(strategies):
         return _write_whole(source, target, files[0], source.tensors)
     size = reshard.size_on_disk(cards)
-    check_room(files[0], size + reshard.room(source.tensors, source.opened.ranks))
+    require_space(files[0], size + reshard.scratch_bytes(source.tensors, source.opened.ranks))
     resharded = [folder / "adapters.ckpt"] if source.is_adapted else files
-    with cli.progress(size, "transform", "B", unit_scale=True) as bar:
-        reshard.transform(source.opened.ranks, strategies, cards, resharded, folder, bar.update)
+    with cli.progress_bar(size, "transform", "B", unit_scale=True) as bar:
+        reshard.reshard_tensors(source.opened.ranks, strategies, cards, resharded, folder, bar.update)
     identity = fingerprints.fingerprint(source.tensors)
-    reshard.verify(identity, resharded, target.strategy, is_expected=is_weight)
+    reshard.verify_files(identity, resharded, target.strategy, is_expected=is_weight)
     if source.is_adapted:
-        return _write_whole(source, target, files[0], read(resharded[0]))
+        return _write_whole(source, target, files[0], open_tensors(resharded[0]))
     return Written(identity, cards)
 
 
-def _write_whole(source: Source, target: Target, file: Path, tensors: Mapping[str, StoredTensor]) -> Written:
+def _write_whole(source: SourceCheckpoint, target: TargetCheckpoint, file: Path, tensors: Mapping[str, StoredTensor]) -> Written:
     """Write and verify one file of whole tensors, LoRA adapters added to their base if there is one."""
-    remarks = {name: tensor for name, tensor in read(source.opened.files[0]).items() if name in lora.REMARKS}
+    remarks = {name: tensor for name, tensor in open_tensors(source.opened.files[0]).items() if name in lora.METADATA}
     tensors = {**tensors, **remarks}
     items = _with_adapters(tensors, target.base, source.opened.files[0]) if target.base else \
         [(t.name, t.dtype, t.shape, t.chunks) for t in tensors.values()]
     cards = [[item[:3] for item in items]]
     size = reshard.size_on_disk(cards)
-    check_room(file, size)
-    with cli.progress(size, "write", "B", unit_scale=True) as bar:
-        identity = write(file, items, bar.update)
-    reshard.verify(identity, [file], None, is_expected=is_weight)
+    require_space(file, size)
+    with cli.progress_bar(size, "write", "B", unit_scale=True) as bar:
+        identity = write_tensors(file, items, bar.update)
+    reshard.verify_files(identity, [file], None, is_expected=is_weight)
     return Written(identity, cards)
 
 
 def _with_adapters(adapters: Mapping[str, StoredTensor], base_path: str, place: Path) -> list[tuple]:
     """Full weights in the base's dtype, as containers.write takes them: base weights plus LoRA adapters."""
     base = load.read_weights(base_path)
-    changed = lora.merged(base, adapters, place)
+    changed = lora.merge_adapters(base, adapters, place)
 
     def values_of(tensor: StoredTensor) -> Callable:
         if tensor.name not in changed:
             return tensor.chunks
-        return lambda: narrow(changed[tensor.name](), tensor.dtype)
+        return lambda: round_to(changed[tensor.name](), tensor.dtype)
 
     return [(t.name, t.dtype, t.shape, values_of(t)) for t in base.values()]
