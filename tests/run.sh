@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# The gate: set-up, ruff, vermin (Python 3.9 is the oldest), pytest with MindFormers 1.3.0, which users have, and what
+# The gate: set-up, ruff, mypy, vermin (Python 3.9 is the oldest), pytest with MindFormers 1.3.0, which users have, and what
 # touches MindFormers most again with 1.3.2. Arguments go to pytest: `bash tests/run.sh -k packing`.
 #   MINDFORMERS=1.3.2 bash tests/run.sh    all tests with MindFormers 1.3.2
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh requirements.txt tests/requirements.txt
 ruff check .
+mypy
 vermin --quiet --no-tips --eval-annotations --target=3.9- --violations mindrlhf scripts examples ./*.py
 other=$PWD/.venv/mindformers-1.3.2 # beside the environment's own MindFormers, whose requirements it shares
 if [[ ! -e $other/mindformers/__init__.py ]]; then
