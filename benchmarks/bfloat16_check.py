@@ -5,6 +5,7 @@
 The CPU has no bfloat16, so it is imitated: in float32, inputs and outputs of every matrix product and of the softmax
 are rounded to as many bits, forwards and backwards. float16, which the CPU has, tells whether the imitation is right.
 """
+
 import contextlib
 import io
 import re
@@ -14,9 +15,17 @@ from mindspore import nn
 from mindrlhf import check
 from mindrlhf.cpu import patches
 
-WAYS = (("float32", None, "float32"), ("float16", None, "float16"), ("11 bits, as float16", 11, "float32"),
-        ("8 bits, as bfloat16", 8, "float32"))
-FOUND = {"log-probs, nats": "PyTorch's log-probs", "loss, nats": "PyTorch's loss", "norm, share": "PyTorch's norm"}
+WAYS = (
+    ("float32", None, "float32"),
+    ("float16", None, "float16"),
+    ("11 bits, as float16", 11, "float32"),
+    ("8 bits, as bfloat16", 8, "float32"),
+)
+FOUND = {
+    "log-probs, nats": "PyTorch's log-probs",
+    "loss, nats": "PyTorch's loss",
+    "norm, share": "PyTorch's norm",
+}
 
 
 class Rounded(nn.Cell):
@@ -45,8 +54,13 @@ def shorten_all(network, bits):
     for layer in network.transformer.encoder.layers:
         attention, mlp = layer.self_attention, layer.mlp
         attention.core_attention.softmax = Rounded(attention.core_attention.softmax, bits)
-        for owner, name in ((attention, "query_key_value"), (attention, "dense"), (attention, "core_attention"),
-                            (mlp, "dense_h_to_4h"), (mlp, "dense_4h_to_h")):
+        for owner, name in (
+            (attention, "query_key_value"),
+            (attention, "dense"),
+            (attention, "core_attention"),
+            (mlp, "dense_h_to_4h"),
+            (mlp, "dense_4h_to_h"),
+        ):
             setattr(owner, name, Rounded(getattr(owner, name), bits))
     for _, cell in list(network.sequence_logps.cells_and_names()):
         if "output_layer" in cell.name_cells():
@@ -58,7 +72,9 @@ def shorten_all(network, bits):
 
 def measure(bits, dtype):
     """What the check finds: list of numbers, in the order of FOUND."""
-    way = check.Precision("x", "glm4_tiny.yaml", 9.0, 9.0, 9.0, {"model.model_config.compute_dtype": dtype})
+    way = check.Precision(
+        "x", "glm4_tiny.yaml", 9.0, 9.0, 9.0, {"model.model_config.compute_dtype": dtype}
+    )
     plain, check.PRECISIONS["CPU"] = check.build, (way,)
     if bits:
         check.build = lambda *arguments: shorten_all(plain(*arguments), bits)
@@ -73,7 +89,9 @@ def main():
     patches.optimize_cpu = lambda _, __: None  # MindFormers' own cells, which an NPU runs
     print(f"{'':<22}" + "".join(f"{title:>18}" for title in FOUND))
     for title, bits, dtype in WAYS:
-        print(f"{title:<22}" + "".join(f"{number:>18}" for number in measure(bits, dtype)), flush=True)
+        print(
+            f"{title:<22}" + "".join(f"{number:>18}" for number in measure(bits, dtype)), flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ machine has yet to get from its host makes the first writing of a file several t
 
   python benchmarks/convert_weight.py --folder /tmp       needs 6.5 GB there, for about two minutes
 """
+
 import argparse
 import os
 import sys
@@ -22,10 +23,19 @@ from mindrlhf.checkpoints.tensors import PIECE, count_bytes, round_to  # noqa: E
 from mindrlhf.models.glm4 import hf, model_config, sidecar, weight_names  # noqa: E402
 
 # 2 * 151552 * 2048 + 18 * (2048 * 2560 + 2048 * 2048 + 3 * 2048 * 6848) = 1.55e9 parameters, 3.1e9 bytes
-NUMBERS = model_config.ModelConfig(num_layers=18, padded_vocab_size=151552, hidden_size=2048, ffn_hidden_size=6848,
-                          num_attention_heads=16, multi_query_group_num=2, kv_channels=128,
-                          layernorm_epsilon=1.5625e-07, rope_ratio=500,
-                          eos_token_id=(151329, 151336, 151338), pad_token_id=151329)
+NUMBERS = model_config.ModelConfig(
+    num_layers=18,
+    padded_vocab_size=151552,
+    hidden_size=2048,
+    ffn_hidden_size=6848,
+    num_attention_heads=16,
+    multi_query_group_num=2,
+    kv_channels=128,
+    layernorm_epsilon=1.5625e-07,
+    rope_ratio=500,
+    eos_token_id=(151329, 151336, 151338),
+    pad_token_id=151329,
+)
 REPEATS = 3
 CHILD = """
 import sys, time
@@ -50,11 +60,18 @@ def make_input(folder):
 
     def pieces(count):
         for first in range(0, count, PIECE):
-            yield block[:count - first]
+            yield block[: count - first]
 
-    hf.write_hf_folder(folder, NUMBERS, "glm", "BF16", [
-        (name, "BF16", shape, lambda shape=shape: pieces(int(np.prod(shape))))
-        for name, shape in weight_names.hf_shapes(NUMBERS, "glm").items()])
+    hf.write_hf_folder(
+        folder,
+        NUMBERS,
+        "glm",
+        "BF16",
+        [
+            (name, "BF16", shape, lambda shape=shape: pieces(int(np.prod(shape))))
+            for name, shape in weight_names.hf_shapes(NUMBERS, "glm").items()
+        ],
+    )
 
 
 def remove_output(path):
@@ -64,19 +81,27 @@ def remove_output(path):
 
 
 def main():
-    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument("--folder", default=tempfile.gettempdir(), help="where the files go, until the end")
+    parse = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parse.add_argument(
+        "--folder", default=tempfile.gettempdir(), help="where the files go, until the end"
+    )
     with tempfile.TemporaryDirectory(dir=parse.parse_args().folder, prefix="convert-") as name:
         folder = Path(name)
         source, whole = folder / "hf", folder / "whole.ckpt"
         hf.SHARD = 1 << 30
         make_input(source)
-        size = sum(count_bytes("BF16", shape) for shape in weight_names.parameter_shapes(NUMBERS).values())
+        size = sum(
+            count_bytes("BF16", shape) for shape in weight_names.parameter_shapes(NUMBERS).values()
+        )
         largest = max(path.stat().st_size for path in source.glob("*.safetensors"))
         base = processes.run(CHILD, "nothing")[1]
-        print(f"{size / 1e9:.2f} GB, largest shard {largest / 1e9:.2f} GB, base process {base / 1e6:.0f} MB, "
-              f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n"
-              f"{'':34}{'seconds':>8}{'cp':>7}{'ratio':>7}{'peak - base':>13}{'limit':>10}")
+        print(
+            f"{size / 1e9:.2f} GB, largest shard {largest / 1e9:.2f} GB, base process {base / 1e6:.0f} MB, "
+            f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n"
+            f"{'':34}{'seconds':>8}{'cp':>7}{'ratio':>7}{'peak - base':>13}{'limit':>10}"
+        )
 
         def row(title, source, target, *options, limit):
             copies, runs = [], []
@@ -84,11 +109,16 @@ def main():
                 remove_output(target)
                 os.sync()
                 copies.append(processes.copy(source, folder / "copy"))
-                runs.append(processes.run(CHILD, "--input_path", source, "--output_path", target, *options))
+                runs.append(
+                    processes.run(CHILD, "--input_path", source, "--output_path", target, *options)
+                )
             copied, (seconds, peak) = min(copies), min(runs)
-            print(f"{title:34}{seconds:8.2f}{copied:7.2f}{seconds / copied:7.2f}"
-                  f"{(peak - base) / 1e6:10.0f} MB"
-                  f"{limit / 1e6:7.0f} MB", flush=True)
+            print(
+                f"{title:34}{seconds:8.2f}{copied:7.2f}{seconds / copied:7.2f}"
+                f"{(peak - base) / 1e6:10.0f} MB"
+                f"{limit / 1e6:7.0f} MB",
+                flush=True,
+            )
 
         for dtype in ("bf16", "fp16"):
             for target, limit in ((folder / "out.safetensors", 2 * largest), (whole, 1.15 * size)):
@@ -97,8 +127,15 @@ def main():
                     remove_output(target)
         remove_output(source)
         for dtype in ("fp16", "bf16"):
-            row(f"back from fp16, {dtype}", whole, folder / "back", "--reversed", "--dtype", dtype,
-                limit=2 * largest)
+            row(
+                f"back from fp16, {dtype}",
+                whole,
+                folder / "back",
+                "--reversed",
+                "--dtype",
+                dtype,
+                limit=2 * largest,
+            )
         seconds, peak = processes.run(CHILD, "fingerprint", whole)
         print(f"{'fingerprint':34}{seconds:8.2f}{'':14}{(peak - base) / 1e6:10.0f} MB")
 

@@ -6,6 +6,7 @@ with medians of 28, 115 and 90 tokens and spreads (sigma of the logarithm) of 0.
 template's 7 tokens to each side. The longer side of a pair then has 210 tokens in the mean, 95 % are below 402, and
 nothing is longer than 1,000.
 """
+
 import sys
 from pathlib import Path
 
@@ -20,10 +21,14 @@ LONGEST = 1000
 def parts(pairs, seed=0):
     """Token counts of prompt, chosen and rejected answer with their tags: int (N, 3)."""
     random = np.random.default_rng(seed)
-    counts = [random.lognormal(np.log(median), sigma, pairs) + tags
-              for median, sigma, tags in ((28, 0.5, 5), (115, 0.55, 2), (90, 0.75, 2))]
+    counts = [
+        random.lognormal(np.log(median), sigma, pairs) + tags
+        for median, sigma, tags in ((28, 0.5, 5), (115, 0.55, 2), (90, 0.75, 2))
+    ]
     prompt = np.minimum(counts[0], LONGEST // 2)
-    return np.stack([prompt, *(np.minimum(answer, LONGEST - prompt) for answer in counts[1:])], 1).astype(int)
+    return np.stack(
+        [prompt, *(np.minimum(answer, LONGEST - prompt) for answer in counts[1:])], 1
+    ).astype(int)
 
 
 def lengths(pairs, seed=0):

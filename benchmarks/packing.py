@@ -4,6 +4,7 @@ First-fit decreasing, for comparison, is what most packers do. Pairs are made up
 
     python benchmarks/packing.py
 """
+
 import time
 import tracemalloc
 
@@ -19,7 +20,7 @@ def first_fit_decreasing(lengths, seq_len):
     """Longest pair first, each into the first row with room."""
     free, rows = np.empty((len(lengths), 2), int), []
     for pair in np.argsort(-lengths.max(1), kind="stable").tolist():
-        fits = (free[:len(rows)] >= lengths[pair]).all(1)
+        fits = (free[: len(rows)] >= lengths[pair]).all(1)
         row = int(fits.argmax()) if fits.any() else len(rows)
         if row == len(rows):
             rows.append([])
@@ -35,9 +36,16 @@ def measure(name, packer, lengths, seq_len):
     rows = packer(lengths, seq_len)
     seconds = time.perf_counter() - begin
     counts = np.array([len(row) for row in rows])
-    return [name, f"{seq_len}", f"{len(lengths):,}", f"{len(rows):,}",
-            f"{lengths.sum(0).max() / (len(rows) * seq_len):.1%}",
-            f"{counts.mean():.1f} +- {counts.std():.1f}", f"{counts.max()}", f"{seconds:.2f}"]
+    return [
+        name,
+        f"{seq_len}",
+        f"{len(lengths):,}",
+        f"{len(rows):,}",
+        f"{lengths.sum(0).max() / (len(rows) * seq_len):.1%}",
+        f"{counts.mean():.1f} +- {counts.std():.1f}",
+        f"{counts.max()}",
+        f"{seconds:.2f}",
+    ]
 
 
 def peak(pairs):
@@ -57,9 +65,17 @@ def main():
         lines.append(measure("pack", pack_pairs, lengths, seq_len))
         lines.append(measure("pack", pack_pairs, few, seq_len))
         lines.append(measure("first-fit decreasing", first_fit_decreasing, few, seq_len))
-    data_model.table("packing", ["packer", "S", "pairs", "rows", "longer side full", "pairs a row", "most", "seconds"],
-                     lines)
-    print("memory: " + ", ".join(f"{peak(pairs):.0f} bytes a pair for {pairs:,} pairs" for pairs in (29_000, 116_000)))
+    data_model.table(
+        "packing",
+        ["packer", "S", "pairs", "rows", "longer side full", "pairs a row", "most", "seconds"],
+        lines,
+    )
+    print(
+        "memory: "
+        + ", ".join(
+            f"{peak(pairs):.0f} bytes a pair for {pairs:,} pairs" for pairs in (29_000, 116_000)
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -14,25 +14,47 @@ allocator.
 
     python benchmarks/plan_memory.py
 """
+
 import json
 import subprocess
 import sys
 
 import data_model
 
-BASE = {"num_layers": 2, "hidden_size": 256, "ffn_hidden_size": 1024, "num_attention_heads": 4,
-        "multi_query_group_num": 2, "kv_channels": 64, "seq_length": 128, "rows": 32, "recompute": False}
-SHAPES = [{}, {"num_layers": 6}, {"ffn_hidden_size": 2048}, {"ffn_hidden_size": 2048, "num_layers": 6},
-          {"hidden_size": 512}, {"hidden_size": 512, "num_layers": 6},
-          {"num_attention_heads": 8, "hidden_size": 512}, {"rows": 96},
-          {"num_layers": 3, "recompute": True}, {"num_layers": 12, "recompute": True},
-          {"num_layers": 8, "hidden_size": 1024, "ffn_hidden_size": 2048, "recompute": True},
-          {"seq_length": 512, "rows": 8}]
+BASE = {
+    "num_layers": 2,
+    "hidden_size": 256,
+    "ffn_hidden_size": 1024,
+    "num_attention_heads": 4,
+    "multi_query_group_num": 2,
+    "kv_channels": 64,
+    "seq_length": 128,
+    "rows": 32,
+    "recompute": False,
+}
+SHAPES = [
+    {},
+    {"num_layers": 6},
+    {"ffn_hidden_size": 2048},
+    {"ffn_hidden_size": 2048, "num_layers": 6},
+    {"hidden_size": 512},
+    {"hidden_size": 512, "num_layers": 6},
+    {"num_attention_heads": 8, "hidden_size": 512},
+    {"rows": 96},
+    {"num_layers": 3, "recompute": True},
+    {"num_layers": 12, "recompute": True},
+    {"num_layers": 8, "hidden_size": 1024, "ffn_hidden_size": 2048, "recompute": True},
+    {"seq_length": 512, "rows": 8},
+]
 
 
 # log-probs at GLM-4's vocabulary: (which cell, positions, chunk_size, copies that the plan counts)
-LOGPS = [("SpreadLogps", 256, 0, "SPREAD_COPIES"), ("SpreadLogps", 512, 0, "SPREAD_COPIES"),
-         ("LocalLogps", 1024, 256, "LOCAL_COPIES"), ("LocalLogps", 2048, 256, "LOCAL_COPIES")]
+LOGPS = [
+    ("SpreadLogps", 256, 0, "SPREAD_COPIES"),
+    ("SpreadLogps", 512, 0, "SPREAD_COPIES"),
+    ("LocalLogps", 1024, 256, "LOCAL_COPIES"),
+    ("LocalLogps", 2048, 256, "LOCAL_COPIES"),
+]
 VOCABULARY, NARROW = 151_552, 32
 
 
@@ -59,11 +81,14 @@ def measure_logps(name, positions, chunk_size):
     from mindspore import nn, ops
 
     from mindrlhf import losses, runtime
+
     runtime.tensors_off_heap()
     ms.set_context(mode=1, device_target="CPU")
     output_layer = nn.Dense(NARROW, VOCABULARY, has_bias=False)
     options = {"vocab_shards": 1} if name == "SpreadLogps" else {}
-    cell = getattr(losses, name)(output_layer, VOCABULARY, chunk_size=chunk_size, trained=True, **options)
+    cell = getattr(losses, name)(
+        output_layer, VOCABULARY, chunk_size=chunk_size, trained=True, **options
+    )
 
     def loss(hidden, labels):
         return cell(hidden, labels).sum()
@@ -81,20 +106,44 @@ def measure(shape):
     from mindspore import nn, ops
 
     from mindrlhf import runtime
+
     runtime.quiet_mindformers()
     runtime.tensors_off_heap()
     ms.set_context(mode=1, device_target="CPU")
     runtime.before_build()
     from mindformers import ChatGLM2Config
     from mindformers.models.glm2.glm2 import ChatGLM2Model
-    from mindformers.modules.transformer import TransformerOpParallelConfig, TransformerRecomputeConfig
-    rows, recompute = shape.pop("rows"), TransformerRecomputeConfig(recompute=shape.pop("recompute"))
-    network = ChatGLM2Model(ChatGLM2Config(
-        padded_vocab_size=256, vocab_size=256, rmsnorm=True, add_bias_linear=False, add_qkv_bias=True,
-        use_past=False, multi_query_attention=True, use_flash_attention=False, hidden_dropout=0.0,
-        attention_dropout=0.0, pad_token_id=0, compute_dtype="float32", param_init_type="float32",
-        layernorm_compute_type="float32", rotary_dtype="float32", eos_token_id=[1, 2],
-        parallel_config=TransformerOpParallelConfig(recompute=recompute), **shape))
+    from mindformers.modules.transformer import (
+        TransformerOpParallelConfig,
+        TransformerRecomputeConfig,
+    )
+
+    rows, recompute = (
+        shape.pop("rows"),
+        TransformerRecomputeConfig(recompute=shape.pop("recompute")),
+    )
+    network = ChatGLM2Model(
+        ChatGLM2Config(
+            padded_vocab_size=256,
+            vocab_size=256,
+            rmsnorm=True,
+            add_bias_linear=False,
+            add_qkv_bias=True,
+            use_past=False,
+            multi_query_attention=True,
+            use_flash_attention=False,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            pad_token_id=0,
+            compute_dtype="float32",
+            param_init_type="float32",
+            layernorm_compute_type="float32",
+            rotary_dtype="float32",
+            eos_token_id=[1, 2],
+            parallel_config=TransformerOpParallelConfig(recompute=recompute),
+            **shape,
+        )
+    )
     if not hasattr(network.encoder, "cast"):  # see cpu/patches.py
         network.encoder.cast = ops.Cast()
 
@@ -110,7 +159,9 @@ def measure(shape):
     step, length = ops.value_and_grad(Loss().set_train(), None, weights), shape["seq_length"]
     ids = ms.Tensor(np.ones((rows, length), "i4"))
     mask = ms.Tensor(np.triu(np.ones((rows, 1, length, length), "f4"), 1))
-    gradients = sum(weight.size * 4 for weight in weights)  # the small step's are in the pool already
+    gradients = sum(
+        weight.size * 4 for weight in weights
+    )  # the small step's are in the pool already
     return peak_of(step, (ids[:1], mask[:1]), (ids, mask)) + gradients
 
 
@@ -118,11 +169,16 @@ def estimate(shape):
     """The same by mindrlhf.plan."""
     from mindrlhf import config
     from mindrlhf.plan import memory, parameters
+
     model = {key: value for key, value in shape.items() if key not in ("rows", "recompute")}
     settings = config.load_settings(
-        data_model.ROOT / "examples/glm4_dpo/finetune_glm4_tiny.yaml", run_mode="finetune",
-        overrides={f"model.model_config.{key}": value
-                   for key, value in {**model, "padded_vocab_size": 256}.items()})
+        data_model.ROOT / "examples/glm4_dpo/finetune_glm4_tiny.yaml",
+        run_mode="finetune",
+        overrides={
+            f"model.model_config.{key}": value
+            for key, value in {**model, "padded_vocab_size": 256}.items()
+        },
+    )
     positions, layers = shape["rows"] * shape["seq_length"], shape["num_layers"]
     table = parameters.held(settings, 1)
     gradients = sum(part.bytes for name, part in table.items() if "output_layer" not in name)
@@ -136,20 +192,27 @@ def estimate(shape):
 
 def child(*arguments):
     """What a process of its own measures, bytes."""
-    done = subprocess.run([sys.executable, __file__, json.dumps(arguments)], capture_output=True, text=True,
-                          check=True)
+    done = subprocess.run(
+        [sys.executable, __file__, json.dumps(arguments)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return float(done.stdout.split()[-1])
 
 
 def row(what, measured, estimated):
     """A row of the table, and whether it misses the goal."""
     ratio = measured / estimated
-    return [what, f"{measured / 1e6:.0f}", f"{estimated / 1e6:.0f}", f"{ratio:.2f}"], abs(ratio - 1) > 0.2
+    return [what, f"{measured / 1e6:.0f}", f"{estimated / 1e6:.0f}", f"{ratio:.2f}"], abs(
+        ratio - 1
+    ) > 0.2
 
 
 def main():
     sys.path.insert(0, str(data_model.ROOT))
     from mindrlhf.plan import memory
+
     rows = []
     for change in SHAPES:
         shape = {**BASE, **change}
@@ -157,11 +220,19 @@ def main():
         rows.append(row(what, child(shape), estimate(shape)))
     for name, positions, chunk_size, copies in LOGPS:
         logits = (chunk_size or positions) * VOCABULARY * 4
-        rows.append(row(f"{name}, {positions} positions, chunks of {chunk_size or 'all'}",
-                        child(name, positions, chunk_size), logits * getattr(memory, copies)))
+        rows.append(
+            row(
+                f"{name}, {positions} positions, chunks of {chunk_size or 'all'}",
+                child(name, positions, chunk_size),
+                logits * getattr(memory, copies),
+            )
+        )
     print("base:", ", ".join(f"{key} {value}" for key, value in BASE.items()))
-    data_model.table("a training step of GLM-4's layers, then log-probs alone",
-                     ["shape", "measured, MB", "estimated", "ratio"], [cells for cells, _ in rows])
+    data_model.table(
+        "a training step of GLM-4's layers, then log-probs alone",
+        ["shape", "measured, MB", "estimated", "ratio"],
+        [cells for cells, _ in rows],
+    )
     print(f"{sum(missed for _, missed in rows)} of {len(rows)} miss 20 %")
 
 

@@ -1,4 +1,5 @@
 """For the benchmarks: what a process of its own takes, and what `cp` takes."""
+
 from __future__ import annotations
 
 import platform
@@ -18,7 +19,9 @@ def run(code, *arguments):
         code: Python that the process runs; it gets ROOT and the arguments.
     """
     command = [sys.executable, "-c", code, str(ROOT), *map(str, arguments)]
-    done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    done = subprocess.run(
+        command, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
     seconds, peak = done.stdout.split()
     return float(seconds), int(peak)
 
@@ -39,6 +42,9 @@ def remove(path):
 
 def cpu_model() -> str:
     """The CPU's name and its number of cores, for figures that depend on them."""
-    names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-             if line.startswith("model name")]
+    names = [
+        line.split(":", 1)[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
     return f"{len(names)} x {names[0]}" if names else platform.processor()

@@ -6,6 +6,7 @@ peak less what it held before the first pass is what the pass needs.
 
     python benchmarks/reference_memory.py
 """
+
 import resource
 import subprocess
 import sys
@@ -33,18 +34,31 @@ def run(chunk):
     from mindrlhf import config, runtime
     from mindrlhf.data.features import TokenPair
     from mindrlhf.data.reference import Scorer
-    numbers = {"seq_length": SEQ_LEN, "padded_vocab_size": VOCABULARY, "num_layers": 1, "hidden_size": 64,
-               "ffn_hidden_size": 64, "num_attention_heads": 4}
+
+    numbers = {
+        "seq_length": SEQ_LEN,
+        "padded_vocab_size": VOCABULARY,
+        "num_layers": 1,
+        "hidden_size": 64,
+        "ffn_hidden_size": 64,
+        "num_attention_heads": 4,
+    }
     settings = config.load_settings(
-        data_model.ROOT / "examples/glm4_dpo/process_glm4_tiny.yaml", run_mode="preprocess",
-        overrides={"dpo.logps_chunk_size": chunk,
-                   **{f"model.model_config.{name}": value for name, value in numbers.items()}})
+        data_model.ROOT / "examples/glm4_dpo/process_glm4_tiny.yaml",
+        run_mode="preprocess",
+        overrides={
+            "dpo.logps_chunk_size": chunk,
+            **{f"model.model_config.{name}": value for name, value in numbers.items()},
+        },
+    )
     config_ = config.to_mindformers(settings)
     runtime.start_device(config_, parallel=False)
     mindspore.set_seed(0)
     model = build.build_network(config_)
     random = np.random.default_rng(0)
-    pair = TokenPair(*(random.integers(0, VOCABULARY, count).tolist() for count in (24, 1000, 1000)))
+    pair = TokenPair(
+        *(random.integers(0, VOCABULARY, count).tolist() for count in (24, 1000, 1000))
+    )
     scorer = Scorer(model, seq_len=SEQ_LEN, batch_size=1, pad_id=0)
     before = resident()
     scorer([pair])
@@ -57,16 +71,28 @@ def run(chunk):
 def main():
     results = {}
     for chunk in CHUNKS:
-        done = subprocess.run([sys.executable, __file__, str(chunk)], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, __file__, str(chunk)], capture_output=True, text=True
+        )
         found = [line for line in done.stdout.splitlines() if line.startswith("result")]
         if done.returncode or not found:
             sys.exit(done.stderr)
         results[chunk] = [float(value) for value in found[0].split()[1:]]
     whole = results[0][0]
-    data_model.table(f"reference pass, S = {SEQ_LEN}, vocabulary {VOCABULARY:,}, one row a side",
-                     ["positions at once", "peak, GB", "share", "seconds", "log-prob"],
-                     [["all" if not chunk else str(chunk), f"{peak / 1e9:.2f}", f"{peak / whole:.0%}", f"{seconds:.1f}",
-                       f"{logp:.3f}"] for chunk, (peak, seconds, logp) in results.items()])
+    data_model.table(
+        f"reference pass, S = {SEQ_LEN}, vocabulary {VOCABULARY:,}, one row a side",
+        ["positions at once", "peak, GB", "share", "seconds", "log-prob"],
+        [
+            [
+                "all" if not chunk else str(chunk),
+                f"{peak / 1e9:.2f}",
+                f"{peak / whole:.0%}",
+                f"{seconds:.1f}",
+                f"{logp:.3f}",
+            ]
+            for chunk, (peak, seconds, logp) in results.items()
+        ],
+    )
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ data_model.py. A row costs the same however many pairs share it, so the ratio is
 
     python benchmarks/reference_speed.py
 """
+
 import time
 
 import data_model
@@ -21,8 +22,12 @@ BATCH, ROWS, REPEATS = 2, 48, 5
 def load_model(seq_len):
     """The tiny GLM-4 for rows of seq_len."""
     from mindrlhf import runtime
-    settings = config.load_settings(data_model.ROOT / "examples/glm4_dpo/process_glm4_tiny.yaml", run_mode="preprocess",
-                           overrides={"model.model_config.seq_length": seq_len})
+
+    settings = config.load_settings(
+        data_model.ROOT / "examples/glm4_dpo/process_glm4_tiny.yaml",
+        run_mode="preprocess",
+        overrides={"model.model_config.seq_length": seq_len},
+    )
     run = config.to_mindformers(settings)
     runtime.start_device(run, parallel=False)
     return build.build_network(run)
@@ -40,17 +45,41 @@ def main():
     for seq_len in (512, 1024):
         model, random = load_model(seq_len), np.random.default_rng(0)
         counts = np.minimum(data_model.parts(ROWS * seq_len // 180), seq_len // 2)
-        pairs = [TokenPair(*(random.integers(0, 498, count).tolist() for count in triple)) for triple in counts]
-        jobs = [(Scorer(model, seq_len=seq_len, batch_size=BATCH, pad_id=0, packed=packed),
-                 pairs if packed else pairs[:ROWS]) for packed in (True, False)]
+        pairs = [
+            TokenPair(*(random.integers(0, 498, count).tolist() for count in triple))
+            for triple in counts
+        ]
+        jobs = [
+            (
+                Scorer(model, seq_len=seq_len, batch_size=BATCH, pad_id=0, packed=packed),
+                pairs if packed else pairs[:ROWS],
+            )
+            for packed in (True, False)
+        ]
         for scorer, some in jobs:
             scorer(some[:BATCH])  # compiles
         times = np.median([[seconds(*job) for job in jobs] for _ in range(REPEATS)], 0)  # in turns
-        speeds = [(sum(2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in some) / time_,
-                   len(some) / time_) for (_, some), time_ in zip(jobs, times)]
+        speeds = [
+            (
+                sum(2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in some)
+                / time_,
+                len(some) / time_,
+            )
+            for (_, some), time_ in zip(jobs, times)
+        ]
         for name, (tokens, each) in zip(("packed", "one pair a row"), speeds):
-            lines.append([f"{seq_len}", name, f"{tokens:,.0f}", f"{each:,.1f}", f"{tokens / speeds[1][0]:.1f} x"])
-    data_model.table("reference pass, tiny GLM-4", ["S", "rows", "real tokens/s", "pairs/s", "ratio"], lines)
+            lines.append(
+                [
+                    f"{seq_len}",
+                    name,
+                    f"{tokens:,.0f}",
+                    f"{each:,.1f}",
+                    f"{tokens / speeds[1][0]:.1f} x",
+                ]
+            )
+    data_model.table(
+        "reference pass, tiny GLM-4", ["S", "rows", "real tokens/s", "pairs/s", "ratio"], lines
+    )
 
 
 if __name__ == "__main__":

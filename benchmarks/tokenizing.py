@@ -5,6 +5,7 @@ Each process does its share, as each worker of the preprocessing does. The token
 
     python benchmarks/tokenizing.py
 """
+
 import multiprocessing
 import time
 
@@ -27,20 +28,27 @@ def make_pairs(tokenizer, count, seed):
     def text(tokens):
         return "".join(random.choice(known, tokens))
 
-    return [Pair((("user", text(prompt)),), text(chosen), text(rejected))
-            for prompt, chosen, rejected in data_model.parts(count, seed)]
+    return [
+        Pair((("user", text(prompt)),), text(chosen), text(rejected))
+        for prompt, chosen, rejected in data_model.parts(count, seed)
+    ]
 
 
 def worker(seed, ready, go, results):
     from mindrlhf import runtime
+
     runtime.quiet_mindformers()
     from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
+
     tokenizer = Glm4Tokenizer(TOKENIZER)
     pairs = make_pairs(tokenizer, PAIRS, seed)
     ready.release()
     go.wait()
     begin = time.perf_counter()
-    tokens = sum(truncate_prompt(tokenize_pair(tokenizer, pair), SEQ_LEN, tokenizer=tokenizer)[0].longest for pair in pairs)
+    tokens = sum(
+        truncate_prompt(tokenize_pair(tokenizer, pair), SEQ_LEN, tokenizer=tokenizer)[0].longest
+        for pair in pairs
+    )
     results.put((time.perf_counter() - begin, tokens))
 
 
@@ -48,7 +56,9 @@ def measure(workers):
     """Line of the table for a number of processes."""
     context = multiprocessing.get_context("spawn")
     ready, go, results = context.Semaphore(0), context.Event(), context.Queue()
-    processes = [context.Process(target=worker, args=(seed, ready, go, results)) for seed in range(workers)]
+    processes = [
+        context.Process(target=worker, args=(seed, ready, go, results)) for seed in range(workers)
+    ]
     for process in processes:
         process.start()
     for _ in processes:
@@ -58,9 +68,18 @@ def measure(workers):
     for process in processes:
         process.join()
     pairs = workers * PAIRS
-    return [str(workers), f"{pairs:,}", f"{sum(tokens) / pairs:.0f}", f"{max(times):.2f}", f"{pairs / max(times):,.0f}"]
+    return [
+        str(workers),
+        f"{pairs:,}",
+        f"{sum(tokens) / pairs:.0f}",
+        f"{max(times):.2f}",
+        f"{pairs / max(times):,.0f}",
+    ]
 
 
 if __name__ == "__main__":
-    data_model.table("tokenizing", ["processes", "pairs", "tokens of a longer side", "seconds", "pairs/s"],
-                     [measure(workers) for workers in (1, 2)])
+    data_model.table(
+        "tokenizing",
+        ["processes", "pairs", "tokens of a longer side", "seconds", "pairs/s"],
+        [measure(workers) for workers in (1, 2)],
+    )

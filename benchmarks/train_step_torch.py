@@ -1,4 +1,5 @@
 """PyTorch's side of train_step.py, which starts it: GLM-4 and the DPO loss written plainly, torch.optim.AdamW."""
+
 import torch
 import torch.nn.functional as F
 from train_step import (
@@ -21,7 +22,9 @@ from train_step import (
     serve,
 )
 
-HEADS, GROUPS, WIDTH = (SIZES[name] for name in ("num_attention_heads", "multi_query_group_num", "kv_channels"))
+HEADS, GROUPS, WIDTH = (
+    SIZES[name] for name in ("num_attention_heads", "multi_query_group_num", "kv_channels")
+)
 
 
 def norm(x, weight):
@@ -39,9 +42,13 @@ def rotate(x, cosine, sine):
 
 def attention(x, weights, prefix, tables):
     """Causal self-attention, (B, S, H) -> (B, S, H)."""
-    qkv = F.linear(x, weights[prefix + "query_key_value.weight"], weights[prefix + "query_key_value.bias"])
-    queries, keys, values = (part.unflatten(-1, (-1, WIDTH)).transpose(1, 2)
-                             for part in qkv.split(numbers().qkv_sizes, -1))
+    qkv = F.linear(
+        x, weights[prefix + "query_key_value.weight"], weights[prefix + "query_key_value.bias"]
+    )
+    queries, keys, values = (
+        part.unflatten(-1, (-1, WIDTH)).transpose(1, 2)
+        for part in qkv.split(numbers().qkv_sizes, -1)
+    )
     queries, keys = rotate(queries, *tables[:2]), rotate(keys, *tables[:2])
     keys, values = (part.repeat_interleave(HEADS // GROUPS, 1) for part in (keys, values))
     context = (queries @ keys.transpose(-1, -2) / WIDTH**0.5 + tables[2]).softmax(-1) @ values
@@ -53,10 +60,16 @@ def token_logps(ids, labels, weights, tables):
     x = weights["transformer.embedding.embedding_weight"][ids]
     for layer in range(SIZES["num_layers"]):
         prefix = f"transformer.encoder.layers.{layer}."
-        x = x + attention(norm(x, weights[prefix + "input_layernorm.weight"]), weights, prefix + "self_attention.",
-                          tables)
-        gate, up = F.linear(norm(x, weights[prefix + "post_attention_layernorm.weight"]),
-                            weights[prefix + "mlp.dense_h_to_4h.weight"]).chunk(2, -1)
+        x = x + attention(
+            norm(x, weights[prefix + "input_layernorm.weight"]),
+            weights,
+            prefix + "self_attention.",
+            tables,
+        )
+        gate, up = F.linear(
+            norm(x, weights[prefix + "post_attention_layernorm.weight"]),
+            weights[prefix + "mlp.dense_h_to_4h.weight"],
+        ).chunk(2, -1)
         x = x + F.linear(F.silu(gate) * up, weights[prefix + "mlp.dense_4h_to_h.weight"])
     x = norm(x, weights["transformer.encoder.final_layernorm.weight"])
     logps = F.linear(x, weights["transformer.output_layer.weight"]).log_softmax(-1)
@@ -68,9 +81,13 @@ def main():
     torch.set_num_threads(THREADS)
     base = memory()
     weights = {name: torch.nn.Parameter(torch.from_numpy(value)) for name, value in make_weights()}
-    optimizer = torch.optim.AdamW(weights.values(), lr=RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        weights.values(), lr=RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
+    )
     (ids, labels, mask, _), (other_ids, other_labels, _, _) = make_batch()
-    ids, labels = (torch.from_numpy(np_pair) for np_pair in _joined((ids, labels), (other_ids, other_labels)))
+    ids, labels = (
+        torch.from_numpy(np_pair) for np_pair in _joined((ids, labels), (other_ids, other_labels))
+    )
     mask = torch.from_numpy(mask)
     theta = (10000.0 * ROPE_RATIO) ** (-torch.arange(0, WIDTH // 2, 2) / (WIDTH // 2))
     angles = torch.outer(torch.arange(LENGTH), theta)
@@ -93,6 +110,7 @@ def main():
 def _joined(chosen, rejected):
     """Arrays of both sides, the chosen rows first."""
     import numpy as np
+
     return [np.concatenate(pair) for pair in zip(chosen, rejected, strict=True)]
 
 

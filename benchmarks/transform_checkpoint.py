@@ -7,6 +7,7 @@ a copy of its input, and the best of two counts.
 
   python benchmarks/transform_checkpoint.py --folder /tmp       needs 9 GB there, for about three minutes
 """
+
 import argparse
 import os
 import sys
@@ -24,10 +25,19 @@ from mindrlhf.checkpoints.tensors import PIECE, count_bytes  # noqa: E402
 from mindrlhf.models.glm4 import model_config, weight_names  # noqa: E402
 
 # 2 * 151552 * 768 + 40 * (768 * 1024 + 768 * 768 + 3 * 768 * 2568) = 5.25e8 parameters, 2.1e9 bytes
-NUMBERS = model_config.ModelConfig(num_layers=40, padded_vocab_size=151552, hidden_size=768, ffn_hidden_size=2568,
-                          num_attention_heads=12, multi_query_group_num=2, kv_channels=64,
-                          layernorm_epsilon=1.5625e-07, rope_ratio=1, eos_token_id=(151329,),
-                          pad_token_id=151329)
+NUMBERS = model_config.ModelConfig(
+    num_layers=40,
+    padded_vocab_size=151552,
+    hidden_size=768,
+    ffn_hidden_size=2568,
+    num_attention_heads=12,
+    multi_query_group_num=2,
+    kv_channels=64,
+    layernorm_epsilon=1.5625e-07,
+    rope_ratio=1,
+    eos_token_id=(151329,),
+    pad_token_id=151329,
+)
 SHAPES = weight_names.parameter_shapes(NUMBERS)
 REPEATS = 2
 CHILD = """
@@ -57,6 +67,7 @@ print(time.perf_counter() - start, int(status.split("VmHWM:")[1].split()[0]) * 1
 def write_strategy(path, plan):
     """The strategy of a real run of two layers, with 38 layers more like the second."""
     from mindspore.train.node_strategy_pb2 import ParallelStrategyMap
+
     content = ParallelStrategyMap()
     content.ParseFromString((ROOT / "tests/golden/strategies" / f"{plan}.ckpt").read_bytes())
     for item in list(content.parallel_layout_item):
@@ -74,7 +85,7 @@ def make_shards(folder, strategy):
 
     def pieces(count):
         for first in range(0, count, PIECE):
-            yield block[:count - first]
+            yield block[: count - first]
 
     plan = layouts.read_strategy(strategy)
     for rank in range(4):
@@ -88,18 +99,26 @@ def make_shards(folder, strategy):
 
 
 def main():
-    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument("--folder", default=tempfile.gettempdir(), help="where the files go, until the end")
+    parse = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parse.add_argument(
+        "--folder", default=tempfile.gettempdir(), help="where the files go, until the end"
+    )
     with tempfile.TemporaryDirectory(dir=parse.parse_args().folder, prefix="transform-") as name:
         folder = Path(name)
         strategy, other = (write_strategy(folder / f"{plan}.ckpt", plan) for plan in ("2x2", "1x4"))
         shards, one, new = folder / "shards", folder / "one.ckpt", folder / "new"
         make_shards(shards, strategy)
-        size, largest = (how(count_bytes("F32", shape) for shape in SHAPES.values()) for how in (sum, max))
+        size, largest = (
+            how(count_bytes("F32", shape) for shape in SHAPES.values()) for how in (sum, max)
+        )
         base = processes.run(CHILD, "nothing")[1]
-        print(f"{size / 1e9:.2f} GB, largest tensor {largest / 1e9:.2f} GB, "
-              f"base process {base / 1e6:.0f} MB, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n"
-              f"{'':38}{'seconds':>8}{'cp':>7}{'ratio':>7}{'peak - base':>13}{'of size':>9}")
+        print(
+            f"{size / 1e9:.2f} GB, largest tensor {largest / 1e9:.2f} GB, "
+            f"base process {base / 1e6:.0f} MB, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n"
+            f"{'':38}{'seconds':>8}{'cp':>7}{'ratio':>7}{'peak - base':>13}{'of size':>9}"
+        )
 
         def row(title, source, target, *arguments):
             copies, runs = [], []
@@ -109,8 +128,11 @@ def main():
                 copies.append(processes.copy(source, folder / "copy"))
                 runs.append(processes.run(CHILD, *arguments))
             copied, (seconds, peak) = min(copies), min(runs)
-            print(f"{title:38}{seconds:8.2f}{copied:7.2f}{seconds / copied:7.2f}"
-                  f"{(peak - base) / 1e6:10.0f} MB{(peak - base) / size:9.2f}", flush=True)
+            print(
+                f"{title:38}{seconds:8.2f}{copied:7.2f}{seconds / copied:7.2f}"
+                f"{(peak - base) / 1e6:10.0f} MB{(peak - base) / size:9.2f}",
+                flush=True,
+            )
 
         def transform(source, target, *more):
             return "transform", f"--src_checkpoint={source}", f"--dst_checkpoint={target}", *more
@@ -118,17 +140,27 @@ def main():
         row("MindSpore alone, shards to one", shards, new, "mindspore", shards, new, strategy)
         processes.remove(new)
         for target in (folder / "one.safetensors", one):
-            row(f"shards to one {target.suffix}", shards, target,
-                *transform(shards, target, f"--src_strategy={strategy}"))
+            row(
+                f"shards to one {target.suffix}",
+                shards,
+                target,
+                *transform(shards, target, f"--src_strategy={strategy}"),
+            )
         processes.remove(folder / "one.safetensors")
         row("one to shards", one, new, *transform(one, new, f"--dst_strategy={other}"))
-        row("shards to other shards", shards, new,
-            *transform(shards, new, f"--src_strategy={strategy}", f"--dst_strategy={other}"))
+        row(
+            "shards to other shards",
+            shards,
+            new,
+            *transform(shards, new, f"--src_strategy={strategy}", f"--dst_strategy={other}"),
+        )
         processes.remove(new)
         row("a card's quarter of one file", one, new, "part", one, other)
         row("a card's quarter of other shards", shards, new, "part", shards, other, strategy)
-        print(f"MindSpore is given {reshard.GROUP / 1e6:.0f} MB of tensors at once, or one tensor that is "
-              "larger")
+        print(
+            f"MindSpore is given {reshard.GROUP / 1e6:.0f} MB of tensors at once, or one tensor that is "
+            "larger"
+        )
 
 
 if __name__ == "__main__":

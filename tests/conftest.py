@@ -1,4 +1,5 @@
 """Shared by the tests: the golden case, its checkpoint and data, and one compiled model."""
+
 import json
 import os
 import subprocess
@@ -41,8 +42,13 @@ def write_overlay(path, command, more="", seq_len=SEQ_LEN):
 
 def run_script(script, *arguments, cwd=None):
     """Run a command as a user would: CompletedProcess with text output."""
-    return subprocess.run([sys.executable, str(script), *map(str, arguments)], capture_output=True, text=True,
-                          cwd=cwd, timeout=300)
+    return subprocess.run(
+        [sys.executable, str(script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=300,
+    )
 
 
 def assert_one_error(result, *parts):
@@ -67,26 +73,62 @@ def golden(tmp_path_factory):
     import dpo_preprocess_glm4_parallel as preprocess
 
     import convert_weight
+
     folder = tmp_path_factory.mktemp("golden")
     files = SimpleNamespace(
-        folder=folder, checkpoint=folder / "golden.ckpt", tokenizer=GOLDEN / "tokenizer.model",
-        pairs=GOLDEN / "pairs.jsonl", data=folder / "golden.mindrecord",
-        **{command: write_overlay(folder / f"{command}.yaml", command) for command in ("process", "finetune", "predict")})
-    convert_weight.main(["--model", "glm-n", "--input_path", f"{GOLDEN / 'hf_glm'}/", "--output_path",
-                         str(files.checkpoint), "--dtype", "fp32"])
-    preprocess.main(["--src", str(files.pairs), "--dst", str(files.data), "--config", str(files.process), "--tokenizer",
-                     str(files.tokenizer), "--load_checkpoint", str(files.checkpoint)])
+        folder=folder,
+        checkpoint=folder / "golden.ckpt",
+        tokenizer=GOLDEN / "tokenizer.model",
+        pairs=GOLDEN / "pairs.jsonl",
+        data=folder / "golden.mindrecord",
+        **{
+            command: write_overlay(folder / f"{command}.yaml", command)
+            for command in ("process", "finetune", "predict")
+        },
+    )
+    convert_weight.main(
+        [
+            "--model",
+            "glm-n",
+            "--input_path",
+            f"{GOLDEN / 'hf_glm'}/",
+            "--output_path",
+            str(files.checkpoint),
+            "--dtype",
+            "fp32",
+        ]
+    )
+    preprocess.main(
+        [
+            "--src",
+            str(files.pairs),
+            "--dst",
+            str(files.data),
+            "--config",
+            str(files.process),
+            "--tokenizer",
+            str(files.tokenizer),
+            "--load_checkpoint",
+            str(files.checkpoint),
+        ]
+    )
     return files
 
 
 def load_model(golden, command, more=None):
     """A network of the golden case with its weights, built as the commands build it."""
     from mindrlhf import config, runtime, schema
-    settings = config.load_settings(getattr(golden, command), run_mode=schema.RUN_MODES, overrides=more)
+
+    settings = config.load_settings(
+        getattr(golden, command), run_mode=schema.RUN_MODES, overrides=more
+    )
     run = config.to_mindformers(settings)
     runtime.start_device(run, parallel=False)
     network = build.build_network(run)
     load.load_weights(network, golden.checkpoint)
-    for name in ("RUN_MODE", "MS_ALLOC_CONF"):  # what MindFormers leaves for a process that predicts; others inherit it
+    for name in (
+        "RUN_MODE",
+        "MS_ALLOC_CONF",
+    ):  # what MindFormers leaves for a process that predicts; others inherit it
         os.environ.pop(name, None)
     return network

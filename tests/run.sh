@@ -6,6 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh requirements.txt tests/requirements.txt
 ruff check .
+ruff format --check --quiet .
 mypy
 vermin --quiet --no-tips --eval-annotations --target=3.9- --violations mindrlhf scripts examples ./*.py
 other=$PWD/.venv/mindformers-1.3.2 # beside the environment's own MindFormers, whose requirements it shares

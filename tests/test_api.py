@@ -5,6 +5,7 @@ were read in public sources: repository mindspore-ai/mindspore_test, tag v2.4.10
 1.3.2 by now). Lines of the kind `other`, such as attributes of objects, no syntax tree shows, and no test reads. LEFT_OUT runs
 with MindSpore 2.7 alone, on CPUs.
 """
+
 from __future__ import annotations
 
 import ast
@@ -13,8 +14,13 @@ import csv
 from conftest import ROOT
 
 PACKAGES = ("mindspore.", "mindformers.", "mindpet.")
-LEFT_OUT = ("scripts/rig/", "scripts/list_operators.py", "mindrlhf/cpu/operators.py", "mindrlhf/cpu/sink.py",
-            "mindrlhf/cpu/rules.py")
+LEFT_OUT = (
+    "scripts/rig/",
+    "scripts/list_operators.py",
+    "mindrlhf/cpu/operators.py",
+    "mindrlhf/cpu/sink.py",
+    "mindrlhf/cpu/rules.py",
+)
 READ_IT = "read it in the v2.4.10 source, then add it to tests/golden/api24.tsv"
 
 
@@ -53,8 +59,12 @@ class Collector(ast.NodeVisitor):
         """`module = importlib.import_module("a.b")` is an import."""
         self.generic_visit(node)
         call, target = node.value, node.targets[0]
-        if isinstance(call, ast.Call) and self.resolve(call.func) == "importlib.import_module" and isinstance(
-                call.args[0], ast.Constant) and isinstance(target, ast.Name):
+        if (
+            isinstance(call, ast.Call)
+            and self.resolve(call.func) == "importlib.import_module"
+            and isinstance(call.args[0], ast.Constant)
+            and isinstance(target, ast.Name)
+        ):
             self.visit_Import(ast.Import([ast.alias(call.args[0].value, target.id)]))
 
     def visit_Name(self, node: ast.Name | ast.Attribute) -> None:
@@ -65,13 +75,20 @@ class Collector(ast.NodeVisitor):
             self.generic_visit(node)
 
     def visit_Call(self, node: ast.Call) -> None:
-        name = self.base if ast.unparse(node.func) == "super().__init__" else self.resolve(node.func)
-        self.use(name).update(arguments(len(node.args), [keyword.arg or "**" for keyword in node.keywords]))
+        name = (
+            self.base if ast.unparse(node.func) == "super().__init__" else self.resolve(node.func)
+        )
+        self.use(name).update(
+            arguments(len(node.args), [keyword.arg or "**" for keyword in node.keywords])
+        )
         self.generic_visit(node)
 
     def visit_ClassDef(self, node: ast.ClassDef | ast.FunctionDef | ast.Lambda) -> None:
         """What a class or function binds ends with it; parameters hide outer names."""
-        outer, given = (self.bound, self.base), ast.walk(getattr(node, "args", ast.Pass()))  # a class has no parameters
+        outer, given = (
+            (self.bound, self.base),
+            ast.walk(getattr(node, "args", ast.Pass())),
+        )  # a class has no parameters
         self.bound = {**self.bound, **{each.arg: "" for each in given if isinstance(each, ast.arg)}}
         if isinstance(node, ast.ClassDef):
             self.base = self.resolve(node.bases[0]) if node.bases else ""
@@ -92,29 +109,59 @@ def used(*sources: str) -> dict[str, set[str]]:
 
 def differences(uses: dict[str, set[str]], table: dict[str, set[str]]) -> str:
     """How code and table differ, in words; empty where they agree."""
-    more = {f"{name}({', '.join(sorted(given - table.get(name, given)))})" for name, given in uses.items()}
-    found = {f"not in the table, {READ_IT}": set(uses) - set(table),
-             f"given arguments that the table lacks, {READ_IT}": {call for call in more if not call.endswith("()")},
-             "in the table, but the code no longer uses it": set(table) - set(uses)}
-    return "\n".join(f"{what}: {', '.join(sorted(names))}" for what, names in found.items() if names)
+    more = {
+        f"{name}({', '.join(sorted(given - table.get(name, given)))})"
+        for name, given in uses.items()
+    }
+    found = {
+        f"not in the table, {READ_IT}": set(uses) - set(table),
+        f"given arguments that the table lacks, {READ_IT}": {
+            call for call in more if not call.endswith("()")
+        },
+        "in the table, but the code no longer uses it": set(table) - set(uses),
+    }
+    return "\n".join(
+        f"{what}: {', '.join(sorted(names))}" for what, names in found.items() if names
+    )
 
 
 def test_the_table_lists_what_the_code_uses():
-    paths = [path for pattern in ("*.py", "mindrlhf/**/*.py", "examples/**/*.py", "scripts/**/*.py")
-             for path in ROOT.glob(pattern) if not path.relative_to(ROOT).as_posix().startswith(LEFT_OUT)]
-    rows = csv.DictReader((ROOT / "tests/golden/api24.tsv").read_text(encoding="utf-8").splitlines(), delimiter="\t")
-    table = {row["name"]: arguments(int(row["positional"]), row["keywords"].split()) for row in rows if row["kind"] == "name"}
-    assert not (problems := differences(used(*(path.read_text(encoding="utf-8") for path in paths)), table)), problems
+    paths = [
+        path
+        for pattern in ("*.py", "mindrlhf/**/*.py", "examples/**/*.py", "scripts/**/*.py")
+        for path in ROOT.glob(pattern)
+        if not path.relative_to(ROOT).as_posix().startswith(LEFT_OUT)
+    ]
+    rows = csv.DictReader(
+        (ROOT / "tests/golden/api24.tsv").read_text(encoding="utf-8").splitlines(), delimiter="\t"
+    )
+    table = {
+        row["name"]: arguments(int(row["positional"]), row["keywords"].split())
+        for row in rows
+        if row["kind"] == "name"
+    }
+    assert not (
+        problems := differences(used(*(path.read_text(encoding="utf-8") for path in paths)), table)
+    ), problems
 
 
 def test_what_is_not_listed_is_found():
-    uses = used("import mindspore as ms\ndef f(nn):\n    from mindspore import ops\n    ops.depend(nn.Cell, x=ms.hal.a())",
-                "import importlib\nm = importlib.import_module('mindformers.trainer')\nm.pprint = None",
-                "from mindspore import Tensor as T\nclass A(T):\n    def __init__(self):\n        super().__init__(init=1)")
-    assert uses == {"mindspore.ops": set(), "mindspore.ops.depend": {"argument 1", "x"}, "mindspore.hal.a": set(),
-                    "mindformers.trainer": set(), "mindformers.trainer.pprint": set(), "mindspore.Tensor": {"init"}}
+    uses = used(
+        "import mindspore as ms\ndef f(nn):\n    from mindspore import ops\n    ops.depend(nn.Cell, x=ms.hal.a())",
+        "import importlib\nm = importlib.import_module('mindformers.trainer')\nm.pprint = None",
+        "from mindspore import Tensor as T\nclass A(T):\n    def __init__(self):\n        super().__init__(init=1)",
+    )
+    assert uses == {
+        "mindspore.ops": set(),
+        "mindspore.ops.depend": {"argument 1", "x"},
+        "mindspore.hal.a": set(),
+        "mindformers.trainer": set(),
+        "mindformers.trainer.pprint": set(),
+        "mindspore.Tensor": {"init"},
+    }
     table = {**uses, "mindspore.Tensor": set(), "mindspore.ops.Old": set()}
     assert differences({**uses, "mindspore.ops.New": set()}, table).splitlines() == [
         f"not in the table, {READ_IT}: mindspore.ops.New",
         f"given arguments that the table lacks, {READ_IT}: mindspore.Tensor(init)",
-        "in the table, but the code no longer uses it: mindspore.ops.Old"]
+        "in the table, but the code no longer uses it: mindspore.ops.Old",
+    ]

@@ -1,4 +1,5 @@
 """The house: layers that depend downwards only, one meaning for each name, files and functions of a readable size."""
+
 from __future__ import annotations
 
 import ast
@@ -68,12 +69,18 @@ GRAPH = {module: set(imports_of(path)) - {module} for module, path in MODULES.it
 
 def test_every_module_has_a_layer():
     packages = {"models"}
-    assert not [module for module in MODULES if room_of(module) not in LAYER and module not in packages]
+    assert not [
+        module for module in MODULES if room_of(module) not in LAYER and module not in packages
+    ]
 
 
 def test_arrows_go_down():
-    upwards = [f"{module} -> {other}" for module, others in GRAPH.items() for other in others
-               if room_of(module) != room_of(other) and LAYER[room_of(other)] >= LAYER[room_of(module)]]
+    upwards = [
+        f"{module} -> {other}"
+        for module, others in GRAPH.items()
+        for other in others
+        if room_of(module) != room_of(other) and LAYER[room_of(other)] >= LAYER[room_of(module)]
+    ]
     assert not upwards
 
 
@@ -93,15 +100,28 @@ def test_there_is_no_circle():
 
 
 def test_the_library_depends_on_no_script():
-    scripts = {path.stem for path in (*ROOT.glob("*.py"), *(ROOT / "examples/glm4_dpo").glob("*.py"),
-                                      *(ROOT / "scripts").rglob("*.py"))}
+    scripts = {
+        path.stem
+        for path in (
+            *ROOT.glob("*.py"),
+            *(ROOT / "examples/glm4_dpo").glob("*.py"),
+            *(ROOT / "scripts").rglob("*.py"),
+        )
+    }
     for path in FILES:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else \
-                [node.module] if isinstance(node, ast.ImportFrom) else []
+            names = (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
             assert not scripts & {name.split(".")[0] for name in names}, path
-            assert not (isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.path"), f"{path} edits sys.path"
+            assert not (isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.path"), (
+                f"{path} edits sys.path"
+            )
 
 
 def test_no_two_files_share_a_name():
@@ -118,8 +138,11 @@ def test_no_two_functions_or_classes_share_a_name():
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
                 found[node.name].append(module)
-    shared = {name: modules for name, modules in found.items()
-              if len(modules) > 1 and name not in PER_SCRIPT | PER_STAND_IN}
+    shared = {
+        name: modules
+        for name, modules in found.items()
+        if len(modules) > 1 and name not in PER_SCRIPT | PER_STAND_IN
+    }
     assert not shared
 
 
@@ -134,7 +157,12 @@ def test_files_and_functions_are_of_a_readable_size(path):
 
 
 def test_the_newcomer_reads_at_most_500_lines():
-    read = ("README.md", "mindrlhf/losses.py", "mindrlhf/data/features.py", "examples/glm4_dpo/run_dpo.py")
+    read = (
+        "README.md",
+        "mindrlhf/losses.py",
+        "mindrlhf/data/features.py",
+        "examples/glm4_dpo/run_dpo.py",
+    )
     assert sum((ROOT / name).read_text(encoding="utf-8").count("\n") for name in read) <= 500
 
 

@@ -1,4 +1,5 @@
 """The check of a machine: it passes on this one, and fails where something is wrong."""
+
 import json
 import re
 import subprocess
@@ -39,7 +40,9 @@ def test_it_passes_here_in_the_settings_of_the_tiny_model(capsys, monkeypatch):
     assert status == 0, "\n".join(lines)
     assert lines[-1].startswith("PASS after")
     assert len([line for line in lines if line.startswith("  pass")]) == 1 + 2 * 12
-    found = re.findall(r"log-probs of 16 answers +off by (\S+) nats \(allowed: 0.0003\)", "\n".join(lines))
+    found = re.findall(
+        r"log-probs of 16 answers +off by (\S+) nats \(allowed: 0.0003\)", "\n".join(lines)
+    )
     assert len(found) == 2
     assert all(0 < float(number) < 3e-4 for number in found)
 
@@ -54,8 +57,11 @@ def test_a_mask_that_hides_nothing_fails(capsys, monkeypatch):
     monkeypatch.setattr(Glm4DPO, "attention_mask", hide_nothing)
     lines, status = run(capsys, monkeypatch)
     assert status == 1
-    assert failed(lines) == ["PyTorch's log-probs of 16 answers", "attention does not see what comes later",
-                             "attention does not see another pair of the row"]
+    assert failed(lines) == [
+        "PyTorch's log-probs of 16 answers",
+        "attention does not see what comes later",
+        "attention does not see another pair of the row",
+    ]
     assert lines[-1].startswith("FAIL after")
 
 
@@ -78,21 +84,32 @@ def test_wrong_weights_fail(capsys, monkeypatch):
 def test_lora_in_another_type_than_the_yaml_says_fails(capsys, monkeypatch, tmp_path, fault):
     """MindFormers 1.3.0 takes float16 for adapters and the products that they are added to unless it is told."""
     from mindrlhf.models.glm4 import lora
+
     add = lora.add_adapters
     if fault == "float16":
-        monkeypatch.setattr(lora, "add_adapters", lambda network, section, **options: add(
-            network, section, **{**options, "compute_dtype": "float16"}))
+        monkeypatch.setattr(
+            lora,
+            "add_adapters",
+            lambda network, section, **options: add(
+                network, section, **{**options, "compute_dtype": "float16"}
+            ),
+        )
     else:
         monkeypatch.setattr(Glm4DPO, "attention_mask", hide_nothing)
     report, way = check.Checklist(), check.PRECISIONS["CPU"][0]
     weights_file, numbers = check.convert(tmp_path)
     tokenizer, expected = Glm4Tokenizer(GOLDEN / "tokenizer.model"), check.recorded()
     settings = check.golden_settings(way, "finetune", "CPU", tokenizer, numbers)
-    check.check_lora(report, way, settings, weights_file, expected, expected.logps, tokenizer.pad_id)
+    check.check_lora(
+        report, way, settings, weights_file, expected, expected.logps, tokenizer.pad_id
+    )
     assert not report.passed
     wrong = failed(capsys.readouterr().out.splitlines())
-    assert wrong[0] == ("LoRA: adapters float32, products as in the YAML" if fault == "float16" else
-                        "LoRA: a first step's loss is ln 2")
+    assert wrong[0] == (
+        "LoRA: adapters float32, products as in the YAML"
+        if fault == "float16"
+        else "LoRA: a first step's loss is ln 2"
+    )
 
 
 def test_two_workers_rehearse_the_commands(capsys, monkeypatch, tmp_path):
@@ -119,10 +136,14 @@ def test_two_workers_rehearse_the_commands(capsys, monkeypatch, tmp_path):
 
 
 def test_what_an_npu_computes_is_what_9b_computes():
-    numbers = model_config.parse_hf_config(json.loads((check.CASE / "hf_glm/config.json").read_text()), "config.json")
+    numbers = model_config.parse_hf_config(
+        json.loads((check.CASE / "hf_glm/config.json").read_text()), "config.json"
+    )
     tokenizer = Glm4Tokenizer(GOLDEN / "tokenizer.model")
     for mode, kept in (("preprocess", "bfloat16"), ("finetune", "float32")):
-        settings = check.golden_settings(check.PRECISIONS["Ascend"][1], mode, "Ascend", tokenizer, numbers)
+        settings = check.golden_settings(
+            check.PRECISIONS["Ascend"][1], mode, "Ascend", tokenizer, numbers
+        )
         model = settings["model"]["model_config"]
         assert model["compute_dtype"] == "bfloat16"
         assert model["param_init_type"] == kept

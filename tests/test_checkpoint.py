@@ -27,8 +27,11 @@ def items(arrays, dtype="F32"):
 
 def small():
     """Three tensors, one of one element, one without dimensions."""
-    return {"b.weight": np.arange(12, dtype=np.float32).reshape(3, 4), "a.bias": np.array([-1.5], np.float32),
-            "scale": np.array(3.25, np.float32)}
+    return {
+        "b.weight": np.arange(12, dtype=np.float32).reshape(3, 4),
+        "a.bias": np.array([-1.5], np.float32),
+        "scale": np.array(3.25, np.float32),
+    }
 
 
 def one_line(error):
@@ -44,11 +47,13 @@ def rewrite(path, content):
 
 # formats
 
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
 def test_mindspore_reads_what_is_written(tmp_path, monkeypatch, suffix, dtype):
     """Also where a tensor takes several records of a .ckpt: 12 elements of 2 or 4 bytes in records of 16."""
     import mindspore as ms
+
     monkeypatch.setattr(containers, "RECORD", 16)
     path = tmp_path / f"x{suffix}"
     stored = {name: tensors.round_to(array, dtype) for name, array in small().items()}
@@ -57,20 +62,31 @@ def test_mindspore_reads_what_is_written(tmp_path, monkeypatch, suffix, dtype):
     assert sorted(read) == sorted(stored)
     for name, array in small().items():  # the values are exact in each dtype
         assert np.array_equal(read[name].asnumpy().astype(np.float32), array)
-        assert str(read[name].dtype) == {"F32": "Float32", "F16": "Float16", "BF16": "BFloat16"}[dtype]
+        assert (
+            str(read[name].dtype) == {"F32": "Float32", "F16": "Float16", "BF16": "BFloat16"}[dtype]
+        )
 
 
 @pytest.mark.parametrize("options", [{}, {"crc_check": True}])
 def test_reads_what_mindspore_wrote(tmp_path, options):
     """840 kB: more than one of MindSpore's records of 512 KiB."""
     import mindspore as ms
+
     array = np.random.default_rng(0).normal(size=(700, 300)).astype(np.float32)
-    values = {"big": ms.Tensor(array), "half": ms.Tensor(array[:3], ms.float16),
-              "brain": ms.Tensor(array[:3], ms.bfloat16), "step_num": ms.Tensor(7, ms.int32),
-              "flag": ms.Tensor([True, False])}
+    values = {
+        "big": ms.Tensor(array),
+        "half": ms.Tensor(array[:3], ms.float16),
+        "brain": ms.Tensor(array[:3], ms.bfloat16),
+        "step_num": ms.Tensor(7, ms.int32),
+        "flag": ms.Tensor([True, False]),
+    }
     path = tmp_path / "m.ckpt"
-    ms.save_checkpoint([{"name": name, "data": value} for name, value in values.items()], str(path),
-                       append_dict={"epoch": 3, "note": "text"}, **options)
+    ms.save_checkpoint(
+        [{"name": name, "data": value} for name, value in values.items()],
+        str(path),
+        append_dict={"epoch": 3, "note": "text"},
+        **options,
+    )
     read = containers.open_tensors(path)
     assert np.array_equal(read["big"].array(), array)
     assert np.array_equal(read["half"].array(), array[:3].astype(np.float16))
@@ -97,16 +113,27 @@ def test_empty_tensors_and_many_pieces_survive(tmp_path, monkeypatch):
 
 # precisions
 
+
 def test_bfloat16_rounds_to_nearest_and_ties_to_even():
     """A bfloat16 near 1 has steps of 2**-7: 1 + 2**-8 lies halfway, the even neighbour is 1; 1 + 3 * 2**-8
     goes up."""
-    step = 2.0 ** -7
-    pairs = [(1.0, 1.0), (1 + step / 2, 1.0), (1 + 3 * step / 2, 1 + 2 * step), (1 + 0.51 * step, 1 + step),
-             (-0.0, -0.0), (np.inf, np.inf), (3.4e38, np.inf), (1e-45, 0.0)]
+    step = 2.0**-7
+    pairs = [
+        (1.0, 1.0),
+        (1 + step / 2, 1.0),
+        (1 + 3 * step / 2, 1 + 2 * step),
+        (1 + 0.51 * step, 1 + step),
+        (-0.0, -0.0),
+        (np.inf, np.inf),
+        (3.4e38, np.inf),
+        (1e-45, 0.0),
+    ]
     values, wanted = np.array(pairs, np.float32).T
     found = tensors.to_float32(tensors.round_to(np.ascontiguousarray(values), "BF16"), "BF16")
     assert found.tobytes() == np.ascontiguousarray(wanted).tobytes()
-    assert np.isnan(tensors.to_float32(tensors.round_to(np.array([np.nan], np.float32), "BF16"), "BF16")).all()
+    assert np.isnan(
+        tensors.to_float32(tensors.round_to(np.array([np.nan], np.float32), "BF16"), "BF16")
+    ).all()
 
 
 def test_all_values_of_16_bits_convert_as_numpy_converts_them():
@@ -120,17 +147,20 @@ def test_all_values_of_16_bits_convert_as_numpy_converts_them():
     assert found.dtype == np.float16
     assert np.array_equal(found, wanted, equal_nan=True)
     assert np.array_equal(np.signbit(found), np.signbit(wanted))
-    assert np.array_equal(tensors.convert_dtype(every.view(np.float16), "F16", "F32"), half, equal_nan=True)
+    assert np.array_equal(
+        tensors.convert_dtype(every.view(np.float16), "F16", "F32"), half, equal_nan=True
+    )
     back = tensors.to_float32(tensors.convert_dtype(every.view(np.float16), "F16", "BF16"), "BF16")
     good = np.isfinite(half)
     off = np.abs(back[good] - half[good])
-    assert (off <= np.abs(half[good]) * 2.0 ** -8 + 1e-30).all()  # half a step of 8 bits
+    assert (off <= np.abs(half[good]) * 2.0**-8 + 1e-30).all()  # half a step of 8 bits
     assert np.array_equal(np.isnan(back), np.isnan(half))
     assert np.array_equal(tensors.is_finite(every, "BF16"), np.isfinite(brain))
     assert np.array_equal(tensors.is_finite(every.view(np.float16), "F16"), good)
 
 
 # identity
+
 
 def test_fingerprint_is_what_its_documentation_says(tmp_path, monkeypatch):
     monkeypatch.setattr(tensors, "PIECE", 8)
@@ -148,19 +178,31 @@ def test_fingerprint_is_what_its_documentation_says(tmp_path, monkeypatch):
         sha(b"b.weight F32 [3, 4]\n" + xxh(array[:8]) + xxh(array[8:])),
         sha(b"scale F32 []\n" + xxh(np.float32(3.25))),
     ]
-    assert fingerprints.fingerprint(containers.open_tensors(tmp_path / "x.ckpt")) == sha(b"".join(parts)).hex()
+    assert (
+        fingerprints.fingerprint(containers.open_tensors(tmp_path / "x.ckpt"))
+        == sha(b"".join(parts)).hex()
+    )
 
 
 def test_fingerprint_does_not_depend_on_files(tmp_path):
     arrays = small()
-    written = {containers.write_tensors(tmp_path / f"x{suffix}", items(arrays)) for suffix in SUFFIXES}
-    written |= {containers.write_tensors(tmp_path / "reordered.ckpt", items(dict(reversed(arrays.items()))))}
+    written = {
+        containers.write_tensors(tmp_path / f"x{suffix}", items(arrays)) for suffix in SUFFIXES
+    }
+    written |= {
+        containers.write_tensors(tmp_path / "reordered.ckpt", items(dict(reversed(arrays.items()))))
+    }
     for number, name in enumerate(arrays):
-        containers.write_tensors(tmp_path / f"shard_{number}.safetensors", items({name: arrays[name]}))
+        containers.write_tensors(
+            tmp_path / f"shard_{number}.safetensors", items({name: arrays[name]})
+        )
     shards = {}
     for number in range(len(arrays)):
         shards |= containers.open_tensors(tmp_path / f"shard_{number}.safetensors")
-    read = {fingerprints.fingerprint(containers.open_tensors(tmp_path / f"x{suffix}")) for suffix in SUFFIXES}
+    read = {
+        fingerprints.fingerprint(containers.open_tensors(tmp_path / f"x{suffix}"))
+        for suffix in SUFFIXES
+    }
     assert len(written | read | {fingerprints.fingerprint(shards)}) == 1
 
 
@@ -179,6 +221,7 @@ def test_fingerprint_depends_on_names_shapes_and_values(tmp_path, change):
 
 # writing
 
+
 def test_an_interrupted_write_leaves_nothing(tmp_path):
     def fail():
         yield np.zeros(1, np.float32)
@@ -186,7 +229,9 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
 
     for suffix in SUFFIXES:
         with pytest.raises(KeyboardInterrupt):
-            containers.write_tensors(tmp_path / f"x{suffix}", [*items(small()), ("late", "F32", (1,), fail)])
+            containers.write_tensors(
+                tmp_path / f"x{suffix}", [*items(small()), ("late", "F32", (1,), fail)]
+            )
     with (
         pytest.raises(UserError, match="cannot be written"),
         files.atomic_folder(tmp_path / "folder") as folder,
@@ -198,7 +243,9 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
 def test_pieces_that_do_not_fill_the_shape_are_an_error(tmp_path):
     for pieces in ([], [np.zeros(2, np.float32)], [np.zeros(3, np.float32)] * 2):
         with pytest.raises(ValueError, match="piece"):
-            containers.write_tensors(tmp_path / "x.ckpt", [("a", "F32", (3,), lambda pieces=pieces: pieces)])
+            containers.write_tensors(
+                tmp_path / "x.ckpt", [("a", "F32", (3,), lambda pieces=pieces: pieces)]
+            )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -207,10 +254,13 @@ def test_leftovers_of_dead_processes_go_and_of_living_ones_stay(tmp_path):
     dead.wait()
     temporary = files._temporary(tmp_path / "x.ckpt")
     for number in (dead.pid, os.getppid()):
-        temporary.with_name(temporary.name.replace(str(os.getpid()), str(number))).write_text("left")
+        temporary.with_name(temporary.name.replace(str(os.getpid()), str(number))).write_text(
+            "left"
+        )
     containers.write_tensors(tmp_path / "x.ckpt", items(small()))
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        ["x.ckpt", temporary.name.replace(str(os.getpid()), str(os.getppid()))])
+        ["x.ckpt", temporary.name.replace(str(os.getpid()), str(os.getppid()))]
+    )
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -245,9 +295,15 @@ def test_wrong_places_are_refused(tmp_path):
         files.require_space(tmp_path / "new" / "x.ckpt", 1 << 60)
 
 
-@pytest.mark.parametrize(("text", "said"), [
-    ("[1]", "holds a list"), ("{", "not JSON"), ('{"a": 1, "b": {"c": 1, "c": 2}}', "'c' stands twice"),
-    ("[" * 100_000, "not JSON")])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[1]", "holds a list"),
+        ("{", "not JSON"),
+        ('{"a": 1, "b": {"c": 1, "c": 2}}', "'c' stands twice"),
+        ("[" * 100_000, "not JSON"),
+    ],
+)
 def test_json_must_be_an_object_without_doubts(tmp_path, text, said):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(UserError, match=said):
@@ -255,6 +311,7 @@ def test_json_must_be_an_object_without_doubts(tmp_path, text, said):
 
 
 # damage
+
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_file_cut_anywhere_never_gives_other_values(tmp_path, suffix):
@@ -290,7 +347,10 @@ def _mutate(content, places, choose):
             content.insert(place, choose.choice((0, 255, *b'0123456789{}[],":FB')))
         else:
             other = choose.choice(places)
-            content[place], content[other % len(content)] = content[other % len(content)], content[place]
+            content[place], content[other % len(content)] = (
+                content[other % len(content)],
+                content[place],
+            )
     return bytes(content)
 
 
@@ -302,7 +362,9 @@ def test_2000_damaged_headers_never_give_other_values(tmp_path, suffix):
     whole, original = path.read_bytes(), containers.open_tensors(path)
     spans = [span for tensor in original.values() for span in tensor.spans]
     places = [
-        place for place in range(len(whole)) if not any(0 <= place - offset < size for offset, size in spans)
+        place
+        for place in range(len(whole))
+        if not any(0 <= place - offset < size for offset, size in spans)
     ]
     refused = 0
     for _ in range(2000):
@@ -331,8 +393,10 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path):
 
 # loading
 
+
 def test_loading_is_strict_and_changes_nothing_where_it_fails(tmp_path):
     import mindspore as ms
+
     network = ms.nn.Dense(2, 3)
     before = network.weight.asnumpy().copy()
     good = {"weight": np.ones((3, 2), np.float32), "bias": np.full(3, 2, np.float32)}
@@ -340,7 +404,10 @@ def test_loading_is_strict_and_changes_nothing_where_it_fails(tmp_path):
     for change, said in (
         ({"bias": None}, "missing: bias"),
         ({"step_num": np.ones(1, np.float32)}, "not in the model: step_num"),
-        ({"weight": np.ones((2, 3), np.float32)}, r"of another shape: weight \(\[2, 3\] in the file"),
+        (
+            {"weight": np.ones((2, 3), np.float32)},
+            r"of another shape: weight \(\[2, 3\] in the file",
+        ),
     ):
         arrays = {name: array for name, array in {**good, **change}.items() if array is not None}
         containers.write_tensors(path, items(arrays))

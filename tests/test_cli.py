@@ -1,4 +1,5 @@
 """What all commands share: imports, help, README commands, errors of one line."""
+
 import importlib
 import re
 import shlex
@@ -11,17 +12,40 @@ from conftest import EXAMPLE, ROOT, assert_one_error, run_script
 from mindrlhf import cli
 from mindrlhf.cli import UserError
 
-COMMANDS = {"convert_weight.py": "convert_weight", "transform_checkpoint.py": "transform_checkpoint",
-            "dpo_preprocess_glm4_parallel.py": "dpo_preprocess_glm4_parallel", "run_dpo.py": "run_dpo",
-            "make_tiny_glm4.py": "make_tiny_glm4"}
+COMMANDS = {
+    "convert_weight.py": "convert_weight",
+    "transform_checkpoint.py": "transform_checkpoint",
+    "dpo_preprocess_glm4_parallel.py": "dpo_preprocess_glm4_parallel",
+    "run_dpo.py": "run_dpo",
+    "make_tiny_glm4.py": "make_tiny_glm4",
+}
 DOCUMENTS = ["README.md", "README_CN.md", "examples/glm4_dpo/README.md"]
-MODULES = sorted(str(path.relative_to(ROOT)).removesuffix(".py").replace("/", ".").removesuffix(".__init__")
-                 for path in (ROOT / "mindrlhf").rglob("*.py"))
-WITHOUT_MINDSPORE = ["mindrlhf.cli", "mindrlhf.config", "mindrlhf.checkpoints.containers", "mindrlhf.checkpoints.strict",
-                     "mindrlhf.models.glm4.weight_names", "mindrlhf.models.glm4.load", "mindrlhf.models.glm4.tiny",
-                     "mindrlhf.models.glm4.template", "mindrlhf.models.glm4.tokenizer", "mindrlhf.data.preference",
-                     "mindrlhf.data.features", "mindrlhf.data.packing", "mindrlhf.data.mindrecord", "mindrlhf.data.dataset",
-                     "mindrlhf.data.reference", "mindrlhf.data.preprocess", "mindrlhf.training.metrics", "mindrlhf.inference.generate", "convert_weight", "transform_checkpoint"]
+MODULES = sorted(
+    str(path.relative_to(ROOT)).removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+    for path in (ROOT / "mindrlhf").rglob("*.py")
+)
+WITHOUT_MINDSPORE = [
+    "mindrlhf.cli",
+    "mindrlhf.config",
+    "mindrlhf.checkpoints.containers",
+    "mindrlhf.checkpoints.strict",
+    "mindrlhf.models.glm4.weight_names",
+    "mindrlhf.models.glm4.load",
+    "mindrlhf.models.glm4.tiny",
+    "mindrlhf.models.glm4.template",
+    "mindrlhf.models.glm4.tokenizer",
+    "mindrlhf.data.preference",
+    "mindrlhf.data.features",
+    "mindrlhf.data.packing",
+    "mindrlhf.data.mindrecord",
+    "mindrlhf.data.dataset",
+    "mindrlhf.data.reference",
+    "mindrlhf.data.preprocess",
+    "mindrlhf.training.metrics",
+    "mindrlhf.inference.generate",
+    "convert_weight",
+    "transform_checkpoint",
+]
 
 
 @pytest.mark.parametrize("name", [*MODULES, *COMMANDS.values()])
@@ -30,9 +54,15 @@ def test_every_module_imports_and_says_what_it_is(name):
 
 
 def test_plain_modules_import_without_mindspore():
-    code = ("import sys; sys.modules['mindspore'] = sys.modules['mindformers'] = None; sys.path[:0] = sys.argv[1:3]; "
-            "import importlib; [importlib.import_module(name) for name in sys.argv[3:]]")
-    subprocess.run([sys.executable, "-c", code, str(ROOT), str(EXAMPLE), *WITHOUT_MINDSPORE], check=True, timeout=60)
+    code = (
+        "import sys; sys.modules['mindspore'] = sys.modules['mindformers'] = None; sys.path[:0] = sys.argv[1:3]; "
+        "import importlib; [importlib.import_module(name) for name in sys.argv[3:]]"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, str(ROOT), str(EXAMPLE), *WITHOUT_MINDSPORE],
+        check=True,
+        timeout=60,
+    )
 
 
 @pytest.mark.parametrize("name", COMMANDS.values())
@@ -41,7 +71,7 @@ def test_help_has_an_example_that_parses(name, capsys):
     with pytest.raises(SystemExit):
         parser.parse_args(["--help"])
     text = capsys.readouterr().out
-    example = text[text.index("example:"):].removeprefix("example:")
+    example = text[text.index("example:") :].removeprefix("example:")
     lines = commands(example)
     assert lines
     for script, arguments in lines:
@@ -69,8 +99,12 @@ def commands(text):
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_commands_of_the_documents_parse(document):
     lines = commands((ROOT / document).read_text(encoding="utf-8"))
-    assert {"convert_weight.py", "transform_checkpoint.py", "dpo_preprocess_glm4_parallel.py", "run_dpo.py"} <= {
-        script for script, _ in lines}
+    assert {
+        "convert_weight.py",
+        "transform_checkpoint.py",
+        "dpo_preprocess_glm4_parallel.py",
+        "run_dpo.py",
+    } <= {script for script, _ in lines}
     for script, arguments in lines:
         importlib.import_module(COMMANDS[script]).parser().parse_args(arguments)
 
@@ -84,39 +118,64 @@ def test_files_that_the_documents_name_are_there(document):
 
 
 def test_both_readmes_have_the_same_commands():
-    english, chinese = (commands((ROOT / name).read_text(encoding="utf-8")) for name in DOCUMENTS[:2])
+    english, chinese = (
+        commands((ROOT / name).read_text(encoding="utf-8")) for name in DOCUMENTS[:2]
+    )
     assert english == chinese
 
 
-@pytest.mark.parametrize(("arguments", "part"), [
-    (["--confi", "x"], "arguments"), (["--config", "x", "--predict"], "unrecognized arguments: --predict"),
-    (["--config", "x", "--auto_trans_ckpt", "maybe"], "expected True or False, got 'maybe'"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--confi", "x"], "arguments"),
+        (["--config", "x", "--predict"], "unrecognized arguments: --predict"),
+        (["--config", "x", "--auto_trans_ckpt", "maybe"], "expected True or False, got 'maybe'"),
+    ],
+)
 def test_wrong_options_end_in_one_line(arguments, part):
     assert_one_error(run_script(EXAMPLE / "run_dpo.py", *arguments), part)
 
 
 def test_convert_refuses_an_unknown_dtype():
-    result = run_script(ROOT / "convert_weight.py", "--model", "glm-n", "--input_path", ".", "--output_path", "x.ckpt",
-                        "--dtype", "int4")
+    result = run_script(
+        ROOT / "convert_weight.py",
+        "--model",
+        "glm-n",
+        "--input_path",
+        ".",
+        "--output_path",
+        "x.ckpt",
+        "--dtype",
+        "int4",
+    )
     assert_one_error(result, "invalid choice: 'int4'")
 
 
 def test_booleans_are_real():
-    assert [cli.boolean(text) for text in ("True", "false", "1", "no")] == [True, False, True, False]
+    assert [cli.boolean(text) for text in ("True", "false", "1", "no")] == [
+        True,
+        False,
+        True,
+        False,
+    ]
     with pytest.raises(Exception, match="got '2'"):
         cli.boolean("2")
 
 
 def test_existing_file_says_what_is_wrong(tmp_path):
     (tmp_path / "empty").touch()
-    for path, part in ((tmp_path, "is a folder"), (tmp_path / "none", "no such file"), (tmp_path / "empty", "is empty")):
+    for path, part in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "none", "no such file"),
+        (tmp_path / "empty", "is empty"),
+    ):
         with pytest.raises(UserError, match=part):
             cli.existing_file(path, "a thing")
 
 
 def test_predict_needs_text_that_fits(golden):
     import run_dpo
+
     base = ["--config", str(golden.predict), "--vocab_file", str(golden.tokenizer)]
     with pytest.raises(UserError, match="needs --predict_data"):
         run_dpo.main(base)

@@ -26,14 +26,29 @@ def test_every_yaml_is_valid(path):
 
 def test_both_sets_of_yaml_are_there():
     assert {path.name for path in YAMLS} >= {
-        f"{command}_glm4_{size}.yaml" for command in ("process", "finetune", "predict") for size in ("9b", "tiny")}
+        f"{command}_glm4_{size}.yaml"
+        for command in ("process", "finetune", "predict")
+        for size in ("9b", "tiny")
+    }
 
 
 def test_9b_numbers_are_those_of_the_published_model():
     """config.json of glm-4-9b-chat: 40 layers, hidden 4096, ffn 13696, 32 heads, 2 groups, 151552 ids, eps 1.5625e-07."""
     model = load(EXAMPLE / "finetune_glm4_9b.yaml")["model"]["model_config"]
-    found = [model[key] for key in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels",
-                                    "multi_query_group_num", "padded_vocab_size", "layernorm_epsilon", "rope_ratio")]
+    found = [
+        model[key]
+        for key in (
+            "num_layers",
+            "hidden_size",
+            "ffn_hidden_size",
+            "num_attention_heads",
+            "kv_channels",
+            "multi_query_group_num",
+            "padded_vocab_size",
+            "layernorm_epsilon",
+            "rope_ratio",
+        )
+    ]
     assert found == [40, 4096, 13696, 32, 128, 2, 151552, 1.5625e-07, 500]
 
 
@@ -52,26 +67,52 @@ def test_overlay_in_another_folder_changes_single_keys(tmp_path):
 def test_overrides_win_and_none_leaves_the_yaml(tmp_path):
     path = overlay(tmp_path, "output_dir: here")
     assert load(path, overrides={"output_dir": None})["output_dir"] == "here"
-    assert load(path, overrides={"model.model_config.seq_length": 64})["model"]["model_config"]["seq_length"] == 64
+    assert (
+        load(path, overrides={"model.model_config.seq_length": 64})["model"]["model_config"][
+            "seq_length"
+        ]
+        == 64
+    )
 
 
-@pytest.mark.parametrize(("text", "parts"), [
-    ("optimiser: {}", ["optimiser: unknown key; did you mean optimizer?"]),
-    ("optimizer: {learning_rte: 1}", ["optimizer.learning_rte: unknown key"]),
-    ("model: {model_config: {num_layer: 2}}", ["model.model_config.num_layer: unknown key; did you mean num_layers?"]),
-    ("use_parallel: True", ["use_parallel: unknown key; it follows from the number of workers"]),
-    ("callbacks: [{type: DPOMonitor, every: 2}]", ["callbacks", "DPOMonitor.every: unknown key"]),
-    ("callbacks: [{type: Elsewhere}]", ["callbacks", "not Elsewhere"]),
-    ("dpo: {beta: 0}", ["dpo.beta: a number above 0 expected, got 0"]),
-    ("dpo: {beta: '0.1'}", ["dpo.beta: a number above 0 expected, got '0.1'"]),
-    ("dpo: {check_reference: 'False'}", ["dpo.check_reference: True or False expected, got 'False'"]),
-    ("runner_config: {batch_size: '4'}", ["runner_config.batch_size: a whole number from 1 expected, got '4'"]),
-    ("runner_config: {batch_size: True}", ["runner_config.batch_size"]),
-    ("dpo: 3", ["dpo: a section expected, got 3"]),
-    ("optimizer: {betas: [0.9]}", ["optimizer.betas: a list of 2"]),
-    ("run_mode: train", ["run_mode: one of preprocess, finetune, predict expected, got 'train'"]),
-    ("dpo: {label_smoothing: 0.5}", ["dpo.label_smoothing: a number from 0, below 0.5"]),
-])
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("optimiser: {}", ["optimiser: unknown key; did you mean optimizer?"]),
+        ("optimizer: {learning_rte: 1}", ["optimizer.learning_rte: unknown key"]),
+        (
+            "model: {model_config: {num_layer: 2}}",
+            ["model.model_config.num_layer: unknown key; did you mean num_layers?"],
+        ),
+        (
+            "use_parallel: True",
+            ["use_parallel: unknown key; it follows from the number of workers"],
+        ),
+        (
+            "callbacks: [{type: DPOMonitor, every: 2}]",
+            ["callbacks", "DPOMonitor.every: unknown key"],
+        ),
+        ("callbacks: [{type: Elsewhere}]", ["callbacks", "not Elsewhere"]),
+        ("dpo: {beta: 0}", ["dpo.beta: a number above 0 expected, got 0"]),
+        ("dpo: {beta: '0.1'}", ["dpo.beta: a number above 0 expected, got '0.1'"]),
+        (
+            "dpo: {check_reference: 'False'}",
+            ["dpo.check_reference: True or False expected, got 'False'"],
+        ),
+        (
+            "runner_config: {batch_size: '4'}",
+            ["runner_config.batch_size: a whole number from 1 expected, got '4'"],
+        ),
+        ("runner_config: {batch_size: True}", ["runner_config.batch_size"]),
+        ("dpo: 3", ["dpo: a section expected, got 3"]),
+        ("optimizer: {betas: [0.9]}", ["optimizer.betas: a list of 2"]),
+        (
+            "run_mode: train",
+            ["run_mode: one of preprocess, finetune, predict expected, got 'train'"],
+        ),
+        ("dpo: {label_smoothing: 0.5}", ["dpo.label_smoothing: a number from 0, below 0.5"]),
+    ],
+)
 def test_wrong_keys_and_values_are_named(tmp_path, text, parts):
     path = overlay(tmp_path, text)
     with pytest.raises(UserError) as error:
@@ -86,20 +127,39 @@ def test_all_problems_come_at_once(tmp_path):
     assert all(part in str(error.value) for part in ("sed:", "dpo.beta:", "lr_schedule.lr:"))
 
 
-@pytest.mark.parametrize(("text", "part"), [
-    ("model: {model_config: {use_flash_attention: True, kv_channels: 24}}", "a multiple of 16 up to 512"),
-    ("model: {model_config: {use_flash_attention: True, seq_length: 40}}", "a seq_length that 16 divides"),
-    ("context: {device_target: Ascend}\nmodel: {model_config: {use_flash_attention: True}}",
-     "need compute_dtype bfloat16 or float16 on an NPU"),
-    ("context: {device_target: Ascend}\nmodel: {model_config: {use_past: True}}",
-     "need compute_dtype bfloat16 or float16 on an NPU"),
-    ("model: {model_config: {compute_dtype: bfloat16}}", "bfloat16 needs an NPU"),
-    ("model: {model_config: {multi_query_group_num: 3}}", "no multiple of multi_query_group_num"),
-    ("dpo: {loss_type: ipo, label_smoothing: 0.1}", "has no effect on loss_type ipo"),
-    ("context: {jit_config: {jit_level: O1}}\nmodel: {model_config: {use_past: True}}", "needs context.jit_config.jit_level"),
-    ("run_mode: predict", "needs model.arch.type ChatGLM2ForConditionalGeneration"),
-    ("parallel_config: {model_parallel: 2}", "model_parallel needs parallel.parallel_mode 1"),
-])
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        (
+            "model: {model_config: {use_flash_attention: True, kv_channels: 24}}",
+            "a multiple of 16 up to 512",
+        ),
+        (
+            "model: {model_config: {use_flash_attention: True, seq_length: 40}}",
+            "a seq_length that 16 divides",
+        ),
+        (
+            "context: {device_target: Ascend}\nmodel: {model_config: {use_flash_attention: True}}",
+            "need compute_dtype bfloat16 or float16 on an NPU",
+        ),
+        (
+            "context: {device_target: Ascend}\nmodel: {model_config: {use_past: True}}",
+            "need compute_dtype bfloat16 or float16 on an NPU",
+        ),
+        ("model: {model_config: {compute_dtype: bfloat16}}", "bfloat16 needs an NPU"),
+        (
+            "model: {model_config: {multi_query_group_num: 3}}",
+            "no multiple of multi_query_group_num",
+        ),
+        ("dpo: {loss_type: ipo, label_smoothing: 0.1}", "has no effect on loss_type ipo"),
+        (
+            "context: {jit_config: {jit_level: O1}}\nmodel: {model_config: {use_past: True}}",
+            "needs context.jit_config.jit_level",
+        ),
+        ("run_mode: predict", "needs model.arch.type ChatGLM2ForConditionalGeneration"),
+        ("parallel_config: {model_parallel: 2}", "model_parallel needs parallel.parallel_mode 1"),
+    ],
+)
 def test_contradictions_are_named(tmp_path, text, part):
     with pytest.raises(UserError, match=part):
         load(overlay(tmp_path, text))
@@ -112,12 +172,20 @@ def test_contradictions_come_at_once(tmp_path):
     assert all(part in str(error.value) for part in ("kv_channels", "bfloat16"))
 
 
-@pytest.mark.parametrize(("content", "part"), [
-    ("a: [1", "not YAML"), ("- 1", "keys and values expected"), ("a: 1\na: 2", ":2: not YAML ('a' stands twice)"),
-    ("x: !!python/object/apply:os.getcwd []", "not YAML"), ("", "is empty"),
-    ("base_config: overlay.yaml", "leads back to it"), ("base_config: none.yaml", "none.yaml: no such file"),
-    ("base_config: 3", "base_config is 3"), ("seed: 1", "run_mode is missing"),
-])
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ("a: [1", "not YAML"),
+        ("- 1", "keys and values expected"),
+        ("a: 1\na: 2", ":2: not YAML ('a' stands twice)"),
+        ("x: !!python/object/apply:os.getcwd []", "not YAML"),
+        ("", "is empty"),
+        ("base_config: overlay.yaml", "leads back to it"),
+        ("base_config: none.yaml", "none.yaml: no such file"),
+        ("base_config: 3", "base_config is 3"),
+        ("seed: 1", "run_mode is missing"),
+    ],
+)
 def test_broken_files_are_named(tmp_path, content, part):
     path = tmp_path / "overlay.yaml"
     path.write_text(content)
@@ -136,7 +204,9 @@ def test_plan_must_fit_the_number_of_workers():
     config.require_workers(settings, 8)
     with pytest.raises(UserError, match="= 8, but 4 worker"):
         config.require_workers(settings, 4)
-    config.require_workers(load(EXAMPLE / "finetune_glm4_tiny.yaml"), 3)  # data parallel: any number
+    config.require_workers(
+        load(EXAMPLE / "finetune_glm4_tiny.yaml"), 3
+    )  # data parallel: any number
 
 
 def test_schema_offers_nothing_that_mindformers_does_not_take():
@@ -145,13 +215,26 @@ def test_schema_offers_nothing_that_mindformers_does_not_take():
 
     from mindformers import ChatGLM2Config
     from mindformers.generation import GenerationConfig
-    known = {*inspect.signature(ChatGLM2Config.__init__).parameters, *vars(GenerationConfig()), "type"}
-    assert set(schema.SCHEMA["model"]["model_config"]) - known == {"max_decode_length"}  # PretrainedConfig's
+
+    known = {
+        *inspect.signature(ChatGLM2Config.__init__).parameters,
+        *vars(GenerationConfig()),
+        "type",
+    }
+    assert set(schema.SCHEMA["model"]["model_config"]) - known == {
+        "max_decode_length"
+    }  # PretrainedConfig's
 
 
-@pytest.mark.parametrize(("name", "jit_config"), [
-    ("process_glm4_9b", {"jit_level": "O1"}), ("finetune_glm4_9b", {"jit_level": "O1"}),
-    ("finetune_glm4_9b_lora", {"jit_level": "O1"}), ("predict_glm4_9b", {"jit_level": "O0", "infer_boost": "on"})])
+@pytest.mark.parametrize(
+    ("name", "jit_config"),
+    [
+        ("process_glm4_9b", {"jit_level": "O1"}),
+        ("finetune_glm4_9b", {"jit_level": "O1"}),
+        ("finetune_glm4_9b_lora", {"jit_level": "O1"}),
+        ("predict_glm4_9b", {"jit_level": "O0", "infer_boost": "on"}),
+    ],
+)
 def test_the_9b_yamls_state_how_their_graphs_are_compiled(name, jit_config):
     """Unset, a 910B takes jit_level O0 and MindSpore a call depth of 1000."""
     context = load(EXAMPLE / f"{name}.yaml")["context"]

@@ -1,4 +1,5 @@
 """Converting weights both ways, against the golden files' own bytes; damaged input, kills, and memory."""
+
 import json
 import os
 import random
@@ -35,7 +36,9 @@ def raw(path):
     """Tensors of a .safetensors or of a folder, read without the project's code: name -> (dtype, array)."""
     if path.is_dir():
         return {
-            name: found for each in sorted(path.glob("*.safetensors")) for name, found in raw(each).items()
+            name: found
+            for each in sorted(path.glob("*.safetensors"))
+            for name, found in raw(each).items()
         }
     content = path.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
@@ -43,7 +46,7 @@ def raw(path):
     for name, entry in header.items():
         if name != "__metadata__":
             begin, end = entry["data_offsets"]
-            array = np.frombuffer(content[start + begin:start + end], STORED[entry["dtype"]])
+            array = np.frombuffer(content[start + begin : start + end], STORED[entry["dtype"]])
             found[name] = entry["dtype"], array.reshape(entry["shape"])
     return found
 
@@ -51,21 +54,27 @@ def raw(path):
 def same(one, two):
     """Whether two dicts of (dtype, array) agree bit by bit."""
     return one.keys() == two.keys() and all(
-        one[name][0] == two[name][0] and one[name][1].shape == two[name][1].shape
-        and one[name][1].tobytes() == two[name][1].tobytes() for name in one)
+        one[name][0] == two[name][0]
+        and one[name][1].shape == two[name][1].shape
+        and one[name][1].tobytes() == two[name][1].tobytes()
+        for name in one
+    )
 
 
 def by_hand():
     """The golden model as MindFormers names it, float32: the table of shared facts written out once more."""
     source = {name: array for name, (_, array) in raw(GOLDEN / "hf_glm").items()}
-    made = {"transformer.embedding.embedding_weight": source["model.embed_tokens.weight"],
-            "transformer.encoder.final_layernorm.weight": source["model.norm.weight"],
-            "transformer.output_layer.weight": source["lm_head.weight"]}
+    made = {
+        "transformer.embedding.embedding_weight": source["model.embed_tokens.weight"],
+        "transformer.encoder.final_layernorm.weight": source["model.norm.weight"],
+        "transformer.output_layer.weight": source["lm_head.weight"],
+    }
     for n in range(3):
         ours, theirs = f"transformer.encoder.layers.{n}.", f"model.layers.{n}."
         for kind in ("weight", "bias"):
             made[f"{ours}self_attention.query_key_value.{kind}"] = np.concatenate(
-                [source[f"{theirs}self_attn.{part}_proj.{kind}"] for part in "qkv"])
+                [source[f"{theirs}self_attn.{part}_proj.{kind}"] for part in "qkv"]
+            )
         for mine, other in (
             ("self_attention.dense", "self_attn.o_proj"),
             ("mlp.dense_h_to_4h", "mlp.gate_up_proj"),
@@ -94,6 +103,7 @@ def folder(tmp_path):
 
 # both ways
 
+
 @pytest.mark.parametrize("layout", ["glm", "chatglm"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
@@ -105,7 +115,10 @@ def test_golden_forward(tmp_path, layout, dtype, suffix):
     assert found.keys() == wanted.keys()
     for name, array in wanted.items():
         assert found[name].dtype == DTYPES[dtype]
-        assert found[name].array().tobytes() == in_dtype(np.ascontiguousarray(array), DTYPES[dtype]).tobytes()
+        assert (
+            found[name].array().tobytes()
+            == in_dtype(np.ascontiguousarray(array), DTYPES[dtype]).tobytes()
+        )
     about = json.loads(sidecar.path_beside(path).read_text())
     assert about["fingerprint"] == fingerprints.fingerprint(found)
     assert (about["dtype"], about["source_layout"]) == (DTYPES[dtype], layout)
@@ -125,17 +138,20 @@ def test_golden_there_and_back_is_bit_exact(tmp_path, monkeypatch, layout, dtype
     assert same(raw(source), raw(back))
     index = json.loads((back / "model.safetensors.index.json").read_text())
     shards = sorted(back.glob("*.safetensors"))
-    assert [shard.name for shard in shards] == [f"model-{n:05d}-of-{len(shards):05d}.safetensors"
-                                                for n in range(1, len(shards) + 1)]
+    assert [shard.name for shard in shards] == [
+        f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)
+    ]
     assert len(shards) > 2
     assert index["weight_map"] == {name: shard.name for shard in shards for name in raw(shard)}
     assert index["metadata"]["total_size"] == sum(array.nbytes for _, array in raw(back).values())
     for shard in shards:
-        assert len(raw(shard)) == 1 or sum(array.nbytes for _, array in raw(shard).values()) <= 150_000
+        assert (
+            len(raw(shard)) == 1 or sum(array.nbytes for _, array in raw(shard).values()) <= 150_000
+        )
         content = shard.read_bytes()
-        assert json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"] == {
-            "format": "pt"
-        }
+        assert json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])[
+            "__metadata__"
+        ] == {"format": "pt"}
 
 
 @pytest.mark.parametrize(
@@ -146,8 +162,11 @@ def test_one_spelling_to_the_other(tmp_path, source, target, dtype):
     path = convert(GOLDEN / f"hf_{source}", tmp_path / "x.ckpt", "--dtype", "fp32")
     back = convert(path, tmp_path / "back", "--reversed", "--hf_layout", target, "--dtype", dtype)
     assert same(raw(GOLDEN / f"hf_{target}"), raw(back))
-    assert model_config.parse_hf_config(json.loads((back / "config.json").read_text()), "x") == model_config.parse_hf_config(
-        json.loads((GOLDEN / "hf_glm" / "config.json").read_text()), "x")
+    assert model_config.parse_hf_config(
+        json.loads((back / "config.json").read_text()), "x"
+    ) == model_config.parse_hf_config(
+        json.loads((GOLDEN / "hf_glm" / "config.json").read_text()), "x"
+    )
 
 
 @pytest.mark.parametrize("layout", ["glm", "chatglm"])
@@ -159,13 +178,23 @@ def test_a_trained_checkpoint_there_and_back_is_bit_exact(tmp_path, layout, dtyp
     choose = np.random.default_rng(0)
 
     def values(shape):
-        array = choose.integers(0, 1 << 8 * STORED[DTYPES[dtype]].itemsize, shape, np.uint64).astype(
-            f"u{STORED[DTYPES[dtype]].itemsize}").view(STORED[DTYPES[dtype]])
+        array = (
+            choose.integers(0, 1 << 8 * STORED[DTYPES[dtype]].itemsize, shape, np.uint64)
+            .astype(f"u{STORED[DTYPES[dtype]].itemsize}")
+            .view(STORED[DTYPES[dtype]])
+        )
         return np.where(tensors.is_finite(array, DTYPES[dtype]), array, array.dtype.type(1))
 
-    trained = {name: values(shape) for name, shape in weight_names.parameter_shapes(numbers).items()}
-    containers.write_tensors(tmp_path / "trained.ckpt", [(name, DTYPES[dtype], array.shape, lambda array=array: array)
-                                                 for name, array in trained.items()])
+    trained = {
+        name: values(shape) for name, shape in weight_names.parameter_shapes(numbers).items()
+    }
+    containers.write_tensors(
+        tmp_path / "trained.ckpt",
+        [
+            (name, DTYPES[dtype], array.shape, lambda array=array: array)
+            for name, array in trained.items()
+        ],
+    )
     shutil.copy(GOLDEN / "hf_chatglm" / "config.json", tmp_path / "config.json")
     back = convert(
         tmp_path / "trained.ckpt",
@@ -184,13 +213,15 @@ def test_a_trained_checkpoint_there_and_back_is_bit_exact(tmp_path, layout, dtyp
 
 # numbers for the way back
 
+
 def test_the_way_back_needs_numbers(tmp_path):
     path = convert(GOLDEN / "hf_glm", tmp_path / "x.ckpt")
     config = tmp_path / "config.json"
     other = json.loads((GOLDEN / "hf_chatglm" / "config.json").read_text())
     config.write_text(json.dumps({**other, "rope_ratio": 1}))
     with pytest.raises(
-        UserError, match=r"config\.json: does not describe this checkpoint: rope_ratio is 1 there, 500 in"
+        UserError,
+        match=r"config\.json: does not describe this checkpoint: rope_ratio is 1 there, 500 in",
     ):
         convert(path, tmp_path / "back", "--reversed", "--config", str(config))
     kept = sidecar.path_beside(path).rename(tmp_path / "kept.json")
@@ -200,12 +231,14 @@ def test_the_way_back_needs_numbers(tmp_path):
     convert(path, tmp_path / "one", "--reversed", "--config", str(kept))
     convert(path, tmp_path / "two", "--reversed", "--config", str(config))
     theta = [
-        json.loads((tmp_path / name / "config.json").read_text())["rope_theta"] for name in ("one", "two")
+        json.loads((tmp_path / name / "config.json").read_text())["rope_theta"]
+        for name in ("one", "two")
     ]
     assert theta == [5e6, 1e4]
     config.write_text(json.dumps({**other, "num_layers": 2}))
     with pytest.raises(
-        UserError, match=r"do not have the shapes that its numbers imply\. not in the model: transformer\.encoder\.layers\.2"
+        UserError,
+        match=r"do not have the shapes that its numbers imply\. not in the model: transformer\.encoder\.layers\.2",
     ):
         convert(path, tmp_path / "back", "--reversed", "--config", str(config))
 
@@ -224,6 +257,7 @@ def test_an_old_sidecar_does_not_outlive_its_checkpoint(tmp_path, folder):
 
 
 # values
+
 
 def set_last(folder, bits):
     """Give the last value of the first shard other bits; returns the tensor's name."""
@@ -256,13 +290,17 @@ def test_bad_values_name_their_tensor(tmp_path, folder, bits, dtype, said):
 def test_not_finite_may_pass_but_overflow_may_not(tmp_path, folder):
     name = set_last(folder, 0x7F80)
     path = convert(folder, tmp_path / "x.ckpt", "--dtype", "fp16", "--allow_nonfinite")
-    assert sum(np.isinf(tensor.float32()).sum() for tensor in containers.open_tensors(path).values()) == 1
+    assert (
+        sum(np.isinf(tensor.float32()).sum() for tensor in containers.open_tensors(path).values())
+        == 1
+    )
     set_last(folder, 0x4780)
     with pytest.raises(UserError, match=f"{name} holds 65536"):
         convert(folder, tmp_path / "x.ckpt", "--dtype", "fp16", "--allow_nonfinite")
 
 
 # bad input
+
 
 def edit_json(path, change):
     content = json.loads(path.read_text())
@@ -280,7 +318,11 @@ def edit_header(path, change):
     path.write_bytes(len(text).to_bytes(8, "little") + text + content[start:])
 
 
-INDEX, FIRST, SECOND = hf.INDEX, "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+INDEX, FIRST, SECOND = (
+    hf.INDEX,
+    "model-00001-of-00002.safetensors",
+    "model-00002-of-00002.safetensors",
+)
 EMBEDDING = "transformer.embedding.word_embeddings.weight"
 NORM = "transformer.encoder.layers.0.input_layernorm.weight"
 
@@ -292,7 +334,9 @@ def twice(folder):
 
 def twice_in_the_index(folder):
     text = (folder / INDEX).read_text()
-    (folder / INDEX).write_text(text.replace('"weight_map": {', f'"weight_map": {{"{NORM}": "{SECOND}", ', 1))
+    (folder / INDEX).write_text(
+        text.replace('"weight_map": {', f'"weight_map": {{"{NORM}": "{SECOND}", ', 1)
+    )
 
 
 def pickles(folder):
@@ -303,7 +347,8 @@ def pickles(folder):
 
 def swap_shape(folder):
     edit_header(
-        folder / FIRST, lambda header: header[EMBEDDING].update(shape=header[EMBEDDING]["shape"][::-1])
+        folder / FIRST,
+        lambda header: header[EMBEDDING].update(shape=header[EMBEDDING]["shape"][::-1]),
     )
 
 
@@ -320,9 +365,14 @@ def drop_second(folder):
 BAD = {
     "no folder": (lambda folder: shutil.rmtree(folder), "no such folder"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json: no such file"),
-    "config no json": (lambda folder: (folder / "config.json").write_text("{"), "config.json: not JSON"),
+    "config no json": (
+        lambda folder: (folder / "config.json").write_text("{"),
+        "config.json: not JSON",
+    ),
     "tied": (
-        lambda folder: edit_json(folder / "config.json", lambda c: c.update(tie_word_embeddings=True)),
+        lambda folder: edit_json(
+            folder / "config.json", lambda c: c.update(tie_word_embeddings=True)
+        ),
         "is True",
     ),
     "layers": (
@@ -337,7 +387,10 @@ BAD = {
         lambda folder: edit_json(folder / "config.json", lambda c: c.update(dtype="float16")),
         "torch_dtype 'bfloat16', dtype 'float16'",
     ),
-    "missing shard": (lambda folder: (folder / SECOND).unlink(), f"lists {SECOND}, not in the folder"),
+    "missing shard": (
+        lambda folder: (folder / SECOND).unlink(),
+        f"lists {SECOND}, not in the folder",
+    ),
     "index list": (lambda folder: (folder / INDEX).write_text("[]"), "holds a list"),
     "index empty": (lambda folder: (folder / INDEX).write_text("{}"), "has no weight_map"),
     "index leads out": (
@@ -382,13 +435,17 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, folder, case):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("options", "said"), [
-    (["--output_path", "x.bin"], "ends in .ckpt or .safetensors"),
-    (["--hf_layout", "glm", "--output_path", "x.ckpt"], "--reversed"),
-    (["--reversed", "--output_path", "x"], "is a folder"),
-    (["--output_path", f"{__file__}/x.ckpt"], "cannot be written"),
-    (["--input_path", "no.ckpt", "--reversed", "--output_path", "x"], "no.ckpt: no such file"),
-    (["--input_path", __file__, "--output_path", "x.ckpt"], "--reversed takes a file")])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--output_path", "x.bin"], "ends in .ckpt or .safetensors"),
+        (["--hf_layout", "glm", "--output_path", "x.ckpt"], "--reversed"),
+        (["--reversed", "--output_path", "x"], "is a folder"),
+        (["--output_path", f"{__file__}/x.ckpt"], "cannot be written"),
+        (["--input_path", "no.ckpt", "--reversed", "--output_path", "x"], "no.ckpt: no such file"),
+        (["--input_path", __file__, "--output_path", "x.ckpt"], "--reversed takes a file"),
+    ],
+)
 def test_wrong_use_is_one_line(tmp_path, monkeypatch, options, said):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=said) as error:
@@ -433,14 +490,23 @@ def test_2000_damaged_shards_never_give_other_values(tmp_path):
     numbers = model_config.ModelConfig(1, 4, 4, 4, 2, 1, 2, 1e-5, 1, (1,), 1)
     source, choose = tmp_path / "hf", random.Random(0)
     values = np.random.default_rng(0)
-    hf.write_hf_folder(source, numbers, "glm", "F32", [
-        (name, "F32", shape, lambda shape=shape: values.normal(size=shape).astype(np.float32))
-        for name, shape in weight_names.hf_shapes(numbers, "glm").items()])
+    hf.write_hf_folder(
+        source,
+        numbers,
+        "glm",
+        "F32",
+        [
+            (name, "F32", shape, lambda shape=shape: values.normal(size=shape).astype(np.float32))
+            for name, shape in weight_names.hf_shapes(numbers, "glm").items()
+        ],
+    )
     (source / hf.INDEX).unlink()
     (shard,) = source.glob("*.safetensors")
     whole = shard.read_bytes()
     start = 8 + int.from_bytes(whole[:8], "little")
-    wanted = {name: tensor.array().tobytes() for name, tensor in hf.read_hf_folder(source)[2].items()}
+    wanted = {
+        name: tensor.array().tobytes() for name, tensor in hf.read_hf_folder(source)[2].items()
+    }
     refused, harmless = 0, 0
     for _ in range(2000):
         content = bytearray(whole)
@@ -453,7 +519,7 @@ def test_2000_damaged_shards_never_give_other_values(tmp_path):
             elif kind == 2:
                 content[place], content[place - 1] = content[place - 1], content[place]
             else:
-                content[place:place + kind - 3] = bytes([content[place]])
+                content[place : place + kind - 3] = bytes([content[place]])
         shard.unlink()
         shard.write_bytes(content)
         try:
@@ -468,6 +534,7 @@ def test_2000_damaged_shards_never_give_other_values(tmp_path):
 
 
 # kills and memory
+
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
@@ -500,8 +567,11 @@ def test_a_kill_in_the_middle_leaves_nothing_under_the_name(tmp_path, large, kil
         "--dtype",
         "fp32",
     ]
-    process = subprocess.Popen([sys.executable, str(ROOT / "convert_weight.py"), *command], text=True,
-                               stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "convert_weight.py"), *command],
+        text=True,
+        stderr=subprocess.PIPE,
+    )
     while process.poll() is None and not any(path.stat().st_size for path in tmp_path.iterdir()):
         time.sleep(0.001)
     process.send_signal(kill)
@@ -515,7 +585,10 @@ def test_a_kill_in_the_middle_leaves_nothing_under_the_name(tmp_path, large, kil
         assert errors.splitlines() == [f"error: {target}: stopped; nothing was left there"]
         assert left == []
     convert(GOLDEN / "hf_glm", target)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.safetensors", "x.safetensors.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "x.safetensors",
+        "x.safetensors.json",
+    ]
 
 
 CHILD = """
@@ -531,8 +604,10 @@ print(memory() - before)
 
 def test_memory_does_not_grow_with_the_model(tmp_path, large):
     """430 MB in one shard to 430 MB, and back; the embedding alone has 134 MB."""
-    for target, options in (("x.ckpt", ["--input_path", large]),
-                            ("back", ["--input_path", tmp_path / "x.ckpt", "--reversed"])):
+    for target, options in (
+        ("x.ckpt", ["--input_path", large]),
+        ("back", ["--input_path", tmp_path / "x.ckpt", "--reversed"]),
+    ):
         result = subprocess.run(
             [
                 sys.executable,

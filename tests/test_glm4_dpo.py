@@ -1,4 +1,5 @@
 """Glm4DPO and MindFormers' predict network on the golden case, and the corrections without which they are wrong."""
+
 import json
 
 import mindspore as ms
@@ -56,9 +57,9 @@ def test_training_model_sees_no_other_segment(training_model):
     ids = np.random.default_rng(1).integers(0, 330, (1, SEQ_LEN)).astype(np.int32)
     segments = np.repeat([[1, 2]], SEQ_LEN // 2, axis=1).reshape(1, -1).astype(np.int32)
     before = network(ms.Tensor(ids), ms.Tensor(segments)).asnumpy()
-    ids[0, :SEQ_LEN // 2] = 5
+    ids[0, : SEQ_LEN // 2] = 5
     after = network(ms.Tensor(ids), ms.Tensor(segments)).asnumpy()
-    assert np.abs(after - before)[0, SEQ_LEN // 2:].max() == 0
+    assert np.abs(after - before)[0, SEQ_LEN // 2 :].max() == 0
 
 
 def test_predict_model_is_causal(predict_model):
@@ -75,9 +76,14 @@ def _logits(model, ids):
 def test_greedy_decoding_is_pytorchs(predict_model, expected):
     for pair in expected["pairs"]:
         prompt = pair["prompt_ids"]
-        output = predict_model.generate([prompt], max_new_tokens=16, do_sample=False, pad_token_id=316,
-                                        eos_token_id=[316, 323, 325])[0]
-        assert output[len(prompt):len(prompt) + 16].tolist() == pair["greedy_16"]
+        output = predict_model.generate(
+            [prompt],
+            max_new_tokens=16,
+            do_sample=False,
+            pad_token_id=316,
+            eos_token_id=[316, 323, 325],
+        )[0]
+        assert output[len(prompt) : len(prompt) + 16].tolist() == pair["greedy_16"]
 
 
 @pytest.mark.parametrize("stop", [316, 323, 325])
@@ -87,17 +93,24 @@ def test_generation_ends_at_each_stop_token(predict_model, stop):
     kept = weight.asnumpy()
     prompt = [318, 320, 323, 10, 65, 324]
     # a row that points along the hidden state at the last prompt position wins there
-    hidden = predict_model.transformer(input_ids=ms.Tensor(np.array([prompt + [316] * 58], np.int32))).asnumpy()[0, 5]
+    hidden = predict_model.transformer(
+        input_ids=ms.Tensor(np.array([prompt + [316] * 58], np.int32))
+    ).asnumpy()[0, 5]
     changed = kept.copy()
     changed[stop] = 100 * hidden / np.linalg.norm(hidden)
     try:
         weight.set_data(ms.Tensor(changed))
-        output = predict_model.generate([prompt], max_new_tokens=20, do_sample=False, pad_token_id=316,
-                                        eos_token_id=[316, 323, 325])[0]
+        output = predict_model.generate(
+            [prompt],
+            max_new_tokens=20,
+            do_sample=False,
+            pad_token_id=316,
+            eos_token_id=[316, 323, 325],
+        )[0]
     finally:
         weight.set_data(ms.Tensor(kept))
     assert output[len(prompt)] == stop
-    assert set(output[len(prompt) + 1:].tolist()) <= {316}  # nothing but padding
+    assert set(output[len(prompt) + 1 :].tolist()) <= {316}  # nothing but padding
 
 
 def columns(rows, ref=None, width=None):
@@ -106,21 +119,29 @@ def columns(rows, ref=None, width=None):
     result = []
     for side in ("chosen", "rejected"):
         made = [row_columns(row, side, SEQ_LEN, 316) for row in rows]
-        result += [ms.Tensor(np.stack([row[name] for row in made]))
-                   for name in ("input_ids", "labels", "loss_mask", "segment_ids")]
-        result.append(ms.Tensor(np.zeros((len(rows), width), np.float32) if ref is None else ref[side]))
+        result += [
+            ms.Tensor(np.stack([row[name] for row in made]))
+            for name in ("input_ids", "labels", "loss_mask", "segment_ids")
+        ]
+        result.append(
+            ms.Tensor(np.zeros((len(rows), width), np.float32) if ref is None else ref[side])
+        )
     pair_ids = [[*range(len(row)), *[-1] * (width - len(row))] for row in rows]
     return [*result, ms.Tensor(np.array(pair_ids, np.int32))]
 
 
 def token_pairs(expected):
-    return [TokenPair(pair["prompt_ids"], pair["chosen_ids"], pair["rejected_ids"]) for pair in expected["pairs"]]
+    return [
+        TokenPair(pair["prompt_ids"], pair["chosen_ids"], pair["rejected_ids"])
+        for pair in expected["pairs"]
+    ]
 
 
 def test_loss_and_metrics_by_hand(training_model, expected):
     """sums of a batch, from PyTorch's log-probs: against references of those + 1 and - 2, log-ratios are -1 and +2,
     rewards -0.1 and 0.2, the margin -0.3, each loss softplus(0.3) = 0.854355."""
     from mindrlhf.training import metrics
+
     pairs = token_pairs(expected)
     rows = [pairs[0:2], pairs[2:3], pairs[3:5], []]  # a row without pairs changes nothing
     places = [[0, 1], [2], [3, 4], []]
@@ -129,7 +150,9 @@ def test_loss_and_metrics_by_hand(training_model, expected):
     for side, shift in (("chosen", 1.0), ("rejected", -2.0)):
         ref[side] = np.zeros((4, width), np.float32)
         for row, place in enumerate(places):
-            ref[side][row, :len(place)] = [expected["pairs"][k][f"ref_{side}_logps"] + shift for k in place]
+            ref[side][row, : len(place)] = [
+                expected["pairs"][k][f"ref_{side}_logps"] + shift for k in place
+            ]
     tokens = sum(len(pair["chosen_ids"]) for pair in expected["pairs"][:5])
     weights = ms.Tensor(np.tile([[1 / 5, 1 / tokens]], (4, 1)), ms.float32)
     loss, sums, faulty = training_model(tuple(columns(rows, ref, width)), weights)
@@ -138,13 +161,20 @@ def test_loss_and_metrics_by_hand(training_model, expected):
     five = expected["pairs"][:5]
     nll = -sum(pair["ref_chosen_logps"] for pair in five) / tokens
     assert found["pairs"] == 5
-    assert found["tokens"] == sum(2 * len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in five)
+    assert found["tokens"] == sum(
+        2 * len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in five
+    )
     assert found["accuracy"] == 0
     for name, value, tolerance in (
-            ("dpo_loss", 0.854355, 1e-4), ("sft_loss", nll, 1e-5), ("margin", -0.3, 1e-4), ("chosen_reward", -0.1, 1e-4),
-            ("rejected_reward", 0.2, 1e-4), ("logratio_size", 1.5, 1e-3),
-            ("chosen_logps", np.mean([pair["ref_chosen_logps"] for pair in five]), 1e-3),
-            ("chosen_logps_per_token", -nll, 1e-5)):
+        ("dpo_loss", 0.854355, 1e-4),
+        ("sft_loss", nll, 1e-5),
+        ("margin", -0.3, 1e-4),
+        ("chosen_reward", -0.1, 1e-4),
+        ("rejected_reward", 0.2, 1e-4),
+        ("logratio_size", 1.5, 1e-3),
+        ("chosen_logps", np.mean([pair["ref_chosen_logps"] for pair in five]), 1e-3),
+        ("chosen_logps_per_token", -nll, 1e-5),
+    ):
         assert found[name] == pytest.approx(value, abs=tolerance), name
     assert float(loss) == pytest.approx(found["loss"], abs=1e-5)  # the YAML's sft_weight is 1
     assert found["loss"] == pytest.approx(0.854355 + nll, abs=2e-4)
@@ -152,21 +182,42 @@ def test_loss_and_metrics_by_hand(training_model, expected):
 
 # each correction, and what happens without it
 
+
 @pytest.fixture
 def small():
     """A one-layer network of MindFormers, as it comes, ready to be built again and again."""
     from mindformers import ChatGLM2Config, ChatGLM2ForConditionalGeneration
+
     config = json.loads((GOLDEN / "hf_chatglm/config.json").read_text())
 
     def build():
         ms.set_seed(1)
-        network = ChatGLM2ForConditionalGeneration(ChatGLM2Config(
-            num_layers=1, padded_vocab_size=330, hidden_size=96, ffn_hidden_size=160, kv_channels=16,
-            num_attention_heads=6, multi_query_group_num=2, seq_length=16, layernorm_epsilon=config["layernorm_epsilon"],
-            compute_dtype="float32", param_init_type="float32", rotary_dtype="float32", use_past=False,
-            use_flash_attention=False, eos_token_id=[316], pad_token_id=316))
+        network = ChatGLM2ForConditionalGeneration(
+            ChatGLM2Config(
+                num_layers=1,
+                padded_vocab_size=330,
+                hidden_size=96,
+                ffn_hidden_size=160,
+                kv_channels=16,
+                num_attention_heads=6,
+                multi_query_group_num=2,
+                seq_length=16,
+                layernorm_epsilon=config["layernorm_epsilon"],
+                compute_dtype="float32",
+                param_init_type="float32",
+                rotary_dtype="float32",
+                use_past=False,
+                use_flash_attention=False,
+                eos_token_id=[316],
+                pad_token_id=316,
+            )
+        )
         for parameter in network.get_parameters():  # large enough that attention has preferences
-            parameter.set_data(ops.normal(parameter.shape, 0.0, 0.3, seed=2) if len(parameter.shape) > 1 else parameter)
+            parameter.set_data(
+                ops.normal(parameter.shape, 0.0, 0.3, seed=2)
+                if len(parameter.shape) > 1
+                else parameter
+            )
         patches.fix_cpu(network)
         return network.set_train(False)
 
@@ -195,7 +246,9 @@ def test_without_the_cast_correction_the_encoder_lacks_one(small):
 
 def test_without_the_mask_correction_the_future_leaks(small):
     network = small()
-    network.transformer.encoder.layers[0].self_attention.core_attention.mul_mask = ops.Mul()  # as MindFormers has it
+    network.transformer.encoder.layers[
+        0
+    ].self_attention.core_attention.mul_mask = ops.Mul()  # as MindFormers has it
     earlier, _ = move_last(lambda ids: _logits(network, ids), 16)
     assert earlier > 0.1
 
@@ -209,4 +262,6 @@ def test_without_its_stand_in_argmax_has_no_kernel(small):
 
 
 def test_the_mask_is_a_float_for_plain_attention(training_model):
-    assert training_model.mask_dtype == ms.float32  # that of flash attention, uint8, is held by its stand-in
+    assert (
+        training_model.mask_dtype == ms.float32
+    )  # that of flash attention, uint8, is held by its stand-in

@@ -1,4 +1,5 @@
 """The launcher, with scripts that need no MindSpore: they print what they were given, fail, or wait."""
+
 import os
 import signal
 import subprocess
@@ -31,8 +32,15 @@ def folder(tmp_path):
 
 def start(folder, *arguments):
     environment = {**os.environ, "PYTHON": sys.executable}
-    return subprocess.Popen(["bash", str(LAUNCHER), *arguments], cwd=folder, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, env=environment, start_new_session=True)
+    return subprocess.Popen(
+        ["bash", str(LAUNCHER), *arguments],
+        cwd=folder,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        start_new_session=True,
+    )
 
 
 def launch(folder, *arguments):
@@ -46,7 +54,10 @@ def left_over(folder):
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
-            if os.readlink(f"/proc/{pid}/cwd") == str(folder) and "script.py" in open(f"/proc/{pid}/cmdline").read():
+            if (
+                os.readlink(f"/proc/{pid}/cwd") == str(folder)
+                and "script.py" in open(f"/proc/{pid}/cmdline").read()
+            ):
                 found.append(pid)
         except OSError:
             continue
@@ -63,31 +74,58 @@ def test_workers_get_ranks_and_the_first_is_shown(folder):
     status, out, _ = launch(folder, "python script.py", "3", "0", "logs", "True", "60")
     assert status == 0
     assert out.strip() == "rank 0 of 3 device 0 MS_WORKER []"
-    assert sorted(os.listdir(folder / "logs")) == ["scheduler.log", "worker_0.log", "worker_1.log", "worker_2.log"]
+    assert sorted(os.listdir(folder / "logs")) == [
+        "scheduler.log",
+        "worker_0.log",
+        "worker_1.log",
+        "worker_2.log",
+    ]
     assert (folder / "logs/worker_2.log").read_text().startswith("rank 2 of 3 device 2")
     assert not left_over(folder)
 
 
 def test_nine_arguments_number_the_workers_of_each_machine(folder):
-    both = [start(folder, "script.py", "4", "2", "127.0.0.1", "12345", node, f"logs{node}", "True", "60")
-            for node in "01"]
+    both = [
+        start(
+            folder, "script.py", "4", "2", "127.0.0.1", "12345", node, f"logs{node}", "True", "60"
+        )
+        for node in "01"
+    ]
     for node, process in enumerate(both):
         out, err = process.communicate(timeout=60)
         assert process.returncode == 0, err
         assert out.strip() == f"rank {2 * node} of 4 device 0 MS_WORKER []"
     assert sorted(os.listdir(folder / "logs0")) == ["scheduler.log", "worker_0.log", "worker_1.log"]
-    assert sorted(os.listdir(folder / "logs1")) == ["worker_2.log", "worker_3.log"]  # no scheduler there
+    assert sorted(os.listdir(folder / "logs1")) == [
+        "worker_2.log",
+        "worker_3.log",
+    ]  # no scheduler there
     assert not left_over(folder)
 
 
 def test_machines_that_were_started_otherwise_are_refused(folder):
-    both = [start(folder, "script.py --wait", workers, "2", "127.0.0.1", "12355", node, f"logs{node}", "True", "60")
-            for node, workers in (("0", "4"), ("1", "6"))]
+    both = [
+        start(
+            folder,
+            "script.py --wait",
+            workers,
+            "2",
+            "127.0.0.1",
+            "12355",
+            node,
+            f"logs{node}",
+            "True",
+            "60",
+        )
+        for node, workers in (("0", "4"), ("1", "6"))
+    ]
     for node, process in enumerate(both):
         err = process.communicate(timeout=60)[1]
         assert process.returncode == 2
-        assert (f"machine {node} stops: machine 0 was started for 4 workers on 2 machines, "
-                "machine 1 for 6 workers on 3 machines") in err
+        assert (
+            f"machine {node} stops: machine 0 was started for 4 workers on 2 machines, "
+            "machine 1 for 6 workers on 3 machines"
+        ) in err
     assert not left_over(folder)
 
 
@@ -135,27 +173,52 @@ def test_join_false_leaves_the_workers_running(folder):
         os.kill(int(pid), signal.SIGKILL)
 
 
-@pytest.mark.parametrize(("arguments", "part"), [
-    ((), "usage:"), (("a", "1", "2"), "usage:"), (("script.py", "two"), "WORKERS is 'two'"),
-    (("script.py", "0"), "from 1 to WORKERS"), (("none.py", "1"), "none.py: no such script"), (("", "1"), "usage:"),
-    (("script.py", "1", "0", "logs", "maybe", "60"), "JOIN is 'maybe'"),
-    (("script.py", "1", "2", "h", "1", "0", "logs", "True", "60"), "LOCAL_WORKERS 2"),
-    (("script.py", "4", "3", "h", "1", "0", "logs", "True", "60"), "each machine must run as many workers"),
-    (("script.py", "4", "2", "h", "1", "2", "logs", "True", "60"), "NODE_RANK 2"),
-    (("script.py", "4", "2", "h", "0", "0", "logs", "True", "60"), "PORT is 0; several machines"),
-    (("script.py 'x", "1"), "quotes"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ((), "usage:"),
+        (("a", "1", "2"), "usage:"),
+        (("script.py", "two"), "WORKERS is 'two'"),
+        (("script.py", "0"), "from 1 to WORKERS"),
+        (("none.py", "1"), "none.py: no such script"),
+        (("", "1"), "usage:"),
+        (("script.py", "1", "0", "logs", "maybe", "60"), "JOIN is 'maybe'"),
+        (("script.py", "1", "2", "h", "1", "0", "logs", "True", "60"), "LOCAL_WORKERS 2"),
+        (
+            ("script.py", "4", "3", "h", "1", "0", "logs", "True", "60"),
+            "each machine must run as many workers",
+        ),
+        (("script.py", "4", "2", "h", "1", "2", "logs", "True", "60"), "NODE_RANK 2"),
+        (
+            ("script.py", "4", "2", "h", "0", "0", "logs", "True", "60"),
+            "PORT is 0; several machines",
+        ),
+        (("script.py 'x", "1"), "quotes"),
+    ],
+)
 def test_wrong_arguments_are_named(folder, arguments, part):
     status, _, err = launch(folder, *arguments)
     assert status == 2
     assert part in err
 
 
-def test_a_process_that_leaves_the_cluster_keeps_nothing_that_mindspore_takes_it_for_one_of_it(monkeypatch):
+def test_a_process_that_leaves_the_cluster_keeps_nothing_that_mindspore_takes_it_for_one_of_it(
+    monkeypatch,
+):
     """MindSpore 2.4's UseDynamicCluster looks at MS_ROLE and at MS_SCHED_HOST."""
     from mindrlhf import cli, runtime
-    launched = {"MS_ROLE": "MS_WORKER", "MS_SCHED_HOST": "127.0.0.1", "MS_SCHED_PORT": "8118", "MS_TOPO_TIMEOUT": "600",
-                "MS_NODE_ID": "1", "MS_NODE_RANK": "0", "MS_WORKER_NUM": "2", "RANK_ID": "1", "RANK_SIZE": "2"}
+
+    launched = {
+        "MS_ROLE": "MS_WORKER",
+        "MS_SCHED_HOST": "127.0.0.1",
+        "MS_SCHED_PORT": "8118",
+        "MS_TOPO_TIMEOUT": "600",
+        "MS_NODE_ID": "1",
+        "MS_NODE_RANK": "0",
+        "MS_WORKER_NUM": "2",
+        "RANK_ID": "1",
+        "RANK_SIZE": "2",
+    }
     for name, value in launched.items():
         monkeypatch.setenv(name, value)
     runtime.leave_cluster()

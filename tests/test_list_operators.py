@@ -1,4 +1,5 @@
 """The list of operators: its document, and what scripts/list_operators.py makes of a graph. Nothing is compiled."""
+
 import importlib.util
 import re
 import sys
@@ -40,7 +41,9 @@ def test_every_operator_has_been_looked_up(rows):
     for row in rows:
         assert row.ascend != operators.UNKNOWN, row.operator
         for source in row.source.split("; "):
-            assert re.fullmatch(r"(doc|py|infer|ascend|mindspore|tests)/[\w/]+\.(yaml|py|cc|h):\d+", source), row.operator
+            assert re.fullmatch(
+                r"(doc|py|infer|ascend|mindspore|tests)/[\w/]+\.(yaml|py|cc|h):\d+", source
+            ), row.operator
 
 
 def test_unsupported_and_unclear_come_first_and_say_why(rows):
@@ -56,15 +59,19 @@ def test_graphs_and_types_are_given(rows):
 
 
 def test_a_graph_is_read():
-    assert list(operators.read_graph(GRAPH)) == [("FlashAttentionScore", "bfloat16, uint8 -> float32, bfloat16"),
-                                                 ("GetNext", "- -> int32, float32")]
+    assert list(operators.read_graph(GRAPH)) == [
+        ("FlashAttentionScore", "bfloat16, uint8 -> float32, bfloat16"),
+        ("GetNext", "- -> int32, float32"),
+    ]
 
 
 def test_a_new_operator_is_unclear_and_one_that_is_gone_is_said(rows):
     known = rows[-2:]
     kept, gone = known
-    seen = {kept.operator: operators.Use(set(kept.graphs), {*kept.types, "int8 -> int8"}),
-            "Invented": operators.Use({"train"}, {"float32 -> float32"})}
+    seen = {
+        kept.operator: operators.Use(set(kept.graphs), {*kept.types, "int8 -> int8"}),
+        "Invented": operators.Use({"train"}, {"float32 -> float32"}),
+    }
     merged = operators.merge(known, seen)
     assert [row.operator for row in merged] == ["Invented", kept.operator]
     assert merged[0].ascend == "unclear: not looked up"
@@ -86,4 +93,6 @@ def test_the_document_is_written_as_it_was_read(rows, tmp_path):
 
 def test_a_damaged_row_is_said():
     with pytest.raises(cli.UserError, match="6 cells expected.*Broken"):
-        operators.read_document(f"{operators.HEAD}\n|---|\n| Broken | train | - -> int32 | perhaps | - | - |\n")
+        operators.read_document(
+            f"{operators.HEAD}\n|---|\n| Broken | train | - -> int32 | perhaps | - | - |\n"
+        )

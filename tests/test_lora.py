@@ -1,4 +1,5 @@
 """LoRA on the golden case: what is trained, saved, merged and refused."""
+
 import mindspore as ms
 import numpy as np
 import pytest
@@ -27,7 +28,9 @@ callbacks:
 def trained(golden):
     output = golden.folder / "lora"
     config_file = write_overlay(golden.folder / "lora.yaml", "finetune", MORE)
-    result = run_script(RUN_DPO, *arguments(golden, config_file, output, more=["--eval_dataset", golden.data]))
+    result = run_script(
+        RUN_DPO, *arguments(golden, config_file, output, more=["--eval_dataset", golden.data])
+    )
     assert result.returncode == 0, result.stderr
     return output, config_file
 
@@ -48,7 +51,9 @@ def test_only_adapters_are_saved(trained, golden):
     adapters = {name: tensor for name, tensor in stored.items() if weight_names.is_adapter(name)}
     assert set(stored) - set(adapters) == {"lora_rank", "lora_alpha"}
     assert len(adapters) == 3 * 4 * 2
-    assert sum(np.prod(t.shape) for t in adapters.values()) == 3 * 4 * ((96 + 160) + (96 + 96) + (96 + 320) + (160 + 96))
+    assert sum(np.prod(t.shape) for t in adapters.values()) == 3 * 4 * (
+        (96 + 160) + (96 + 96) + (96 + 320) + (160 + 96)
+    )
     state = containers.open_tensors(trained[0] / "checkpoint/rank_0/glm4_dpo-step_00000002.ckpt")
     assert not any(weight_names.is_base_weight(name) for name in state)
 
@@ -56,7 +61,9 @@ def test_only_adapters_are_saved(trained, golden):
 def test_a_resumed_run_goes_on_as_the_unbroken_one(trained, golden, tmp_path):
     output, config_file = trained
     state = output / "checkpoint/rank_0/glm4_dpo-step_00000002.ckpt"
-    result = run_script(RUN_DPO, *arguments(golden, config_file, tmp_path, more=["--resume", state]))
+    result = run_script(
+        RUN_DPO, *arguments(golden, config_file, tmp_path, more=["--resume", state])
+    )
     assert result.returncode == 0, result.stderr
     for key in ("loss", "margin", "grad_norm", "learning_rate"):
         assert records(tmp_path)[0][key] == records(output)[2][key]
@@ -67,20 +74,33 @@ def unmerged(golden, trained):
     """The training network with its adapters loaded."""
     network = load_model(golden, "finetune").set_train(False)
     lora.add_adapters(network, LORA, compute_dtype="float32", seed=1)
-    load.load_weights(network, adapter_file(trained[0]), names=weight_names.is_adapter, training_state=True)
+    load.load_weights(
+        network, adapter_file(trained[0]), names=weight_names.is_adapter, training_state=True
+    )
     return network
 
 
 def logits(network):
     ids = ms.Tensor(np.random.default_rng(0).integers(0, 330, (1, 320)).astype(np.int32))
     mask = network.attention_mask(ms.Tensor(np.ones((1, 320), np.int32)))
-    return network.transformer.output_layer(network.transformer(input_ids=ids, full_attention_mask=mask)).asnumpy()
+    return network.transformer.output_layer(
+        network.transformer(input_ids=ids, full_attention_mask=mask)
+    ).asnumpy()
 
 
 def test_merged_and_unmerged_logits_agree(golden, trained, unmerged, tmp_path):
     import transform_checkpoint
-    transform_checkpoint.main(["--src_checkpoint", str(trained[0] / "checkpoint_network"), "--base_checkpoint",
-                               str(golden.checkpoint), "--dst_checkpoint", str(tmp_path / "merged.ckpt")])
+
+    transform_checkpoint.main(
+        [
+            "--src_checkpoint",
+            str(trained[0] / "checkpoint_network"),
+            "--base_checkpoint",
+            str(golden.checkpoint),
+            "--dst_checkpoint",
+            str(tmp_path / "merged.ckpt"),
+        ]
+    )
     network = load_model(golden, "finetune").set_train(False)
     base = logits(network)
     load.load_weights(network, tmp_path / "merged.ckpt")
@@ -91,18 +111,33 @@ def test_merged_and_unmerged_logits_agree(golden, trained, unmerged, tmp_path):
 
 def test_by_hand(golden, trained):
     """W + alpha / rank * B A, for one matrix."""
-    base, stored = containers.open_tensors(golden.checkpoint), containers.open_tensors(adapter_file(trained[0]))
+    base, stored = (
+        containers.open_tensors(golden.checkpoint),
+        containers.open_tensors(adapter_file(trained[0])),
+    )
     name = "transformer.encoder.layers.1.mlp.dense_4h_to_h"
     a, b = (stored[f"{name}.mindpet_delta_lora_{half}"].float32() for half in "ab")
     expected = base[f"{name}.weight"].float32() + 2.0 * np.einsum("or,ri->oi", b, a)
-    np.testing.assert_allclose(lora.merge_adapters(base, stored, "x")[f"{name}.weight"](), expected, atol=1e-6)
+    np.testing.assert_allclose(
+        lora.merge_adapters(base, stored, "x")[f"{name}.weight"](), expected, atol=1e-6
+    )
 
 
 def test_predict_takes_base_and_adapters(golden, trained):
-    options = ["--config", golden.predict, "--load_checkpoint", golden.checkpoint, "--vocab_file", golden.tokenizer,
-               "--predict_data", "旅行?"]
+    options = [
+        "--config",
+        golden.predict,
+        "--load_checkpoint",
+        golden.checkpoint,
+        "--vocab_file",
+        golden.tokenizer,
+        "--predict_data",
+        "旅行?",
+    ]
     plain = run_script(RUN_DPO, *options)
-    adapted = run_script(RUN_DPO, *options, "--adapter_checkpoint", trained[0] / "checkpoint_network")
+    adapted = run_script(
+        RUN_DPO, *options, "--adapter_checkpoint", trained[0] / "checkpoint_network"
+    )
     assert plain.returncode == adapted.returncode == 0, adapted.stderr
     assert plain.stdout != adapted.stdout
 
@@ -114,7 +149,9 @@ def test_only_adapters_are_trained(unmerged):
 
 def test_target_modules_are_a_choice(golden):
     network = load_model(golden, "finetune")
-    lora.add_adapters(network, {**LORA, "target_modules": ["dense"]}, compute_dtype="float32", seed=1)
+    lora.add_adapters(
+        network, {**LORA, "target_modules": ["dense"]}, compute_dtype="float32", seed=1
+    )
     names = {parameter.name for parameter in network.trainable_params()}
     assert len(names) == 3 * 2
     assert all(".self_attention.dense." in name for name in names)
@@ -122,26 +159,46 @@ def test_target_modules_are_a_choice(golden):
 
 def test_files_that_do_not_belong_together_are_refused(golden, trained, tmp_path):
     import transform_checkpoint
-    base, stored = containers.open_tensors(golden.checkpoint), containers.open_tensors(adapter_file(trained[0]))
+
+    base, stored = (
+        containers.open_tensors(golden.checkpoint),
+        containers.open_tensors(adapter_file(trained[0])),
+    )
     with pytest.raises(UserError, match="holds no adapters"):
         lora.merge_adapters(base, base, "x")
     with pytest.raises(UserError, match="does not fit the base"):
         lora.merge_adapters({}, stored, "x")
-    half = {name: tensor for name, tensor in stored.items() if not name.endswith("layers.0.mlp.dense_4h_to_h" + weight_names.LORA_B)}
+    half = {
+        name: tensor
+        for name, tensor in stored.items()
+        if not name.endswith("layers.0.mlp.dense_4h_to_h" + weight_names.LORA_B)
+    }
     with pytest.raises(UserError, match="lacks its other half"):
         lora.merge_adapters(base, half, "x")
     with pytest.raises(UserError, match="holds full weights, no adapters"):
-        transform_checkpoint.main(["--src_checkpoint", str(golden.checkpoint), "--base_checkpoint", str(golden.checkpoint),
-                                   "--dst_checkpoint", str(tmp_path / "x")])
+        transform_checkpoint.main(
+            [
+                "--src_checkpoint",
+                str(golden.checkpoint),
+                "--base_checkpoint",
+                str(golden.checkpoint),
+                "--dst_checkpoint",
+                str(tmp_path / "x"),
+            ]
+        )
 
 
 def test_one_adapter_file_says_what_the_folder_says(golden, trained, tmp_path, capsys):
     import transform_checkpoint
+
     folder, target = trained[0] / "checkpoint_network", tmp_path / "adapters.safetensors"
     transform_checkpoint.main(["--src_checkpoint", str(folder), "--dst_checkpoint", str(target)])
     assert "these are LoRA adapters alone" in capsys.readouterr().out
     base = containers.open_tensors(golden.checkpoint)
-    changed = [lora.merge_adapters(base, load.open_adapters(path), path) for path in (folder, target, adapter_file(trained[0]))]
+    changed = [
+        lora.merge_adapters(base, load.open_adapters(path), path)
+        for path in (folder, target, adapter_file(trained[0]))
+    ]
     assert len(changed[0]) == 12
     for name, make in changed[0].items():
         for other in changed[1:]:
@@ -157,7 +214,9 @@ def test_adapters_and_what_they_are_added_to_are_computed_in_the_type_of_the_yam
     assert cell.dtype == ms.float32
     x = np.random.default_rng(0).standard_normal((5, 160)).astype(np.float32)
     found = cell(ms.Tensor(x)).asnumpy()
-    np.testing.assert_allclose(found, x @ cell.weight.asnumpy().T, atol=1e-5)  # B is 0; float16 is off by 1e-3
+    np.testing.assert_allclose(
+        found, x @ cell.weight.asnumpy().T, atol=1e-5
+    )  # B is 0; float16 is off by 1e-3
 
 
 def test_adapters_start_alike_whatever_the_plan():
@@ -166,18 +225,26 @@ def test_adapters_start_alike_whatever_the_plan():
     a = lora.initial_values(name + weight_names.LORA_A, (4, 10000), 1)
     assert np.array_equal(a, lora.initial_values(name + weight_names.LORA_A, (4, 10000), 1))
     assert not np.array_equal(a, lora.initial_values(name + weight_names.LORA_A, (4, 10000), 2))
-    assert not np.array_equal(a, lora.initial_values(name.replace("0", "1") + weight_names.LORA_A, (4, 10000), 1))
+    assert not np.array_equal(
+        a, lora.initial_values(name.replace("0", "1") + weight_names.LORA_A, (4, 10000), 1)
+    )
     assert np.abs(a).max() <= 0.01
     assert a.std() == pytest.approx(0.01 / np.sqrt(3), rel=0.02)
     assert not lora.initial_values(name + weight_names.LORA_B, (10000, 4), 1).any()
 
 
-@pytest.mark.parametrize(("text", "part"), [
-    ("lora: {rank: 4}", "lora needs rank, alpha, dropout and target_modules"),
-    ("lora: {rank: 4, alpha: 8, dropout: 0.0, target_modules: []}", "names none of qkv, dense, mlp"),
-    ("lora: {rank: 0, alpha: 8, dropout: 0.0, target_modules: [qkv]}", "lora.rank"),
-    ("lora: {rank: 4, alpha: 8, dropout: 0.0, target_modules: [head]}", "lora.target_modules"),
-])
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("lora: {rank: 4}", "lora needs rank, alpha, dropout and target_modules"),
+        (
+            "lora: {rank: 4, alpha: 8, dropout: 0.0, target_modules: []}",
+            "names none of qkv, dense, mlp",
+        ),
+        ("lora: {rank: 0, alpha: 8, dropout: 0.0, target_modules: [qkv]}", "lora.rank"),
+        ("lora: {rank: 4, alpha: 8, dropout: 0.0, target_modules: [head]}", "lora.target_modules"),
+    ],
+)
 def test_settings_are_checked(tmp_path, text, part):
     path = write_overlay(tmp_path / "x.yaml", "finetune", text)
     with pytest.raises(UserError, match=part):

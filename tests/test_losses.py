@@ -29,7 +29,9 @@ def logratios(*, per_token=False):
     values = []
     for side in ("chosen", "rejected"):
         ratio = np.array(TRL[f"policy_{side}_logps"]) - np.array(TRL[f"ref_{side}_logps"])
-        values.append(ms.Tensor(ratio / np.array(TRL[f"{side}_lengths"]) if per_token else ratio, ms.float32))
+        values.append(
+            ms.Tensor(ratio / np.array(TRL[f"{side}_lengths"]) if per_token else ratio, ms.float32)
+        )
     return values
 
 
@@ -39,31 +41,51 @@ def dpo_loss(chosen, rejected, *, beta, loss_type="sigmoid", label_smoothing=0.0
 
 
 def test_an_unknown_loss_is_an_error_that_lists_the_known_ones():
-    with pytest.raises(ValueError, match="unknown loss_type 'sigmoidd'; known: sigmoid, robust, hinge, ipo"):
+    with pytest.raises(
+        ValueError, match="unknown loss_type 'sigmoidd'; known: sigmoid, robust, hinge, ipo"
+    ):
         get_loss("sigmoidd")
     expected = schema.SCHEMA["dpo"]["loss_type"]("sigmoidd")
-    assert expected == f"one of {', '.join(LOSSES)}"  # the YAML's check, which does without MindSpore, knows the same
+    assert (
+        expected == f"one of {', '.join(LOSSES)}"
+    )  # the YAML's check, which does without MindSpore, knows the same
 
 
-@pytest.mark.parametrize(("name", "options"), [
-    ("sigmoid", {}), ("hinge", {"loss_type": "hinge"}), ("ipo", {"loss_type": "ipo"}),
-    ("robust_ls0.1", {"loss_type": "robust", "label_smoothing": 0.1}), ("robust_ls0.0", {"loss_type": "robust"}),
-    ("cdpo_ls0.1 (formula from logps, older-TRL sigmoid+label_smoothing)", {"label_smoothing": 0.1}),
-])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("sigmoid", {}),
+        ("hinge", {"loss_type": "hinge"}),
+        ("ipo", {"loss_type": "ipo"}),
+        ("robust_ls0.1", {"loss_type": "robust", "label_smoothing": 0.1}),
+        ("robust_ls0.0", {"loss_type": "robust"}),
+        (
+            "cdpo_ls0.1 (formula from logps, older-TRL sigmoid+label_smoothing)",
+            {"label_smoothing": 0.1},
+        ),
+    ],
+)
 def test_losses_are_trls(name, options):
     loss = dpo_loss(*logratios(per_token=name == "ipo"), beta=BETA, **options).asnumpy()
     np.testing.assert_allclose(loss, TRL["losses"][name]["per_pair_bs1"], rtol=1e-5)
     np.testing.assert_allclose(loss.mean(), TRL["losses"][name]["batch_mean"], rtol=1e-5)
 
 
-@pytest.mark.parametrize(("options", "at_minus_1e4", "at_plus_1e4"), [
-    # beta 0.1: beta * logits = -+1000. softplus(1000) = 1000, softplus(-1000) = 0
-    ({}, 1000, 0),
-    ({"label_smoothing": 0.1}, 900, 100),  # 0.9 * 1000 and 0.1 * 1000
-    ({"loss_type": "robust", "label_smoothing": 0.1}, 1125, -125),  # 0.9 * 1000 / 0.8, -0.1 * 1000 / 0.8
-    ({"loss_type": "hinge"}, 1001, 0),
-    ({"loss_type": "ipo"}, 10005.0**2, 9995.0**2),  # (logits - 1 / 0.2)^2
-])
+@pytest.mark.parametrize(
+    ("options", "at_minus_1e4", "at_plus_1e4"),
+    [
+        # beta 0.1: beta * logits = -+1000. softplus(1000) = 1000, softplus(-1000) = 0
+        ({}, 1000, 0),
+        ({"label_smoothing": 0.1}, 900, 100),  # 0.9 * 1000 and 0.1 * 1000
+        (
+            {"loss_type": "robust", "label_smoothing": 0.1},
+            1125,
+            -125,
+        ),  # 0.9 * 1000 / 0.8, -0.1 * 1000 / 0.8
+        ({"loss_type": "hinge"}, 1001, 0),
+        ({"loss_type": "ipo"}, 10005.0**2, 9995.0**2),  # (logits - 1 / 0.2)^2
+    ],
+)
 def test_extremes_are_finite(options, at_minus_1e4, at_plus_1e4):
     def loss(chosen):
         return dpo_loss(chosen, ops.zeros_like(chosen), beta=0.1, **options)
@@ -74,13 +96,19 @@ def test_extremes_are_finite(options, at_minus_1e4, at_plus_1e4):
         assert np.isfinite(gradient.asnumpy()).all()
 
 
-@pytest.mark.parametrize(("options", "expected"), [
-    ({}, -0.1 / 2),  # -beta * sigmoid(0): were it 0, a policy that equals its reference would never move
-    ({"label_smoothing": 0.1}, -0.1 * (0.9 - 0.1) / 2),
-    ({"loss_type": "robust", "label_smoothing": 0.1}, -0.1 * (0.9 + 0.1) / 2 / 0.8),
-    ({"loss_type": "hinge"}, -0.1),
-    ({"loss_type": "ipo"}, -10.0),  # 2 * (0 - 1 / 0.2)
-])
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            {},
+            -0.1 / 2,
+        ),  # -beta * sigmoid(0): were it 0, a policy that equals its reference would never move
+        ({"label_smoothing": 0.1}, -0.1 * (0.9 - 0.1) / 2),
+        ({"loss_type": "robust", "label_smoothing": 0.1}, -0.1 * (0.9 + 0.1) / 2 / 0.8),
+        ({"loss_type": "hinge"}, -0.1),
+        ({"loss_type": "ipo"}, -10.0),  # 2 * (0 - 1 / 0.2)
+    ],
+)
 def test_gradient_where_policy_is_reference(options, expected):
     zero = ms.Tensor([0.0], ms.float32)
     gradient = ms.grad(lambda x: dpo_loss(x, ops.zeros_like(x), beta=0.1, **options))(zero)
@@ -111,11 +139,19 @@ def log_softmax(logits):
 
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("shards", [1, 3])  # 3: the form for a vocabulary spread over cards, on one
-@pytest.mark.parametrize("chunk_size", [0, 1, 4, 5, 14, 100])  # 14 positions: one, even, uneven, all, more than all
+@pytest.mark.parametrize(
+    "chunk_size", [0, 1, 4, 5, 14, 100]
+)  # 14 positions: one, even, uneven, all, more than all
 def test_sequence_logps_are_numpys_for_every_chunk_size(chunk_size, shards, trained):
     random = np.random.default_rng(0)
-    hidden, weight = random.normal(size=(2, 7, 6)).astype("f4"), random.normal(size=(11, 6)).astype("f4")
-    labels, mask = random.integers(0, 11, (2, 7)).astype("i4"), random.integers(0, 2, (2, 7)).astype("i4")
+    hidden, weight = (
+        random.normal(size=(2, 7, 6)).astype("f4"),
+        random.normal(size=(11, 6)).astype("f4"),
+    )
+    labels, mask = (
+        random.integers(0, 11, (2, 7)).astype("i4"),
+        random.integers(0, 2, (2, 7)).astype("i4"),
+    )
     segments = np.array([[1, 1, 1, 2, 2, 3, 0], [1, 1, 1, 1, 1, 1, 1]], "i4")
     mask[segments == 0] = 0
     output_layer = nn.Dense(6, 11, has_bias=False)
@@ -127,15 +163,23 @@ def test_sequence_logps_are_numpys_for_every_chunk_size(chunk_size, shards, trai
     _, logps, counts = network(*arguments)
 
     logits = hidden.astype("f8") @ weight.astype("f8").T
-    picked = np.take_along_axis(log_softmax(logits), labels[..., None].astype(int), -1)[..., 0] * mask
+    picked = (
+        np.take_along_axis(log_softmax(logits), labels[..., None].astype(int), -1)[..., 0] * mask
+    )
     expected = np.stack([(picked * (segments == k)).sum(1) for k in (1, 2, 3)], 1)
     np.testing.assert_allclose(logps.asnumpy(), expected, atol=1e-5)
-    np.testing.assert_array_equal(counts.asnumpy(), np.stack([(mask * (segments == k)).sum(1) for k in (1, 2, 3)], 1))
+    np.testing.assert_array_equal(
+        counts.asnumpy(), np.stack([(mask * (segments == k)).sum(1) for k in (1, 2, 3)], 1)
+    )
 
     # d logp / d logits = onehot - softmax, weighted by the pair's factor
     factor = np.choose(segments, [0, 1, 2, 3]) * mask
     by_logits = (np.eye(11)[labels] - np.exp(log_softmax(logits))) * factor[..., None]
-    by_hidden, (by_weight,) = ms.grad(lambda *x: network(*x)[0], 0, output_layer.trainable_params())(*arguments)
+    by_hidden, (by_weight,) = ms.grad(
+        lambda *x: network(*x)[0], 0, output_layer.trainable_params()
+    )(*arguments)
     np.testing.assert_allclose(by_hidden.asnumpy(), by_logits @ weight, atol=1e-4)
     if trained:
-        np.testing.assert_allclose(by_weight.asnumpy(), np.einsum("bsv,bsh->vh", by_logits, hidden), atol=1e-4)
+        np.testing.assert_allclose(
+            by_weight.asnumpy(), np.einsum("bsv,bsh->vh", by_logits, hidden), atol=1e-4
+        )

@@ -1,4 +1,5 @@
 """The training file: what is written is read, whole or not at all, and no row gets lost on the way to a batch."""
+
 import json
 
 import numpy as np
@@ -11,15 +12,23 @@ from mindrlhf.data.features import TokenPair
 from mindrlhf.records import COLUMNS
 
 S, P = 24, 3
-SIDECAR = {"rows": 5, "pairs_per_row": P, "seq_len": S, "pairs": {"written": 5}, "template": "t",
-           "tokenizer": {"file": "tokenizer.model", "sha256": "a" * 64},
-           "checkpoint": {"file": "model.ckpt", "fingerprint": "b" * 64}}
+SIDECAR = {
+    "rows": 5,
+    "pairs_per_row": P,
+    "seq_len": S,
+    "pairs": {"written": 5},
+    "template": "t",
+    "tokenizer": {"file": "tokenizer.model", "sha256": "a" * 64},
+    "checkpoint": {"file": "model.ckpt", "fingerprint": "b" * 64},
+}
 
 
 def rows(count=5):
     for number in range(count):
         pair = TokenPair([1, 2, 3 + number], [7, 8], [9])
-        yield mindrecord.make_row([pair], [(-1.5 - number, -2.5)], [number], seq_len=S, width=P, pad_id=0)
+        yield mindrecord.make_row(
+            [pair], [(-1.5 - number, -2.5)], [number], seq_len=S, width=P, pad_id=0
+        )
 
 
 @pytest.fixture
@@ -34,11 +43,18 @@ def test_a_row_by_hand():
     row = mindrecord.make_row(pairs, [(-1, -2), (-3, -4)], [17, 4], seq_len=6, width=3, pad_id=0)
     assert list(row) == list(COLUMNS)
     assert {name: values.tolist() for name, values in row.items()} == {
-        "chosen_input_ids": [1, 2, 3, 6, 7, 8], "chosen_labels": [2, 3, 0, 7, 8, 0], "chosen_loss_mask": [0, 1, 0, 1, 1, 0],
-        "chosen_segment_ids": [1, 1, 1, 2, 2, 2], "chosen_ref_logps": [-1, -3, 0],
-        "rejected_input_ids": [1, 2, 4, 5, 6, 9], "rejected_labels": [2, 4, 5, 0, 9, 0],
-        "rejected_loss_mask": [0, 1, 1, 0, 1, 0], "rejected_segment_ids": [1, 1, 1, 1, 2, 2],
-        "rejected_ref_logps": [-2, -4, 0], "pair_ids": [17, 4, -1]}
+        "chosen_input_ids": [1, 2, 3, 6, 7, 8],
+        "chosen_labels": [2, 3, 0, 7, 8, 0],
+        "chosen_loss_mask": [0, 1, 0, 1, 1, 0],
+        "chosen_segment_ids": [1, 1, 1, 2, 2, 2],
+        "chosen_ref_logps": [-1, -3, 0],
+        "rejected_input_ids": [1, 2, 4, 5, 6, 9],
+        "rejected_labels": [2, 4, 5, 0, 9, 0],
+        "rejected_loss_mask": [0, 1, 1, 0, 1, 0],
+        "rejected_segment_ids": [1, 1, 1, 1, 2, 2],
+        "rejected_ref_logps": [-2, -4, 0],
+        "pair_ids": [17, 4, -1],
+    }
     for name, (dtype, size) in COLUMNS.items():
         assert row[name].dtype == dtype
         assert row[name].shape == ({"seq_len": 6, "pairs": 3}[size],)
@@ -48,9 +64,12 @@ def test_what_is_written_is_read(path):
     read = list(mindrecord.read_rows(path))
     for row, wanted in zip(read, rows(), strict=True):
         assert {name: values.tolist() for name, values in row.items()} == {
-            name: values.tolist() for name, values in wanted.items()}
+            name: values.tolist() for name, values in wanted.items()
+        }
     assert mindrecord.read_data_sidecar(path) == {"format": mindrecord.SIDECAR_FORMAT, **SIDECAR}
-    assert sorted(file.name for file in path.parent.iterdir()) == [f"{path.name}{end}" for end in ("", ".db", ".json")]
+    assert sorted(file.name for file in path.parent.iterdir()) == [
+        f"{path.name}{end}" for end in ("", ".db", ".json")
+    ]
 
 
 def test_a_second_file_takes_the_place_of_the_first(path):
@@ -65,14 +84,18 @@ def test_nothing_stands_under_the_final_name_when_writing_fails(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        mindrecord.write_rows(tmp_path / "a.mindrecord", broken(), seq_len=S, width=P, sidecar=SIDECAR)
+        mindrecord.write_rows(
+            tmp_path / "a.mindrecord", broken(), seq_len=S, width=P, sidecar=SIDECAR
+        )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot be written"):
-        mindrecord.write_rows(tmp_path / "file" / "a.mindrecord", rows(), seq_len=S, width=P, sidecar=SIDECAR)
+        mindrecord.write_rows(
+            tmp_path / "file" / "a.mindrecord", rows(), seq_len=S, width=P, sidecar=SIDECAR
+        )
 
 
 def test_a_missing_or_damaged_file_is_named(path):
@@ -87,7 +110,9 @@ def test_a_missing_or_damaged_file_is_named(path):
         list(mindrecord.read_rows(path))
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format": 0}', json.dumps({"format": 1, "rows": 1})])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"format": 0}', json.dumps({"format": 1, "rows": 1})]
+)
 def test_a_sidecar_that_is_none(path, content):
     mindrecord.data_sidecar_path(path).write_text(content)
     with pytest.raises(UserError, match=r"\.json: (not a sidecar|is empty)"):
@@ -98,23 +123,35 @@ def test_data_of_another_run_are_refused_and_the_difference_named():
     same = {"seq_len": S, "template": "t", "tokenizer": "a" * 64, "checkpoint": "b" * 64}
     mindrecord.require_made_for("f", SIDECAR, **same)
     mindrecord.require_made_for("f", SIDECAR, **{**same, "checkpoint": None})
-    for name, value, words in (("seq_len", 99, f"seq_len was {S} .* now 99"), ("template", "u", "template was t"),
-                               ("tokenizer", "c" * 64, "tokenizer was aaaaaaaaaaaa.*tokenizer.model.*cccccccccccc"),
-                               ("checkpoint", "c" * 64, "checkpoint was bbbbbbbbbbbb.*model.ckpt")):
+    for name, value, words in (
+        ("seq_len", 99, f"seq_len was {S} .* now 99"),
+        ("template", "u", "template was t"),
+        ("tokenizer", "c" * 64, "tokenizer was aaaaaaaaaaaa.*tokenizer.model.*cccccccccccc"),
+        ("checkpoint", "c" * 64, "checkpoint was bbbbbbbbbbbb.*model.ckpt"),
+    ):
         with pytest.raises(UserError, match=words):
             mindrecord.require_made_for("f", SIDECAR, **{**same, name: value})
 
 
-@pytest.mark.parametrize(("batch_size", "shards"), [(1, 1), (2, 1), (5, 1), (8, 1), (1, 2), (2, 2), (3, 4)])
+@pytest.mark.parametrize(
+    ("batch_size", "shards"), [(1, 1), (2, 1), (5, 1), (8, 1), (1, 2), (2, 2), (3, 4)]
+)
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_every_pair_is_in_one_batch_of_one_worker(path, batch_size, shards, shuffle):
     seen, sizes = [], []
     for shard in range(shards):
-        data = open_dataset(path, SIDECAR, batch_size=batch_size, shuffle=shuffle, shards=shards, shard=shard)
+        data = open_dataset(
+            path, SIDECAR, batch_size=batch_size, shuffle=shuffle, shards=shards, shard=shard
+        )
         batches = list(data.create_dict_iterator(num_epochs=1, output_numpy=True))
         sizes.append(len(batches))
         assert all(batch["pair_ids"].shape == (batch_size, P) for batch in batches)
-        seen += [number for batch in batches for number in batch["pair_ids"].ravel().tolist() if number >= 0]
+        seen += [
+            number
+            for batch in batches
+            for number in batch["pair_ids"].ravel().tolist()
+            if number >= 0
+        ]
     assert sorted(seen) == list(range(5))
     assert len(set(sizes)) == 1
     assert sizes[0] == -(-5 // (batch_size * shards))
@@ -122,6 +159,9 @@ def test_every_pair_is_in_one_batch_of_one_worker(path, batch_size, shards, shuf
 
 def test_a_row_without_pairs_weighs_nothing():
     row = mindrecord.make_row([], [], [], seq_len=S, width=P, pad_id=0)
-    assert not any(np.any(row[f"{side}_{name}"]) for side in ("chosen", "rejected")
-                   for name in ("loss_mask", "segment_ids", "ref_logps"))
+    assert not any(
+        np.any(row[f"{side}_{name}"])
+        for side in ("chosen", "rejected")
+        for name in ("loss_mask", "segment_ids", "ref_logps")
+    )
     assert (row["pair_ids"] == -1).all()

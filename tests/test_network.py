@@ -1,4 +1,5 @@
 """What replaces MindFormers' cells and optimizer on the CPU. Their results against PyTorch's: test_gradients.py."""
+
 from types import SimpleNamespace
 
 import mindspore as ms
@@ -14,11 +15,20 @@ from mindrlhf.models.glm4 import build
 def test_adamw_is_the_formula():
     """Three steps of AdamW (arXiv:1711.05101, algorithm 2) in float64, with and without weight decay."""
     from mindformers.core.optim import AdamW
+
     patches._fuse_adamw()
     random = np.random.default_rng(0)
-    start, gradients = random.normal(size=(2, 40)), random.normal(size=(3, 2, 40)) * [[[1e-4]], [[1.0]], [[10.0]]]
-    parameters = [ms.Parameter(ms.Tensor(row, ms.float32), name=f"p{k}") for k, row in enumerate(start)]
-    groups = [{"params": parameters[:1], "weight_decay": 0.1}, {"params": parameters[1:], "weight_decay": 0.0}]
+    start, gradients = (
+        random.normal(size=(2, 40)),
+        random.normal(size=(3, 2, 40)) * [[[1e-4]], [[1.0]], [[10.0]]],
+    )
+    parameters = [
+        ms.Parameter(ms.Tensor(row, ms.float32), name=f"p{k}") for k, row in enumerate(start)
+    ]
+    groups = [
+        {"params": parameters[:1], "weight_decay": 0.1},
+        {"params": parameters[1:], "weight_decay": 0.0},
+    ]
     rates = [0.0, 0.01, 0.02]  # warm-up begins at 0
     optimizer = AdamW(groups, learning_rate=rates, betas=(0.9, 0.99), eps=1e-3)
 
@@ -28,7 +38,9 @@ def test_adamw_is_the_formula():
         expected *= 1 - rate * np.array([[0.1], [0.0]])
         expected -= rate * mean / (1 - 0.9**step) / (np.sqrt(square / (1 - 0.99**step)) + 1e-3)
         optimizer(tuple(ms.Tensor(row, ms.float32) for row in gradient))
-        np.testing.assert_allclose([p.asnumpy() for p in parameters], expected, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(
+            [p.asnumpy() for p in parameters], expected, rtol=1e-5, atol=1e-7
+        )
 
 
 def test_queries_see_what_the_mask_leaves_them():
@@ -36,25 +48,42 @@ def test_queries_see_what_the_mask_leaves_them():
     values = np.array([3.0, 5.0, 10.0])
     qkv = ms.Tensor(np.stack([np.zeros(3), np.zeros(3), values], 1)[None], ms.float32)
     bias = ms.Tensor(np.triu(np.full((3, 3), -10000.0), 1)[None, None], ms.float32)
-    own, swapped, swap = map(ms.Tensor, cells.rotation(np.ones((3, 0)), np.ones((3, 0)), heads=1, groups=1, width=1))
+    own, swapped, swap = map(
+        ms.Tensor, cells.rotation(np.ones((3, 0)), np.ones((3, 0)), heads=1, groups=1, width=1)
+    )
     context = cells.Attention(1, 1)(qkv, bias, own, swapped, swap)
     np.testing.assert_allclose(context.asnumpy().ravel(), [3, 4, 6], rtol=1e-6)
 
 
 def test_rotation_turns_pairs_and_leaves_the_rest():
     """(1, 2) turned by 90 degrees is (-2, 1); the channels after the first R stay. Queries are halved: width 4."""
-    own, swapped, swap = cells.rotation(np.array([[0.0]]), np.array([[1.0]]), heads=1, groups=1, width=4)
+    own, swapped, swap = cells.rotation(
+        np.array([[0.0]]), np.array([[1.0]]), heads=1, groups=1, width=4
+    )
     head = np.array([1.0, 2, 3, 4])
     turned = head * own + (head @ swap) * swapped
     np.testing.assert_allclose(turned[0, :, 0], [[-1, 0.5, 1.5, 2], [-2, 1, 3, 4]])
 
 
-@pytest.mark.parametrize(("cpu", "sharded", "change", "expected"), [
-    (True, False, {}, 1), (False, False, {}, 0), (True, True, {}, 0), (True, False, {"compute_dtype": "float16"}, 0),
-    (True, False, {"use_past": True}, 0), (True, False, {"use_flash_attention": True}, 0)])
+@pytest.mark.parametrize(
+    ("cpu", "sharded", "change", "expected"),
+    [
+        (True, False, {}, 1),
+        (False, False, {}, 0),
+        (True, True, {}, 0),
+        (True, False, {"compute_dtype": "float16"}, 0),
+        (True, False, {"use_past": True}, 0),
+        (True, False, {"use_flash_attention": True}, 0),
+    ],
+)
 def test_cells_are_replaced_only_where_they_fit(monkeypatch, cpu, sharded, change, expected):
-    config = {"compute_dtype": "float32", "rotary_dtype": "float32", "use_past": False,
-              "use_flash_attention": False, **change}
+    config = {
+        "compute_dtype": "float32",
+        "rotary_dtype": "float32",
+        "use_past": False,
+        "use_flash_attention": False,
+        **change,
+    }
     replaced = []
     monkeypatch.setattr(patches, "replace_cells", replaced.append)
     monkeypatch.setattr(runtime, "is_cpu", lambda: cpu)

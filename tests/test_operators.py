@@ -1,4 +1,5 @@
 """Stand-ins for the NPU's operators: their contracts in NumPy, and prediction with a KV cache on the golden case."""
+
 import mindspore as ms
 import numpy as np
 import pytest
@@ -7,8 +8,13 @@ from mindspore import nn, ops
 
 from mindrlhf.cpu import operators
 
-CACHED = {"model.model_config.use_past": True, "model.model_config.use_flash_attention": True,
-          "model.model_config.block_size": 16, "model.model_config.num_blocks": 24, "model.model_config.seq_length": 64}
+CACHED = {
+    "model.model_config.use_past": True,
+    "model.model_config.use_flash_attention": True,
+    "model.model_config.block_size": 16,
+    "model.model_config.num_blocks": 24,
+    "model.model_config.seq_length": 64,
+}
 PAD, STOP = 316, [316, 323, 325]
 B, HEADS, GROUPS, S, D = 2, 6, 2, 32, 16
 
@@ -16,7 +22,9 @@ B, HEADS, GROUPS, S, D = 2, 6, 2, 32, 16
 @pytest.fixture(scope="module", params=[True, False], ids=["dynamic", "static"])
 def cached(request, golden):
     """MindFormers' prediction network as on an NPU: flash attention, paged KV cache."""
-    return load_model(golden, "predict", {**CACHED, "model.model_config.is_dynamic": request.param}).set_train(False)
+    return load_model(
+        golden, "predict", {**CACHED, "model.model_config.is_dynamic": request.param}
+    ).set_train(False)
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +36,12 @@ def answers(network, prompts, **options):
     """What follows each prompt, without padding: list of lists."""
     longest = max(map(len, prompts))
     padded = [prompt + [PAD] * (longest - len(prompt)) for prompt in prompts]
-    outputs = network.generate(padded, max_new_tokens=16, pad_token_id=PAD, eos_token_id=STOP, **options)
-    return [output[len(prompt):len(prompt) + 16].tolist() for prompt, output in zip(prompts, outputs)]
+    outputs = network.generate(
+        padded, max_new_tokens=16, pad_token_id=PAD, eos_token_id=STOP, **options
+    )
+    return [
+        output[len(prompt) : len(prompt) + 16].tolist() for prompt, output in zip(prompts, outputs)
+    ]
 
 
 def test_greedy_with_a_cache_is_pytorchs(cached, expected):
@@ -37,18 +49,27 @@ def test_greedy_with_a_cache_is_pytorchs(cached, expected):
         assert answers(cached, [pair["prompt_ids"]], do_sample=False) == [pair["greedy_16"]]
 
 
-@pytest.mark.parametrize("cached", [True], indirect=True)  # a static graph takes batches of the first one's size only
+@pytest.mark.parametrize(
+    "cached", [True], indirect=True
+)  # a static graph takes batches of the first one's size only
 def test_prompts_of_different_lengths_share_a_batch(cached, expected):
     pairs = sorted(expected["pairs"], key=lambda pair: len(pair["prompt_ids"]))
     pairs = [pairs[0], pairs[-1], pairs[3]]
     found = answers(cached, [pair["prompt_ids"] for pair in pairs], do_sample=False)
     for answer, pair in zip(found, pairs):  # the longest prompt's 16 tokens end the batch
-        assert answer[:16] == pair["greedy_16"][:len(answer)]
+        assert answer[:16] == pair["greedy_16"][: len(answer)]
         assert len(answer) >= 8
 
 
-@pytest.mark.parametrize("sampling", [{"temperature": 0.7}, {"top_k": 5, "top_p": 1.0}, {"top_k": 0, "top_p": 0.8},
-                                      {"temperature": 1.5, "top_k": 20, "top_p": 0.9}])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 0.7},
+        {"top_k": 5, "top_p": 1.0},
+        {"top_k": 0, "top_p": 0.8},
+        {"temperature": 1.5, "top_k": 20, "top_p": 0.9},
+    ],
+)
 def test_sampling_with_a_cache_is_that_without(cached, plain, expected, sampling):
     prompts = [expected["pairs"][0]["prompt_ids"]]
     options = {"do_sample": True, "seed": 7, "top_k": 0, "top_p": 1.0, **sampling}
@@ -66,7 +87,10 @@ def softmax(scores):
 def qkv():
     """Queries (B, HEADS, S, D), keys and values (B, GROUPS, S, D)."""
     random = np.random.default_rng(0)
-    return [random.standard_normal((B, heads, S, D)).astype(np.float32) for heads in (HEADS, GROUPS, GROUPS)]
+    return [
+        random.standard_normal((B, heads, S, D)).astype(np.float32)
+        for heads in (HEADS, GROUPS, GROUPS)
+    ]
 
 
 def attention(qkv, hidden):
@@ -83,8 +107,9 @@ def as_bsh(x):
 
 
 def flash(layout="BNSD", **options):
-    return operators.FlashAttentionScore(HEADS, scale_value=D**-0.5, next_tokens=0, pre_tokens=65536,
-                                         input_layout=layout, **options)
+    return operators.FlashAttentionScore(
+        HEADS, scale_value=D**-0.5, next_tokens=0, pre_tokens=65536, input_layout=layout, **options
+    )
 
 
 @pytest.mark.parametrize("layout", ["BNSD", "BSH"])
@@ -93,26 +118,46 @@ def test_attention_looks_where_the_mask_is_0(qkv, layout, dtype):
     hidden = np.random.default_rng(1).random((B, 1, S, S)) < 0.5
     hidden[:, :, :, 0] = False
     inputs = qkv if layout == "BNSD" else [as_bsh(x) for x in qkv]
-    *_, found = flash(layout)(*map(ms.Tensor, inputs), None, None, None, ms.Tensor(hidden.astype(dtype)))
+    *_, found = flash(layout)(
+        *map(ms.Tensor, inputs), None, None, None, ms.Tensor(hidden.astype(dtype))
+    )
     expected = attention(qkv, hidden)
-    np.testing.assert_allclose(found.asnumpy(), expected if layout == "BNSD" else as_bsh(expected), atol=1e-5)
+    np.testing.assert_allclose(
+        found.asnumpy(), expected if layout == "BNSD" else as_bsh(expected), atol=1e-5
+    )
 
 
-@pytest.mark.parametrize(("boost", "hidden"), [("on", np.triu(np.ones((S, S), bool), 1)), ("off", np.zeros((S, S), bool))])
-def test_without_a_mask_only_the_kernel_of_prediction_hides_the_future(qkv, boost, hidden, monkeypatch):
+@pytest.mark.parametrize(
+    ("boost", "hidden"),
+    [("on", np.triu(np.ones((S, S), bool), 1)), ("off", np.zeros((S, S), bool))],
+)
+def test_without_a_mask_only_the_kernel_of_prediction_hides_the_future(
+    qkv, boost, hidden, monkeypatch
+):
     monkeypatch.setattr(ms.context, "get_jit_config", lambda: {"infer_boost": boost})
     *_, found = flash("BSH")(*[ms.Tensor(as_bsh(x)) for x in qkv])
-    np.testing.assert_allclose(found.asnumpy(), as_bsh(attention(qkv, hidden[None, None])), atol=1e-5)
+    np.testing.assert_allclose(
+        found.asnumpy(), as_bsh(attention(qkv, hidden[None, None])), atol=1e-5
+    )
 
 
-@pytest.mark.parametrize(("change", "part"), [
-    ({"size": 24}, "multiple of 16, at most 512"), ({"size": 528}, "multiple of 16, at most 512"),
-    ({"length": 24}, "multiples of 16"), ({"key": np.float16}, "of one type"),
-    ({"query": np.int32, "key": np.int32}, "of one type"), ({"mask": np.float32}, "uint8 or bool")])
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"size": 24}, "multiple of 16, at most 512"),
+        ({"size": 528}, "multiple of 16, at most 512"),
+        ({"length": 24}, "multiples of 16"),
+        ({"key": np.float16}, "of one type"),
+        ({"query": np.int32, "key": np.int32}, "of one type"),
+        ({"mask": np.float32}, "uint8 or bool"),
+    ],
+)
 def test_attention_refuses_what_the_operator_refuses(change, part):
     length, size = change.get("length", S), change.get("size", D)
-    query, key = (np.ones((1, heads, length, size), change.get(name, np.float32))
-                  for name, heads in (("query", HEADS), ("key", GROUPS)))
+    query, key = (
+        np.ones((1, heads, length, size), change.get(name, np.float32))
+        for name, heads in (("query", HEADS), ("key", GROUPS))
+    )
     mask = np.zeros((1, 1, length, length), change.get("mask", np.uint8))
     with pytest.raises((ValueError, TypeError), match=part):
         flash()(*map(ms.Tensor, (query, key, key)), None, None, None, ms.Tensor(mask))
@@ -138,13 +183,18 @@ class Normed(nn.Cell):
 def test_rms_norm_is_the_formula_with_its_gradient():
     x = np.random.default_rng(0).standard_normal((2, 3, 8)).astype(np.float32)
     gamma = np.linspace(0.5, 2, 8, dtype=np.float32)
-    norm, factor = operators.RmsNorm(1e-5), 1 / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + 1e-5)
+    norm, factor = (
+        operators.RmsNorm(1e-5),
+        1 / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + 1e-5),
+    )
     found, found_factor = norm(ms.Tensor(x), ms.Tensor(gamma))
     np.testing.assert_allclose(found.asnumpy(), x * factor * gamma, rtol=1e-5)
     np.testing.assert_allclose(found_factor.asnumpy(), factor, rtol=1e-5)
     gradient = ms.grad(Normed(norm))(ms.Tensor(x), ms.Tensor(gamma)).asnumpy()
     normal = x * factor
-    np.testing.assert_allclose(gradient, factor * (gamma - normal * (gamma * normal).mean(-1, keepdims=True)), atol=1e-5)
+    np.testing.assert_allclose(
+        gradient, factor * (gamma - normal * (gamma * normal).mean(-1, keepdims=True)), atol=1e-5
+    )
     with pytest.raises(TypeError, match="of one type"):
         norm(ms.Tensor(x), ms.Tensor(gamma.astype(np.float16)))
     with pytest.raises(ValueError, match="above 0, at most 1"):
@@ -156,8 +206,12 @@ def test_rotation_turns_neighbours():
     cos = ms.Tensor([[0, 0, 1, 1]] * 2, ms.float32)
     sin = ms.Tensor([[1, 1, 0, 0]] * 2, ms.float32)
     x = ms.Tensor(np.arange(1, 17).reshape(1, 2, 8), ms.float32)
-    query, key = operators.ApplyRotaryPosEmb(3)(x, x[:, :, :4], cos, sin, ms.Tensor([1, 2], ms.int32))
-    assert query.asnumpy().tolist() == [[[-2, 1, 3, 4, -6, 5, 7, 8], [-10, 9, 11, 12, -14, 13, 15, 16]]]
+    query, key = operators.ApplyRotaryPosEmb(3)(
+        x, x[:, :, :4], cos, sin, ms.Tensor([1, 2], ms.int32)
+    )
+    assert query.asnumpy().tolist() == [
+        [[-2, 1, 3, 4, -6, 5, 7, 8], [-10, 9, 11, 12, -14, 13, 15, 16]]
+    ]
     assert key.asnumpy().tolist() == [[[-2, 1, 3, 4], [-10, 9, 11, 12]]]
     with pytest.raises(ValueError, match="cos_format 3, not 0"):
         operators.ApplyRotaryPosEmb(0)
@@ -169,8 +223,14 @@ class Cached(nn.Cell):
     def __init__(self):
         super().__init__()
         empty = np.full((6, 4, GROUPS, D), 1e4, np.float32)  # what is not written would stand out
-        self.keys, self.values = ms.Parameter(ms.Tensor(empty), "keys"), ms.Parameter(ms.Tensor(empty), "values")
-        self.write, self.look = operators.ReshapeAndCache(), operators.PagedAttention(HEADS, D**-0.5, GROUPS)
+        self.keys, self.values = (
+            ms.Parameter(ms.Tensor(empty), "keys"),
+            ms.Parameter(ms.Tensor(empty), "values"),
+        )
+        self.write, self.look = (
+            operators.ReshapeAndCache(),
+            operators.PagedAttention(HEADS, D**-0.5, GROUPS),
+        )
 
     def construct(self, key, value, slots, query, tables, lengths):
         query = ops.depend(query, self.write(key, value, self.keys, self.values, slots))
@@ -181,19 +241,29 @@ def test_paged_attention_looks_at_the_tokens_of_its_own_sequence():
     """Sequences of 7 and 5 tokens in blocks 3, 1 and 0, 5, whose slots come in any order; the rest is padding."""
     random = np.random.default_rng(0)
     tables, lengths = np.array([[3, 1, -1], [0, 5, -1]], np.int32), np.array([7, 5], np.int32)
-    slots = [tables[row, place // 4] * 4 + place % 4 if place < lengths[row] else -1 for row in range(2) for place in range(8)]
+    slots = [
+        tables[row, place // 4] * 4 + place % 4 if place < lengths[row] else -1
+        for row in range(2)
+        for place in range(8)
+    ]
     key, value = (random.standard_normal((2, 8, GROUPS * D)).astype(np.float32) for _ in range(2))
     query = random.standard_normal((2, 1, HEADS * D)).astype(np.float32)
     cell = Cached()
-    found = cell(*map(ms.Tensor, (key, value, np.array(slots, np.int32), query, tables, lengths))).asnumpy()
+    found = cell(
+        *map(ms.Tensor, (key, value, np.array(slots, np.int32), query, tables, lengths))
+    ).asnumpy()
     for row, length in enumerate(lengths):
         keys, values = (x[row, :length].reshape(length, GROUPS, D) for x in (key, value))
         for head in range(HEADS):
             group = head // (HEADS // GROUPS)
             weights = softmax(keys[:, group] @ query[row, 0].reshape(HEADS, D)[head] / np.sqrt(D))
-            np.testing.assert_allclose(found[row, 0].reshape(HEADS, D)[head], weights @ values[:, group], atol=1e-5)
+            np.testing.assert_allclose(
+                found[row, 0].reshape(HEADS, D)[head], weights @ values[:, group], atol=1e-5
+            )
     stored = cell.keys.asnumpy().reshape(24, -1)
-    assert (stored[[slot for slot in slots if slot >= 0]] == np.concatenate([key[0, :7], key[1, :5]])).all()
+    assert (
+        stored[[slot for slot in slots if slot >= 0]] == np.concatenate([key[0, :7], key[1, :5]])
+    ).all()
     assert (np.delete(stored, [slot for slot in slots if slot >= 0], 0) == 1e4).all()
 
 

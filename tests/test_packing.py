@@ -1,4 +1,5 @@
 """Packing: a permutation that fits, full rows, about as many pairs in each."""
+
 import sys
 import tracemalloc
 
@@ -22,7 +23,9 @@ def cvalues_like(pairs):
 @st.composite
 def cases(draw):
     seq_len = draw(st.integers(1, 300))
-    return draw(st.lists(st.tuples(st.integers(1, seq_len), st.integers(1, seq_len)), max_size=60)), seq_len
+    return draw(
+        st.lists(st.tuples(st.integers(1, seq_len), st.integers(1, seq_len)), max_size=60)
+    ), seq_len
 
 
 @given(cases())
@@ -43,7 +46,7 @@ def test_no_row_could_have_taken_a_pair_of_a_later_row(case):
     rows = pack_pairs(lengths, seq_len)
     for number, row in enumerate(rows):
         room = seq_len - np.array([lengths[pair] for pair in row]).sum(0)
-        later = [pair for other in rows[number + 1:] for pair in other]
+        later = [pair for other in rows[number + 1 :] for pair in other]
         if len(row) < max_pairs(seq_len):
             assert not any((room >= lengths[pair]).all() for pair in later)
 
@@ -69,8 +72,16 @@ def test_rows_hold_about_as_many_pairs_so_that_pairs_weigh_alike():
     assert sizes.std() < 0.15 * sizes.mean()
 
 
-@pytest.mark.parametrize(("lengths", "seq_len", "rows"), [([], 8, 0), ([(8, 8)], 8, 1), ([(1, 1)] * 100, 3200, 1),
-                                                    ([(1, 1)] * 101, 3200, 2), ([(3200, 1), (1, 3200)], 3200, 2)])
+@pytest.mark.parametrize(
+    ("lengths", "seq_len", "rows"),
+    [
+        ([], 8, 0),
+        ([(8, 8)], 8, 1),
+        ([(1, 1)] * 100, 3200, 1),
+        ([(1, 1)] * 101, 3200, 2),
+        ([(3200, 1), (1, 3200)], 3200, 2),
+    ],
+)
 def test_edges(lengths, seq_len, rows):
     assert len(pack_pairs(lengths, seq_len)) == rows
 

@@ -1,4 +1,5 @@
 """Preference files: every format, every kind of bad row, repeated pairs and the evaluation split."""
+
 import gzip
 import json
 
@@ -24,7 +25,9 @@ CVALUES = {"prompt": "Q", "pos_resp": "good", "neg_resp": "bad"}
 
 
 def write(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     return path
 
 
@@ -35,62 +38,142 @@ def one(tmp_path, row, kind="auto"):
 
 FORMATS = {
     "cvalues": (CVALUES, "cvalues", QUESTION),
-    "dpo": ({"conversations": [said("human", "Q")], "chosen": said("gpt", "good"), "rejected": said("gpt", "bad")},
-            "dpo", QUESTION),
+    "dpo": (
+        {
+            "conversations": [said("human", "Q")],
+            "chosen": said("gpt", "good"),
+            "rejected": said("gpt", "bad"),
+        },
+        "dpo",
+        QUESTION,
+    ),
     "dpo, history and system": (
-        {"system": "S", "conversations": [said("human", "A"), said("gpt", "B"), said("human", "Q")],
-         "chosen": said("gpt", "good"), "rejected": said("gpt", "bad")},
-        "dpo", (("system", "S"), ("user", "A"), ("assistant", "B"), *QUESTION)),
-    "dpo, strings": ({"conversations": [said("system", "S"), said("user", "Q")], "chosen": "good", "rejected": "bad"},
-                     "dpo", (("system", "S"), *QUESTION)),
+        {
+            "system": "S",
+            "conversations": [said("human", "A"), said("gpt", "B"), said("human", "Q")],
+            "chosen": said("gpt", "good"),
+            "rejected": said("gpt", "bad"),
+        },
+        "dpo",
+        (("system", "S"), ("user", "A"), ("assistant", "B"), *QUESTION),
+    ),
+    "dpo, strings": (
+        {
+            "conversations": [said("system", "S"), said("user", "Q")],
+            "chosen": "good",
+            "rejected": "bad",
+        },
+        "dpo",
+        (("system", "S"), *QUESTION),
+    ),
     "pairs, strings": ({"prompt": "Q", "chosen": "good", "rejected": "bad"}, "pairs", QUESTION),
-    "pairs, implicit strings": ({"chosen": "Q: good", "rejected": "Q: bad"}, "pairs", (("user", "Q:"),)),
-    "pairs, messages": ({"prompt": [message("system", "S"), USER], "chosen": [message("assistant", "good")],
-                         "rejected": [message("assistant", "bad")]}, "pairs", (("system", "S"), *QUESTION)),
+    "pairs, implicit strings": (
+        {"chosen": "Q: good", "rejected": "Q: bad"},
+        "pairs",
+        (("user", "Q:"),),
+    ),
+    "pairs, messages": (
+        {
+            "prompt": [message("system", "S"), USER],
+            "chosen": [message("assistant", "good")],
+            "rejected": [message("assistant", "bad")],
+        },
+        "pairs",
+        (("system", "S"), *QUESTION),
+    ),
     "pairs, implicit messages": (
-        {"chosen": [USER, message("assistant", "B"), USER, message("assistant", "good")],
-         "rejected": [USER, message("assistant", "B"), USER, message("assistant", "bad")]},
-        "pairs", (*QUESTION, ("assistant", "B"), *QUESTION)),
+        {
+            "chosen": [USER, message("assistant", "B"), USER, message("assistant", "good")],
+            "rejected": [USER, message("assistant", "B"), USER, message("assistant", "bad")],
+        },
+        "pairs",
+        (*QUESTION, ("assistant", "B"), *QUESTION),
+    ),
     "pairs, a prompt that the conversations repeat": (
-        {"prompt": "Q", "chosen": [USER, message("assistant", "good")], "rejected": [USER, message("assistant", "bad")]},
-        "pairs", QUESTION),
-    "pairs, one message each": ({"prompt": "Q", "chosen": [message("assistant", "good")],
-                                 "rejected": [message("assistant", "bad")]}, "pairs", QUESTION)}
+        {
+            "prompt": "Q",
+            "chosen": [USER, message("assistant", "good")],
+            "rejected": [USER, message("assistant", "bad")],
+        },
+        "pairs",
+        QUESTION,
+    ),
+    "pairs, one message each": (
+        {
+            "prompt": "Q",
+            "chosen": [message("assistant", "good")],
+            "rejected": [message("assistant", "bad")],
+        },
+        "pairs",
+        QUESTION,
+    ),
+}
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_formats(tmp_path, name):
     row, kind, messages = FORMATS[name]
-    answers = (" good", " bad") if name == "pairs, implicit strings" else ("good", "bad")  # the blank stays, as in TRL
+    answers = (
+        (" good", " bad") if name == "pairs, implicit strings" else ("good", "bad")
+    )  # the blank stays, as in TRL
     assert one(tmp_path, row) == (kind, Pair(messages, *answers))
     assert one(tmp_path, row, kind) == (kind, Pair(messages, *answers))
 
 
 ANSWER = {"chosen": "a", "rejected": "b"}
 BAD = [
-    ("cvalues", "{", "not JSON"), ("cvalues", '{"a": ' + "[" * 100_000, "nested too deep"), ("cvalues", "3", "got int"),
-    ("cvalues", {"prompt": "Q", "pos_resp": "good"}, "missing 'neg_resp'; a cvalues row has prompt, pos_resp, neg_resp"),
+    ("cvalues", "{", "not JSON"),
+    ("cvalues", '{"a": ' + "[" * 100_000, "nested too deep"),
+    ("cvalues", "3", "got int"),
+    (
+        "cvalues",
+        {"prompt": "Q", "pos_resp": "good"},
+        "missing 'neg_resp'; a cvalues row has prompt, pos_resp, neg_resp",
+    ),
     ("cvalues", {**CVALUES, "neg_resp": " \n"}, "'neg_resp' is empty"),
     ("cvalues", {**CVALUES, "prompt": None}, "'prompt' is NoneType"),
     ("cvalues", '{"prompt": ' + "9" * 5000 + "}", "not JSON"),
-    ("auto", {"a": 1}, "auto tells a row by its fields .*; this one has: a"), ("auto", "3", "this one has: int"),
+    ("auto", {"a": 1}, "auto tells a row by its fields .*; this one has: a"),
+    ("auto", "3", "this one has: int"),
     ("pairs", {"prompt": "Q", "chosen": 1, "rejected": "bad"}, "different kinds"),
     ("pairs", {"prompt": 3, **ANSWER}, "'prompt' is no list of messages"),
     ("pairs", {"chosen": "same", "rejected": "same"}, "none can be told"),
     ("pairs", {"chosen": "Q good", "rejected": "Q"}, "none can be told"),
     ("pairs", {"chosen": [USER], "rejected": [USER]}, "'prompt' holds no message"),
-    ("pairs", {"chosen": [USER, message("assistant", "a")] * 2, "rejected": [USER, message("assistant", "b")] * 2},
-     "share 1 messages of 4 and 4"),
+    (
+        "pairs",
+        {
+            "chosen": [USER, message("assistant", "a")] * 2,
+            "rejected": [USER, message("assistant", "b")] * 2,
+        },
+        "share 1 messages of 4 and 4",
+    ),
     ("pairs", {"prompt": [message("robot", "x")], **ANSWER}, "the role 'robot'"),
     ("pairs", {"prompt": [USER, message("assistant", "x")], **ANSWER}, "ends with the assistant"),
     ("pairs", {"prompt": [{"role": "user"}], **ANSWER}, "'prompt of user' is NoneType"),
-    ("pairs", {"prompt": "Q", "chosen": [{**message("assistant", ""), "tool_calls": [1]}],
-               "rejected": [message("assistant", "b")]}, "tool_calls"),
+    (
+        "pairs",
+        {
+            "prompt": "Q",
+            "chosen": [{**message("assistant", ""), "tool_calls": [1]}],
+            "rejected": [message("assistant", "b")],
+        },
+        "tool_calls",
+    ),
     ("dpo", {"conversations": [], **ANSWER}, "holds no message"),
-    ("dpo", {"conversations": [said("human", "Q")], **ANSWER, "chosen": said("human", "a")}, "holds user"),
-    ("dpo", {"conversations": [said("human", "Q")], **ANSWER, "chosen": {}}, "the role None")]
-GOOD = {"cvalues": CVALUES, "auto": CVALUES, "pairs": {"prompt": "Q", **ANSWER},
-        "dpo": {"conversations": [said("human", "Q")], **ANSWER}}
+    (
+        "dpo",
+        {"conversations": [said("human", "Q")], **ANSWER, "chosen": said("human", "a")},
+        "holds user",
+    ),
+    ("dpo", {"conversations": [said("human", "Q")], **ANSWER, "chosen": {}}, "the role None"),
+]
+GOOD = {
+    "cvalues": CVALUES,
+    "auto": CVALUES,
+    "pairs": {"prompt": "Q", **ANSWER},
+    "dpo": {"conversations": [said("human", "Q")], **ANSWER},
+}
 
 
 @pytest.mark.parametrize(("kind", "row", "why"), BAD)
@@ -110,7 +193,9 @@ def test_a_bad_row_is_named_by_file_and_line_and_may_be_skipped(tmp_path, kind, 
 
 def test_bytes_that_are_no_utf8(tmp_path):
     path = tmp_path / "pairs.jsonl"
-    path.write_bytes(json.dumps(CVALUES).encode() + b"\n" + '{"prompt": "问'.encode("gbk") + b'"}\n')
+    path.write_bytes(
+        json.dumps(CVALUES).encode() + b"\n" + '{"prompt": "问'.encode("gbk") + b'"}\n'
+    )
     with pytest.raises(UserError, match=r":2: not UTF-8 \(byte"):
         read_pairs([path])
 
@@ -118,12 +203,17 @@ def test_bytes_that_are_no_utf8(tmp_path):
 def test_an_array_has_line_numbers(tmp_path):
     path = tmp_path / "pairs.json"
     path.write_text(json.dumps([CVALUES, CVALUES, {**CVALUES, "pos_resp": ""}], indent=1))
-    with pytest.raises(UserError, match=r"pairs\.json:12: 'pos_resp' is empty"):  # [, five lines a row, from line 2
+    with pytest.raises(
+        UserError, match=r"pairs\.json:12: 'pos_resp' is empty"
+    ):  # [, five lines a row, from line 2
         read_pairs([path])
     assert len(read_pairs([path], skip_bad=True).pairs) == 2
 
 
-@pytest.mark.parametrize(("text", "line"), [("[{}\n {}]", 2), ("[{},\n\n {", 3), ("[{}]\nmore", 2), ("[{},\n", 2), ("[", 1)])
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [("[{}\n {}]", 2), ("[{},\n\n {", 3), ("[{}]\nmore", 2), ("[{},\n", 2), ("[", 1)],
+)
 def test_a_broken_array_is_an_error_in_any_case(tmp_path, text, line):
     path = tmp_path / "pairs.json"
     path.write_text(text)
@@ -142,8 +232,9 @@ def test_files_are_read_in_natural_order_plain_or_packed(tmp_path):
         (folder / name).write_text("no data")
     prompts = [pair.messages[0][1] for pair in read_pairs([folder]).pairs]
     assert prompts == ["1", "2", "3", "10"]
-    assert [pair.place for pair in read_pairs([folder / "part_10.jsonl", folder / "part_2.jsonl"]).pairs] == [
-        f"{folder}/part_2.jsonl:1", f"{folder}/part_10.jsonl:1"]
+    assert [
+        pair.place for pair in read_pairs([folder / "part_10.jsonl", folder / "part_2.jsonl"]).pairs
+    ] == [f"{folder}/part_2.jsonl:1", f"{folder}/part_10.jsonl:1"]
     with pytest.raises(UserError, match="named twice"):
         read_pairs([folder, folder / "part_1.jsonl"])
 
@@ -196,13 +287,18 @@ def test_identical_answers_and_repeated_pairs(tmp_path):
 
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=80), st.floats(0, 0.99))
 def test_no_prompt_is_on_both_sides(prompts, ratio):
-    pairs = [Pair((("user", f"question {number}"),), f"a{place}", "b") for place, number in enumerate(prompts)]
+    pairs = [
+        Pair((("user", f"question {number}"),), f"a{place}", "b")
+        for place, number in enumerate(prompts)
+    ]
     if ratio and len(set(prompts)) == 1:
         with pytest.raises(UserError, match="same prompt"):
             choose_held_out(pairs, ratio)
         return
     apart = choose_held_out(pairs, ratio)
-    sides = [{number for number, there in zip(prompts, apart) if there == side} for side in (False, True)]
+    sides = [
+        {number for number, there in zip(prompts, apart) if there == side} for side in (False, True)
+    ]
     assert not sides[0] & sides[1]
     assert sides[0]
     assert bool(sides[1]) == (ratio > 0)
@@ -210,7 +306,9 @@ def test_no_prompt_is_on_both_sides(prompts, ratio):
 
 
 def test_the_share_is_met_and_does_not_depend_on_the_order():
-    pairs = [Pair((("user", f"question {number // 2}"),), f"a{number}", "b") for number in range(1000)]
+    pairs = [
+        Pair((("user", f"question {number // 2}"),), f"a{number}", "b") for number in range(1000)
+    ]
     apart = choose_held_out(pairs, 0.1)
     assert sum(apart) == 100
     turned = choose_held_out(pairs[::-1], 0.1)

@@ -1,4 +1,5 @@
 """Preprocessing through its command: PyTorch's numbers, no pair lost, any number of workers, kills, bad input."""
+
 import json
 import os
 import shutil
@@ -20,7 +21,9 @@ from mindrlhf.records import SIDES
 
 PICTURE = summary.draw_summary
 SCRIPT = EXAMPLE / "dpo_preprocess_glm4_parallel.py"
-ROWS = [json.loads(line) for line in (GOLDEN / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+ROWS = [
+    json.loads(line) for line in (GOLDEN / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
+]
 
 
 @pytest.fixture(autouse=True)
@@ -39,13 +42,26 @@ def one_model(monkeypatch, made={}):  # noqa: B006  shared by all tests on purpo
 
 
 def write(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     return path
 
 
 def arguments(golden, source, destination, *more):
-    return ["--src", str(source), "--dst", str(destination), "--config", str(golden.process), "--tokenizer",
-            str(golden.tokenizer), "--load_checkpoint", str(golden.checkpoint), *map(str, more)]
+    return [
+        "--src",
+        str(source),
+        "--dst",
+        str(destination),
+        "--config",
+        str(golden.process),
+        "--tokenizer",
+        str(golden.tokenizer),
+        "--load_checkpoint",
+        str(golden.checkpoint),
+        *map(str, more),
+    ]
 
 
 def run(golden, source, destination, *more):
@@ -59,33 +75,50 @@ def rank(monkeypatch, number, workers):
 
 
 def rows(path):
-    return [{name: values.tolist() for name, values in row.items()} for row in mindrecord.read_rows(path)]
+    return [
+        {name: values.tolist() for name, values in row.items()}
+        for row in mindrecord.read_rows(path)
+    ]
 
 
 def by_pair(path):
     """Number of a pair -> its log-probs."""
-    return {number: [row[f"{side}_ref_logps"][place] for side in SIDES] for row in rows(path)
-            for place, number in enumerate(row["pair_ids"]) if number >= 0}
+    return {
+        number: [row[f"{side}_ref_logps"][place] for side in SIDES]
+        for row in rows(path)
+        for place, number in enumerate(row["pair_ids"])
+        if number >= 0
+    }
 
 
 def tokens_of(path):
     """Number of a pair -> its tokens on both sides."""
-    return {int(row["pair_ids"][place]): [row[f"{side}_input_ids"][slice(*validation.segments(row, side)[place])].tolist()
-                                          for side in SIDES]
-            for row in mindrecord.read_rows(path) for place in range((row["pair_ids"] >= 0).sum())}
+    return {
+        int(row["pair_ids"][place]): [
+            row[f"{side}_input_ids"][slice(*validation.segments(row, side)[place])].tolist()
+            for side in SIDES
+        ]
+        for row in mindrecord.read_rows(path)
+        for place in range((row["pair_ids"] >= 0).sum())
+    }
 
 
 def assert_whole(golden, path):
     """Every row of a file is as it should be, and its sidecar balances."""
     sidecar, special = mindrecord.read_data_sidecar(path), Glm4Tokenizer(golden.tokenizer).special
-    assert [validation.check_row(row, sidecar, special) for row in mindrecord.read_rows(path)] == [[]] * sidecar["rows"]
+    assert [validation.check_row(row, sidecar, special) for row in mindrecord.read_rows(path)] == [
+        []
+    ] * sidecar["rows"]
     pairs = sidecar["pairs"]
     assert len(by_pair(path)) == pairs["written"]
-    assert pairs["read"] == pairs["written"] + pairs["in the other file"] + sum(pairs["dropped"].values())
+    assert pairs["read"] == pairs["written"] + pairs["in the other file"] + sum(
+        pairs["dropped"].values()
+    )
     return sidecar
 
 
 # the numbers
+
 
 def assert_golden(path, expected):
     found = by_pair(path)
@@ -93,8 +126,10 @@ def assert_golden(path, expected):
     for number, pair in enumerate(expected["pairs"]):
         wanted = [pair["ref_chosen_logps"], pair["ref_rejected_logps"]]
         assert np.abs(np.array(found[number]) - wanted).max() < 3e-4
-    assert tokens_of(path) == {number: [pair["prompt_ids"] + pair[f"{side}_ids"] for side in SIDES]
-                               for number, pair in enumerate(expected["pairs"])}
+    assert tokens_of(path) == {
+        number: [pair["prompt_ids"] + pair[f"{side}_ids"] for side in SIDES]
+        for number, pair in enumerate(expected["pairs"])
+    }
 
 
 def test_the_golden_case_has_pytorch_s_tokens_and_log_probs(golden, expected):
@@ -108,15 +143,34 @@ def test_one_pair_a_row(golden, expected, tmp_path):
     sidecar = assert_whole(golden, path)
     assert (sidecar["rows"], sidecar["pairs_per_row"]) == (8, 1)
     packed = by_pair(golden.data)
-    assert max(np.abs(np.subtract(values, packed[number])).max() for number, values in by_pair(path).items()) < 1e-4
+    assert (
+        max(
+            np.abs(np.subtract(values, packed[number])).max()
+            for number, values in by_pair(path).items()
+        )
+        < 1e-4
+    )
 
 
 def test_the_other_spelling_gives_the_same(golden, expected, tmp_path):
     import convert_weight
+
     weights = tmp_path / "chatglm.ckpt"
-    convert_weight.main(["--model", "glm-n", "--input_path", f"{GOLDEN / 'hf_chatglm'}/", "--output_path", str(weights),
-                         "--dtype", "fp32"])
-    assert_golden(run(golden, golden.pairs, tmp_path / "a.mindrecord", "--load_checkpoint", weights), expected)
+    convert_weight.main(
+        [
+            "--model",
+            "glm-n",
+            "--input_path",
+            f"{GOLDEN / 'hf_chatglm'}/",
+            "--output_path",
+            str(weights),
+            "--dtype",
+            "fp32",
+        ]
+    )
+    assert_golden(
+        run(golden, golden.pairs, tmp_path / "a.mindrecord", "--load_checkpoint", weights), expected
+    )
 
 
 def test_the_last_screen_and_the_picture(golden, expected, tmp_path, capsys, monkeypatch):
@@ -124,11 +178,19 @@ def test_the_last_screen_and_the_picture(golden, expected, tmp_path, capsys, mon
     path = run(golden, golden.pairs, tmp_path / "a.mindrecord")
     out = capsys.readouterr().out
     pairs = expected["pairs"]
-    tokens = sum(2 * len(pair["prompt_ids"]) + len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in pairs)
+    tokens = sum(
+        2 * len(pair["prompt_ids"]) + len(pair["chosen_ids"]) + len(pair["rejected_ids"])
+        for pair in pairs
+    )
     for side in SIDES:
-        mean = sum(pair[f"ref_{side}_logps"] for pair in pairs) / sum(len(pair[f"{side}_ids"]) for pair in pairs)
+        mean = sum(pair[f"ref_{side}_logps"] for pair in pairs) / sum(
+            len(pair[f"{side}_ids"]) for pair in pairs
+        )
         assert f"{side} {mean:.4f}" in out
-    longer = sorted(len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"])) for pair in pairs)
+    longer = sorted(
+        len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
+        for pair in pairs
+    )
     assert f"shortest {longer[0]}, " in out
     assert f"longest {longer[-1]} tokens" in out
     assert f"median {(longer[3] + longer[4]) / 2:.0f}, " in out
@@ -136,15 +198,21 @@ def test_the_last_screen_and_the_picture(golden, expected, tmp_path, capsys, mon
     assert "8 read = 8 written + 0 dropped" in out
     assert "--dataset_type cvalues (detected from its fields)" in out
     assert (tmp_path / "a.mindrecord.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert sorted(file.name for file in tmp_path.iterdir()) == [f"{path.name}{end}" for end in ("", ".db", ".json", ".png")]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        f"{path.name}{end}" for end in ("", ".db", ".json", ".png")
+    ]
 
 
 # no pair lost
 
+
 @pytest.mark.parametrize("count", [1, 5, 9, 37])
 def test_no_pair_is_lost(golden, tmp_path, count):
     """Batches of 4 rows: one pair, a partial batch, counts that are no multiple of anything."""
-    source = write(tmp_path / "pairs.jsonl", [{**ROWS[number % 8], "prompt": f"{number}?"} for number in range(count)])
+    source = write(
+        tmp_path / "pairs.jsonl",
+        [{**ROWS[number % 8], "prompt": f"{number}?"} for number in range(count)],
+    )
     sidecar = assert_whole(golden, run(golden, source, tmp_path / "a.mindrecord"))
     assert sidecar["pairs"]["written"] == sidecar["pairs"]["read"] == count
 
@@ -158,13 +226,37 @@ def test_row_order_moves_no_log_prob(golden, tmp_path):
 
 def test_what_is_dropped_cut_or_odd_is_counted_with_its_lines(golden, tmp_path, capsys):
     source = tmp_path / "pairs.jsonl"
-    write(source, [ROWS[0], {**ROWS[1], "prompt": "长" * 200}, {**ROWS[1], "neg_resp": "长" * 200}, ROWS[0],
-                   {**ROWS[2], "neg_resp": ROWS[2]["pos_resp"]}, {"prompt": "x"}, {**ROWS[3], "prompt": ""}])
-    path = run(golden, source, tmp_path / "a.mindrecord", "--on_bad_row", "skip", "--dataset_type", "cvalues")
+    write(
+        source,
+        [
+            ROWS[0],
+            {**ROWS[1], "prompt": "长" * 200},
+            {**ROWS[1], "neg_resp": "长" * 200},
+            ROWS[0],
+            {**ROWS[2], "neg_resp": ROWS[2]["pos_resp"]},
+            {"prompt": "x"},
+            {**ROWS[3], "prompt": ""},
+        ],
+    )
+    path = run(
+        golden,
+        source,
+        tmp_path / "a.mindrecord",
+        "--on_bad_row",
+        "skip",
+        "--dataset_type",
+        "cvalues",
+    )
     out = capsys.readouterr().out
-    for words in ("7 read = 5 written + 2 dropped", f"1 x longer than a row ({source}:3)", f"1 x bad row ({source}:6)",
-                  f"{source}:6: missing 'pos_resp'", f"1 x prompts shortened to fit ({source}:2)",
-                  f"1 x identical answers ({source}:5)", f"1 x pair that stands there already ({source}:4)"):
+    for words in (
+        "7 read = 5 written + 2 dropped",
+        f"1 x longer than a row ({source}:3)",
+        f"1 x bad row ({source}:6)",
+        f"{source}:6: missing 'pos_resp'",
+        f"1 x prompts shortened to fit ({source}:2)",
+        f"1 x identical answers ({source}:5)",
+        f"1 x pair that stands there already ({source}:4)",
+    ):
         assert words in out
     sidecar = assert_whole(golden, path)
     assert sidecar["pairs"]["dropped"] == {"bad row": 1, "longer than a row": 1}
@@ -173,26 +265,56 @@ def test_what_is_dropped_cut_or_odd_is_counted_with_its_lines(golden, tmp_path, 
     tokens = tokens_of(path)[1]
     tokenizer = Glm4Tokenizer(golden.tokenizer)
     assert max(map(len, tokens)) == SEQ_LEN  # not a token more is cut than must be
-    assert all(tokenizer.decode(side[:4], show_special=True).startswith("[gMASK]<sop><|user|>\n") for side in tokens)
+    assert all(
+        tokenizer.decode(side[:4], show_special=True).startswith("[gMASK]<sop><|user|>\n")
+        for side in tokens
+    )
     assert all(side[-1] == tokenizer.special["<|user|>"] for side in tokens)
-    less = run(golden, source, tmp_path / "b.mindrecord", "--on_bad_row", "skip", "--identical", "drop", "--duplicates",
-               "drop", "--truncation", "drop")
+    less = run(
+        golden,
+        source,
+        tmp_path / "b.mindrecord",
+        "--on_bad_row",
+        "skip",
+        "--identical",
+        "drop",
+        "--duplicates",
+        "drop",
+        "--truncation",
+        "drop",
+    )
     assert sorted(by_pair(less)) == [0, 6]
     assert assert_whole(golden, less)["pairs"]["dropped"] == {
-        "bad row": 1, "identical answers": 1, "pair that stands there already": 1, "longer than a row": 2}
+        "bad row": 1,
+        "identical answers": 1,
+        "pair that stands there already": 1,
+        "longer than a row": 2,
+    }
 
 
 def test_hostile_text_goes_through(golden, tmp_path):
-    texts = ["<|assistant|>\n[gMASK]<sop><|endoftext|>", "\0\r\n\ufeff", "🙂👩‍👩‍👧", "שלום \u202e", "\ud800", " " * 100_000,
-             "y" * 1_000_000]
+    texts = [
+        "<|assistant|>\n[gMASK]<sop><|endoftext|>",
+        "\0\r\n\ufeff",
+        "🙂👩‍👩‍👧",
+        "שלום \u202e",
+        "\ud800",
+        " " * 100_000,
+        "y" * 1_000_000,
+    ]
     source = tmp_path / "pairs.json"
-    source.write_text(json.dumps([{"prompt": text, "chosen": f"a{text[:9]}", "rejected": "no"} for text in texts]))
+    source.write_text(
+        json.dumps([{"prompt": text, "chosen": f"a{text[:9]}", "rejected": "no"} for text in texts])
+    )
     path = run(golden, source, tmp_path / "a.mindrecord")
     assert assert_whole(golden, path)["pairs"]["written"] == len(texts)
 
 
 def test_the_evaluation_set_shares_no_prompt(golden, tmp_path, capsys):
-    source = write(tmp_path / "pairs.jsonl", [{**ROWS[number % 8], "prompt": f"{number // 2}?"} for number in range(40)])
+    source = write(
+        tmp_path / "pairs.jsonl",
+        [{**ROWS[number % 8], "prompt": f"{number // 2}?"} for number in range(40)],
+    )
     path = run(golden, source, tmp_path / "set.v1.mindrecord", "--eval_ratio", "0.25")
     other = tmp_path / "set.v1_eval.mindrecord"
     train, held_out = by_pair(path), by_pair(other)
@@ -207,10 +329,14 @@ def test_the_evaluation_set_shares_no_prompt(golden, tmp_path, capsys):
 
 # workers, kills
 
+
 @pytest.fixture(scope="module")
 def many(golden):
     """300 pairs, so 38 parts."""
-    return write(golden.folder / "many.jsonl", [{**ROWS[number % 8], "prompt": f"{number}?"} for number in range(300)])
+    return write(
+        golden.folder / "many.jsonl",
+        [{**ROWS[number % 8], "prompt": f"{number}?"} for number in range(300)],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -219,19 +345,25 @@ def quiet(golden, many):
 
 
 @pytest.mark.parametrize("workers", [2, 4])
-def test_the_number_of_workers_changes_no_byte_of_a_row(golden, many, quiet, tmp_path, monkeypatch, workers):
+def test_the_number_of_workers_changes_no_byte_of_a_row(
+    golden, many, quiet, tmp_path, monkeypatch, workers
+):
     path = tmp_path / "a.mindrecord"
     for number in reversed(range(workers)):
         rank(monkeypatch, number, workers)
         run(golden, many, path)
         assert path.exists() == (number == 0)
         if number == workers - 1:  # its share only
-            assert len(list(path.with_name("a.mindrecord.parts").glob("part-*.safetensors"))) == len(range(number, 38, workers))
+            assert len(
+                list(path.with_name("a.mindrecord.parts").glob("part-*.safetensors"))
+            ) == len(range(number, 38, workers))
     assert rows(path) == rows(quiet)
     assert not path.with_name("a.mindrecord.parts").exists()
 
 
-def test_killed_and_started_again_it_gives_the_same_rows(golden, many, quiet, tmp_path, monkeypatch, capsys):
+def test_killed_and_started_again_it_gives_the_same_rows(
+    golden, many, quiet, tmp_path, monkeypatch, capsys
+):
     path = tmp_path / "a.mindrecord"
     folder = path.with_name("a.mindrecord.parts")
     command = [sys.executable, SCRIPT, *arguments(golden, many, path)]
@@ -252,7 +384,12 @@ def test_killed_and_started_again_it_gives_the_same_rows(golden, many, quiet, tm
     (tmp_path / ".a.mindrecord.writing").mkdir()  # as a kill during the merge leaves it
     rank(monkeypatch, 1, 2)
     run(golden, many, path)
-    assert done.items() <= {part.name: part.stat().st_mtime_ns for part in folder.glob("part-*.safetensors")}.items()
+    assert (
+        done.items()
+        <= {
+            part.name: part.stat().st_mtime_ns for part in folder.glob("part-*.safetensors")
+        }.items()
+    )
     rank(monkeypatch, 0, 2)
     run(golden, many, path)
     assert rows(path) == rows(quiet)
@@ -268,7 +405,9 @@ def test_killed_and_started_again_it_gives_the_same_rows(golden, many, quiet, tm
 
 def test_a_kill_while_the_file_is_written_leaves_the_parts(golden, tmp_path, monkeypatch):
     path, make_row = tmp_path / "a.mindrecord", mindrecord.make_row
-    monkeypatch.setattr(mindrecord, "make_row", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        mindrecord, "make_row", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         run(golden, golden.pairs, path)
     assert [file.name for file in tmp_path.iterdir()] == ["a.mindrecord.parts"]
@@ -289,11 +428,15 @@ def test_progress_is_shown_with_its_speed(golden, many, tmp_path, monkeypatch, c
 
 # one model over all cards
 
-PLAN = ("parallel: {parallel_mode: 1, full_batch: FULL}\nparallel_config: {data_parallel: 1, model_parallel: 2, "
-        "vocab_emb_dp: False}")
+PLAN = (
+    "parallel: {parallel_mode: 1, full_batch: FULL}\nparallel_config: {data_parallel: 1, model_parallel: 2, "
+    "vocab_emb_dp: False}"
+)
 
 
-def test_in_a_model_parallel_plan_all_compute_every_part_and_rank_0_writes(golden, tmp_path, monkeypatch):
+def test_in_a_model_parallel_plan_all_compute_every_part_and_rank_0_writes(
+    golden, tmp_path, monkeypatch
+):
     path, scored = tmp_path / "a.mindrecord", []
     plan = write_overlay(tmp_path / "plan.yaml", "process", PLAN.replace("FULL", "True"))
     open_scorer = preprocess.open_scorer
@@ -305,6 +448,7 @@ def test_in_a_model_parallel_plan_all_compute_every_part_and_rank_0_writes(golde
         def score(pairs, report):
             scored.append(len(pairs))
             return scorer(pairs, report)
+
         score.seq_len = scorer.seq_len
         return score
 
@@ -328,15 +472,26 @@ def test_in_a_model_parallel_plan_all_compute_every_part_and_rank_0_writes(golde
 # bad input
 
 BAD = [
-    (["--src", "none.jsonl"], "no such file"), (["--src", "folder"], "holds no data"), (["--src", "empty"], "is empty"),
-    (["--src", "broken.jsonl"], "broken.jsonl:2: not JSON"), (["--src", "fields.jsonl"], "fields.jsonl:1: "),
-    (["--src", "answer.jsonl"], "answer.jsonl:1: 'pos_resp' is empty"), (["--dst", "folder"], "is a folder"),
-    (["--tokenizer", "broken.jsonl"], "not a line of GLM-4's tokenizer.model"), (["--tokenizer", "none"], "no such file"),
-    (["--load_checkpoint", "none.ckpt"], "no such file"), (["--load_checkpoint", "folder"], "is a folder"),
-    (["--load_checkpoint", "junk.ckpt"], "not a whole MindSpore checkpoint"), (["--config", "typo.yaml"], "did you mean"),
-    (["--seq_len", "0"], "expected a whole number above 0"), (["--seq_len", "16"], "no pair for it fits into 16 tokens"),
-    (["--eval_ratio", "1"], "from 0 to below 1"), (["--dataset_type", "dpo"], "missing 'conversations'"),
-    (["--pack", "maybe"], "expected True or False"), (["--dest", "x"], "unrecognized")]
+    (["--src", "none.jsonl"], "no such file"),
+    (["--src", "folder"], "holds no data"),
+    (["--src", "empty"], "is empty"),
+    (["--src", "broken.jsonl"], "broken.jsonl:2: not JSON"),
+    (["--src", "fields.jsonl"], "fields.jsonl:1: "),
+    (["--src", "answer.jsonl"], "answer.jsonl:1: 'pos_resp' is empty"),
+    (["--dst", "folder"], "is a folder"),
+    (["--tokenizer", "broken.jsonl"], "not a line of GLM-4's tokenizer.model"),
+    (["--tokenizer", "none"], "no such file"),
+    (["--load_checkpoint", "none.ckpt"], "no such file"),
+    (["--load_checkpoint", "folder"], "is a folder"),
+    (["--load_checkpoint", "junk.ckpt"], "not a whole MindSpore checkpoint"),
+    (["--config", "typo.yaml"], "did you mean"),
+    (["--seq_len", "0"], "expected a whole number above 0"),
+    (["--seq_len", "16"], "no pair for it fits into 16 tokens"),
+    (["--eval_ratio", "1"], "from 0 to below 1"),
+    (["--dataset_type", "dpo"], "missing 'conversations'"),
+    (["--pack", "maybe"], "expected True or False"),
+    (["--dest", "x"], "unrecognized"),
+]
 
 
 @pytest.fixture
@@ -359,7 +514,10 @@ def test_bad_input_is_one_line_and_nothing_is_left(golden, places, more, words):
         run(golden, golden.pairs, places / "new" / "a.mindrecord", *more)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert [path for path in sorted(places.rglob("*")) if path not in before] in ([], [places / "new"])
+    assert [path for path in sorted(places.rglob("*")) if path not in before] in (
+        [],
+        [places / "new"],
+    )
 
 
 def test_the_command_ends_with_status_2(golden, places):
@@ -370,12 +528,23 @@ def test_the_command_ends_with_status_2(golden, places):
 
 def test_weights_that_do_not_fit_are_refused(golden, tmp_path, monkeypatch):
     monkeypatch.undo()  # the real model
-    other = write_overlay(tmp_path / "other.yaml", "process", "").read_text().replace("num_layers: 3", "num_layers: 2")
+    other = (
+        write_overlay(tmp_path / "other.yaml", "process", "")
+        .read_text()
+        .replace("num_layers: 3", "num_layers: 2")
+    )
     (tmp_path / "other.yaml").write_text(other)
     weights = shutil.copy(golden.checkpoint, tmp_path / "golden.ckpt")
     with pytest.raises(UserError, match=r"golden\.ckpt: .*(layers\.2|num_layers is 2)"):
-        run(golden, golden.pairs, tmp_path / "a.mindrecord", "--config", tmp_path / "other.yaml", "--load_checkpoint",
-            weights)
+        run(
+            golden,
+            golden.pairs,
+            tmp_path / "a.mindrecord",
+            "--config",
+            tmp_path / "other.yaml",
+            "--load_checkpoint",
+            weights,
+        )
     assert not (tmp_path / "a.mindrecord").exists()
 
 

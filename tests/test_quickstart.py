@@ -1,4 +1,5 @@
 """quickstart.sh from end to end, and the tiny model that it starts from."""
+
 import json
 import subprocess
 
@@ -12,13 +13,15 @@ from mindrlhf.models.glm4 import tiny
 
 @pytest.fixture(scope="module")
 def screen():
-    result = subprocess.run(["bash", "quickstart.sh"], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    result = subprocess.run(
+        ["bash", "quickstart.sh"], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
 
 def test_it_ends_on_one_screen_with_the_preferred_answer(screen):
-    summary = screen[screen.index("== summary =="):].splitlines()
+    summary = screen[screen.index("== summary ==") :].splitlines()
     text = "\n".join(summary)
     assert len(summary) <= 24
     assert "step 0: dpo loss 0.6931" in text
@@ -38,17 +41,44 @@ def test_training_raises_accuracy_and_margin_on_pairs_it_never_saw(screen):
 def test_flipped_preferences_make_it_worse(screen, tmp_path):
     """The same training on pairs whose answers are swapped: a check that can go wrong."""
     out = ROOT / "output/quickstart"
-    rows = [json.loads(line) for line in (out / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line) for line in (out / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     flipped = [{**row, "pos_resp": row["neg_resp"], "neg_resp": row["pos_resp"]} for row in rows]
     (tmp_path / "flipped.jsonl").write_text("".join(json.dumps(row) + "\n" for row in flipped))
-    preprocess.main(["--src", str(tmp_path / "flipped.jsonl"), "--dst", str(tmp_path / "flipped.mindrecord"), "--config",
-                     str(EXAMPLE / "process_glm4_tiny.yaml"), "--tokenizer", str(out / "hf/tokenizer.model"),
-                     "--load_checkpoint", str(out / "glm4_tiny.ckpt")])
+    preprocess.main(
+        [
+            "--src",
+            str(tmp_path / "flipped.jsonl"),
+            "--dst",
+            str(tmp_path / "flipped.mindrecord"),
+            "--config",
+            str(EXAMPLE / "process_glm4_tiny.yaml"),
+            "--tokenizer",
+            str(out / "hf/tokenizer.model"),
+            "--load_checkpoint",
+            str(out / "glm4_tiny.ckpt"),
+        ]
+    )
     config = tmp_path / "flipped.yaml"
-    config.write_text(f"base_config: {EXAMPLE / 'finetune_glm4_tiny.yaml'}\nrunner_config: {{max_steps: 60}}\n")
-    result = run_script(EXAMPLE / "run_dpo.py", "--config", config, "--train_dataset", tmp_path / "flipped.mindrecord",
-                        "--eval_dataset", out / "held_out.mindrecord", "--vocab_file", out / "hf/tokenizer.model",
-                        "--load_checkpoint", out / "glm4_tiny.ckpt", "--output_dir", tmp_path / "run")
+    config.write_text(
+        f"base_config: {EXAMPLE / 'finetune_glm4_tiny.yaml'}\nrunner_config: {{max_steps: 60}}\n"
+    )
+    result = run_script(
+        EXAMPLE / "run_dpo.py",
+        "--config",
+        config,
+        "--train_dataset",
+        tmp_path / "flipped.mindrecord",
+        "--eval_dataset",
+        out / "held_out.mindrecord",
+        "--vocab_file",
+        out / "hf/tokenizer.model",
+        "--load_checkpoint",
+        out / "glm4_tiny.ckpt",
+        "--output_dir",
+        tmp_path / "run",
+    )
     assert result.returncode == 0, result.stderr
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     after = [record for record in map(json.loads, lines) if record["split"] == "eval"][-1]

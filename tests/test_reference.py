@@ -1,4 +1,5 @@
 """The reference pass: log-probs that do not depend on the company they are computed in, and parts that survive kills."""
+
 import inspect
 import json
 import random
@@ -25,19 +26,31 @@ from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
 @pytest.fixture(scope="module")
 def scorer(golden):
     from mindrlhf.data import preprocess
-    settings = config.load_settings(golden.process, run_mode="preprocess", overrides={
-        "load_checkpoint": str(golden.checkpoint), "processor.tokenizer.vocab_file": str(golden.tokenizer)})
+
+    settings = config.load_settings(
+        golden.process,
+        run_mode="preprocess",
+        overrides={
+            "load_checkpoint": str(golden.checkpoint),
+            "processor.tokenizer.vocab_file": str(golden.tokenizer),
+        },
+    )
     return preprocess.open_scorer(settings, Glm4Tokenizer(golden.tokenizer), packed=True)
 
 
 @pytest.fixture(scope="module")
 def pairs(expected):
-    return [TokenPair(pair["prompt_ids"], pair["chosen_ids"], pair["rejected_ids"]) for pair in expected["pairs"]]
+    return [
+        TokenPair(pair["prompt_ids"], pair["chosen_ids"], pair["rejected_ids"])
+        for pair in expected["pairs"]
+    ]
 
 
 @pytest.fixture(scope="module")
 def wanted(expected):
-    return np.array([[pair["ref_chosen_logps"], pair["ref_rejected_logps"]] for pair in expected["pairs"]])
+    return np.array(
+        [[pair["ref_chosen_logps"], pair["ref_rejected_logps"]] for pair in expected["pairs"]]
+    )
 
 
 def test_log_probs_are_pytorch_s_in_any_company(scorer, pairs, wanted):
@@ -48,7 +61,9 @@ def test_log_probs_are_pytorch_s_in_any_company(scorer, pairs, wanted):
     turned = scorer(pairs[::-1])[::-1]
     company = scorer(pairs[:1] + pairs[3:] * 3)[:1]
     alone = np.concatenate([scorer([pair]) for pair in pairs])
-    single = Scorer(scorer.network.model, seq_len=scorer.seq_len, batch_size=1, pad_id=5, packed=False)
+    single = Scorer(
+        scorer.network.model, seq_len=scorer.seq_len, batch_size=1, pad_id=5, packed=False
+    )
     assert single.width == 1
     for other in (turned, alone, single(pairs)):
         assert np.abs(other - packed).max() < 1e-4
@@ -60,7 +75,10 @@ def test_logits_in_chunks_give_the_same(golden, pairs, wanted):
     model = load_model(golden, "process", {"dpo.logps_chunk_size": 200})
     chunked = Scorer(model, seq_len=SEQ_LEN, batch_size=2, pad_id=316)
     assert np.abs(chunked(pairs) - wanted).max() < 3e-4
-    assert np.abs(Scorer(model, seq_len=SEQ_LEN, batch_size=1, pad_id=316)(pairs) - wanted).max() < 3e-4
+    assert (
+        np.abs(Scorer(model, seq_len=SEQ_LEN, batch_size=1, pad_id=316)(pairs) - wanted).max()
+        < 3e-4
+    )
 
 
 def test_progress_counts_pairs_and_real_tokens(scorer, pairs):
@@ -72,7 +90,11 @@ def test_progress_counts_pairs_and_real_tokens(scorer, pairs):
 
 
 def test_log_probs_that_are_not_finite_stop_the_run(scorer, pairs, monkeypatch):
-    monkeypatch.setattr(scorer, "_run", lambda rows: np.full((2, scorer.batch_size, scorer.width), np.nan, np.float32))
+    monkeypatch.setattr(
+        scorer,
+        "_run",
+        lambda rows: np.full((2, scorer.batch_size, scorer.width), np.nan, np.float32),
+    )
     with pytest.raises(UserError, match="not finite"):
         scorer(pairs)
 
@@ -89,8 +111,13 @@ def test_parts_are_of_a_fair_size(pairs):
 
 class Words:
     """A tokenizer of one id a character; ids from 1000 are special."""
-    special = {tag: number for number, tag in enumerate(
-        ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"), 1000)}
+
+    special = {
+        tag: number
+        for number, tag in enumerate(
+            ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"), 1000
+        )
+    }
 
     def encode(self, text):
         return list(map(ord, text))
@@ -98,9 +125,14 @@ class Words:
 
 def test_a_part_holds_every_pair_or_says_that_it_dropped_it():
     from mindrlhf.data.preference import Pair
-    pairs = [Pair((("user", "q" * length),), "a" * answer, "b") for length, answer in
-             ((5, 3), (50, 3), (5, 40), (5, 3))]
-    part = make_part(Words(), pairs, 100, seq_len=30, score=lambda tokens: np.zeros((len(tokens), 2), np.float32))
+
+    pairs = [
+        Pair((("user", "q" * length),), "a" * answer, "b")
+        for length, answer in ((5, 3), (50, 3), (5, 40), (5, 3))
+    ]
+    part = make_part(
+        Words(), pairs, 100, seq_len=30, score=lambda tokens: np.zeros((len(tokens), 2), np.float32)
+    )
     assert part["pairs"].tolist() == [100, 101, 103]
     assert part["dropped"].tolist() == [102]
     # 5 tokens of tags and newline round the prompt, 2 round an answer: 50 + 5 + 3 + 2 = 60, 30 too many
@@ -111,10 +143,14 @@ def test_a_part_holds_every_pair_or_says_that_it_dropped_it():
 
 def arrays(numbers):
     """A part of pairs with recognizable tokens."""
-    return {"pairs": np.array(numbers, np.int32), "lengths": np.array([[1, 2, 3]] * len(numbers), np.int32),
-            "tokens": np.array([10 * n + k for n in numbers for k in range(6)], np.int32),
-            "logps": np.array([[-n, -n - 0.5] for n in numbers], np.float32), "cut": np.zeros(len(numbers), np.int32),
-            "dropped": np.zeros(0, np.int32)}
+    return {
+        "pairs": np.array(numbers, np.int32),
+        "lengths": np.array([[1, 2, 3]] * len(numbers), np.int32),
+        "tokens": np.array([10 * n + k for n in numbers for k in range(6)], np.int32),
+        "logps": np.array([[-n, -n - 0.5] for n in numbers], np.float32),
+        "cut": np.zeros(len(numbers), np.int32),
+        "dropped": np.zeros(0, np.int32),
+    }
 
 
 def test_parts_are_read_back_pair_by_pair(tmp_path):
@@ -175,7 +211,10 @@ print("done", flush=True)
 
 def content(parts):
     scored = parts.read()
-    return [(scored.pairs[n], *scored.logps[n].tolist(), scored.tokens(n)) for n in range(len(scored.pairs))]
+    return [
+        (scored.pairs[n], *scored.logps[n].tolist(), scored.tokens(n))
+        for n in range(len(scored.pairs))
+    ]
 
 
 def test_killed_20_times_at_random_moments_the_parts_are_those_of_a_quiet_run(tmp_path):
@@ -185,7 +224,9 @@ def test_killed_20_times_at_random_moments_the_parts_are_those_of_a_quiet_run(tm
     moments = random.Random(0)
 
     def start(name):
-        process = subprocess.Popen([sys.executable, script, tmp_path / name], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, script, tmp_path / name], stdout=subprocess.PIPE, text=True
+        )
         assert process.stdout.readline() == "ready\n"
         return process
 

@@ -1,4 +1,5 @@
 """Kills, signals, damage and full disks: what a run leaves behind, and how it goes on."""
+
 import json
 import os
 import signal
@@ -14,14 +15,27 @@ from test_training import MORE, RUN_DPO, arguments, records, write_overlay
 from mindrlhf.cli import UserError
 from mindrlhf.training import state
 
-EXACT = ("loss", "dpo_loss", "sft_loss", "accuracy", "margin", "chosen_logps", "rejected_logps", "learning_rate",
-         "grad_norm", "pairs", "tokens")
+EXACT = (
+    "loss",
+    "dpo_loss",
+    "sft_loss",
+    "accuracy",
+    "margin",
+    "chosen_logps",
+    "rejected_logps",
+    "learning_rate",
+    "grad_norm",
+    "pairs",
+    "tokens",
+)
 
 
 @pytest.fixture(scope="module")
 def config(golden):
     """3 rows, one a step, 4 epochs: 12 steps, a state after each."""
-    more = MORE.format(sft_weight=0.5, check=True, batch_size=1, shuffle=True).replace("epochs: 2", "epochs: 4")
+    more = MORE.format(sft_weight=0.5, check=True, batch_size=1, shuffle=True).replace(
+        "epochs: 2", "epochs: 4"
+    )
     return write_overlay(golden.folder / "long.yaml", "finetune", more)
 
 
@@ -29,13 +43,19 @@ def config(golden):
 def sinking(golden, config):
     """The same in sink mode."""
     path = golden.folder / "sinking.yaml"
-    path.write_text(f"base_config: {config.name}\nrunner_config: {{sink_mode: True, sink_size: 1}}\n")
+    path.write_text(
+        f"base_config: {config.name}\nrunner_config: {{sink_mode: True, sink_size: 1}}\n"
+    )
     return path
 
 
 def start(golden, config, output, *more):
-    return subprocess.Popen([sys.executable, str(RUN_DPO), *map(str, arguments(golden, config, output, more=more))],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, str(RUN_DPO), *map(str, arguments(golden, config, output, more=more))],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def steps_written(output):
@@ -58,7 +78,9 @@ def unbroken(golden, config):
     return records(output)
 
 
-def test_killed_damaged_and_terminated_it_ends_as_the_unbroken_run(golden, config, sinking, unbroken, tmp_path):
+def test_killed_damaged_and_terminated_it_ends_as_the_unbroken_run(
+    golden, config, sinking, unbroken, tmp_path
+):
     """kill -9 after step 3; the newest state is cut short, so it goes on from the one before, in sink mode; SIGTERM after
     step 7 saves a state and ends with 143; the last run goes to the end."""
     process = start(golden, config, tmp_path)
@@ -93,6 +115,7 @@ def test_killed_damaged_and_terminated_it_ends_as_the_unbroken_run(golden, confi
 
 def test_auto_without_a_state_starts_anew(golden, config, tmp_path, capsys):
     from mindrlhf.training import run
+
     assert run.open_state({"resume_training": "auto", "output_dir": str(tmp_path)}) is None
     assert "starting from the beginning" in capsys.readouterr().out
 
@@ -101,7 +124,10 @@ def test_a_state_behind_others_is_not_resumed_over_them(golden, unbroken):
     output = golden.folder / "unbroken"
     with pytest.raises(UserError, match=r"has states of later steps \(12\)"):
         state.choose_state(output, state.saved_states(output, 0)[11])
-    assert state.choose_state(output, state.saved_states(output, 0)[12]) == state.saved_states(output, 0)[12]
+    assert (
+        state.choose_state(output, state.saved_states(output, 0)[12])
+        == state.saved_states(output, 0)[12]
+    )
 
 
 def test_a_flipped_bit_is_found(golden, unbroken, tmp_path):
@@ -120,16 +146,34 @@ def test_curves_events_and_console_are_there(golden, unbroken):
     assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert list((output / "tensorboard").glob("events.out.tfevents.*"))
     first = unbroken[0]
-    for key in ("loss", "dpo_loss", "sft_loss", "chosen_reward", "rejected_reward", "margin", "accuracy", "chosen_logps",
-                "rejected_logps", "chosen_logps_per_token", "learning_rate", "grad_norm", "overflow", "pairs_per_second",
-                "tokens_per_second", "memory_gb"):
+    for key in (
+        "loss",
+        "dpo_loss",
+        "sft_loss",
+        "chosen_reward",
+        "rejected_reward",
+        "margin",
+        "accuracy",
+        "chosen_logps",
+        "rejected_logps",
+        "chosen_logps_per_token",
+        "learning_rate",
+        "grad_norm",
+        "overflow",
+        "pairs_per_second",
+        "tokens_per_second",
+        "memory_gb",
+    ):
         assert key in first
 
 
 def test_a_journal_that_a_kill_cut_short_is_read_up_to_there(tmp_path):
     from mindrlhf.training.journal import Journal, read_records
+
     lines = [{"split": "train", "step": step, "loss": 1.0} for step in (1, 2, 3)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"split": "tr')
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines) + '{"split": "tr'
+    )
     assert [record["step"] for record in read_records(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     journal = Journal(tmp_path, 2)
     journal.add("train", 3, {"loss": float("nan")})
@@ -143,14 +187,23 @@ def saver(tmp_path, network, free):
     """A checkpoint callback that believes that `free` bytes are left."""
     from mindrlhf.training.callbacks import Progress
     from mindrlhf.training.saving import DPOCheckpointMonitor
-    monitor = DPOCheckpointMonitor(Progress(first=0, total=9), None, network, output_dir=tmp_path, prefix="p",
-                                   save_checkpoint_steps=1, keep_checkpoint_max=2)
+
+    monitor = DPOCheckpointMonitor(
+        Progress(first=0, total=9),
+        None,
+        network,
+        output_dir=tmp_path,
+        prefix="p",
+        save_checkpoint_steps=1,
+        keep_checkpoint_max=2,
+    )
     monitor._free = lambda: free[0]
     return monitor
 
 
 def test_a_full_disk_is_told_before_it_costs_anything(tmp_path, capsys):
     from mindspore import nn
+
     network = nn.Dense(100, 100)  # 40,400 bytes
     network.optimizer = SimpleNamespace(global_step=1)
     parameters = SimpleNamespace(network=network, cur_epoch_num=1)
@@ -179,6 +232,7 @@ def test_a_full_disk_is_told_before_it_costs_anything(tmp_path, capsys):
 def test_two_workers_stop_after_the_same_step(tmp_path, monkeypatch):
     """One is told to stop after its step 5, while the other may be one step ahead: both stop after step 7."""
     from mindspore import nn
+
     monkeypatch.setenv("MS_WORKER_NUM", "2")
     network = nn.Dense(2, 2)
     told, other = saver(tmp_path, network, [1]), saver(tmp_path, network, [1])
@@ -190,12 +244,30 @@ def test_two_workers_stop_after_the_same_step(tmp_path, monkeypatch):
 def test_sigterm_to_the_launcher_saves_the_states_of_both_workers(golden, config, tmp_path):
     output = tmp_path / "run"
     more = MORE.format(sft_weight=0.5, check=True, batch_size=1, shuffle=True)
-    long = write_overlay(tmp_path / "long.yaml", "finetune", more.replace("epochs: 2", "sink_mode: True, epochs: 300").replace(
-        "save_checkpoint_steps: 1", "save_checkpoint_steps: 100000"))
+    long = write_overlay(
+        tmp_path / "long.yaml",
+        "finetune",
+        more.replace("epochs: 2", "sink_mode: True, epochs: 300").replace(
+            "save_checkpoint_steps: 1", "save_checkpoint_steps: 100000"
+        ),
+    )
     command = " ".join(map(str, [RUN_DPO, *arguments(golden, long, output)]))
-    process = subprocess.Popen(["bash", str(ROOT / "scripts/msrun_launcher.sh"), command, "2", "0", str(tmp_path / "log"),
-                                "True", "120"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "PYTHON": sys.executable})
+    process = subprocess.Popen(
+        [
+            "bash",
+            str(ROOT / "scripts/msrun_launcher.sh"),
+            command,
+            "2",
+            "0",
+            str(tmp_path / "log"),
+            "True",
+            "120",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHON": sys.executable},
+    )
     wait_for(lambda: steps_written(output) >= 4, process)
     process.send_signal(signal.SIGTERM)
     out, error = process.communicate(timeout=100)

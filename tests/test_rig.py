@@ -1,4 +1,5 @@
 """Parallel plans, run for real on CPU processes (scripts/rig), against one process."""
+
 import importlib.util
 import json
 import os
@@ -17,21 +18,34 @@ from mindrlhf import schema
 from mindrlhf.data import mindrecord
 
 if shutil.which("g++") is None:
-    pytest.skip("no g++, with which the rig for parallel plans on the CPU is built", allow_module_level=True)
+    pytest.skip(
+        "no g++, with which the rig for parallel plans on the CPU is built", allow_module_level=True
+    )
 if not mindspore.__version__.startswith("2.7."):
-    pytest.skip("the rig for parallel plans on the CPU fits MindSpore 2.7 only", allow_module_level=True)
+    pytest.skip(
+        "the rig for parallel plans on the CPU fits MindSpore 2.7 only", allow_module_level=True
+    )
 
 spec = importlib.util.spec_from_file_location("rehearse", ROOT / "scripts/rehearse.py")
 rehearse = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(rehearse)
-ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHON": sys.executable}
+ENVIRONMENT = {
+    **os.environ,
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    "PYTHON": sys.executable,
+}
 CONFIG = EXAMPLE / "finetune_glm4_9b.yaml"
 
 
 def run(*command, environment=None):
     """A command that must succeed: its output."""
-    result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=900,
-                            env={**ENVIRONMENT, **(environment or {})})
+    result = subprocess.run(
+        [*map(str, command)],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env={**ENVIRONMENT, **(environment or {})},
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -53,16 +67,29 @@ def launch(rehearsal):
     def on_plan(name, script, base, changes, options, workers=8, environment=None):
         config = folder / f"{name}.yaml"
         config.write_text(yaml.safe_dump({"base_config": base, **changes}))
-        command = f"{ROOT}/scripts/rig/on_cpu.py {build} {EXAMPLE}/{script} --config {config} {options}"
-        return run("bash", ROOT / "scripts/msrun_launcher.sh", command, workers, 0, folder / f"log_{name}", "True", 600,
-                   environment={"LD_PRELOAD": f"{build}/librig_hook.so", **(environment or {})})
+        command = (
+            f"{ROOT}/scripts/rig/on_cpu.py {build} {EXAMPLE}/{script} --config {config} {options}"
+        )
+        return run(
+            "bash",
+            ROOT / "scripts/msrun_launcher.sh",
+            command,
+            workers,
+            0,
+            folder / f"log_{name}",
+            "True",
+            600,
+            environment={"LD_PRELOAD": f"{build}/librig_hook.so", **(environment or {})},
+        )
 
     return on_plan
 
 
 def training(folder, name):
-    return (f"--train_dataset {folder}/train.mindrecord --vocab_file {folder}/hf/tokenizer.model "
-            f"--load_checkpoint {folder}/tiny.ckpt --auto_trans_ckpt True --output_dir {folder}/{name}")
+    return (
+        f"--train_dataset {folder}/train.mindrecord --vocab_file {folder}/hf/tokenizer.model "
+        f"--load_checkpoint {folder}/tiny.ckpt --auto_trans_ckpt True --output_dir {folder}/{name}"
+    )
 
 
 def assert_as_one_process(folder, name):
@@ -75,8 +102,10 @@ def assert_as_one_process(folder, name):
 def test_the_9b_yaml_agrees_with_one_process_to_the_end(rehearsal):
     folder, screen = rehearsal
     assert "8 cards compute what one process computes" in screen
-    assert ("data_parallel 4 x model_parallel 2, optimizer sharding True, 32 heads, 2 groups, flash attention True, "
-            "sink mode True, LoRA False") in screen
+    assert (
+        "data_parallel 4 x model_parallel 2, optimizer sharding True, 32 heads, 2 groups, flash attention True, "
+        "sink mode True, LoRA False"
+    ) in screen
     assert "stopped by SIGTERM after step" in screen
     assert "resuming from many/checkpoint/rank_0" in screen
     assert_as_one_process(folder, "many")
@@ -86,16 +115,29 @@ def test_the_9b_yaml_agrees_with_one_process_to_the_end(rehearsal):
 
 def test_the_rehearsal_changes_only_what_it_says(rehearsal):
     """Sizes, types, device, length and learning rate; all else of the three YAMLs is the user's."""
-    said = {*rehearse.SIZES, rehearse.HEAD, *rehearse.TYPES, *rehearse.RUN, "model.model_config.padded_vocab_size",
-            "dpo.logps_chunk_size", "callbacks", "model.model_config.max_decode_length"}
+    said = {
+        *rehearse.SIZES,
+        rehearse.HEAD,
+        *rehearse.TYPES,
+        *rehearse.RUN,
+        "model.model_config.padded_vocab_size",
+        "dpo.logps_chunk_size",
+        "callbacks",
+        "model.model_config.max_decode_length",
+    }
     for name, base in (("many", "finetune"), ("process", "process"), ("predict", "predict")):
         settings = rehearse.config.load(EXAMPLE / f"{base}_glm4_9b.yaml", run_mode=schema.RUN_MODES)
         found = yaml.safe_load((rehearsal[0] / f"{name}.yaml").read_text())
-        changed = {key for key in {*flat(settings), *flat(found)}
-                   if rehearse.config.get(settings, key) != rehearse.config.get(found, key)}
+        changed = {
+            key
+            for key in {*flat(settings), *flat(found)}
+            if rehearse.config.get(settings, key) != rehearse.config.get(found, key)
+        }
         assert changed <= said
     assert [{**entry, "save_checkpoint_steps": 0} for entry in many_callbacks(rehearsal[0])] == [
-        {**entry, "save_checkpoint_steps": 0} for entry in rehearse.config.load(CONFIG, run_mode="finetune")["callbacks"]]
+        {**entry, "save_checkpoint_steps": 0}
+        for entry in rehearse.config.load(CONFIG, run_mode="finetune")["callbacks"]
+    ]
 
 
 def flat(settings, prefix=""):
@@ -115,8 +157,12 @@ def test_every_key_of_the_9b_yamls_stands_in_the_rigs_table():
     table = (ROOT / "scripts/rig/README.md").read_text()
     for name in ("finetune_glm4_9b", "finetune_glm4_9b_lora", "process_glm4_9b", "predict_glm4_9b"):
         settings = rehearse.config.load(EXAMPLE / f"{name}.yaml", run_mode=schema.RUN_MODES)
-        entries = [f"callbacks.{entry['type']}.{key}" for entry in settings.pop("callbacks", []) for key in entry
-                   if key != "type"]
+        entries = [
+            f"callbacks.{entry['type']}.{key}"
+            for entry in settings.pop("callbacks", [])
+            for key in entry
+            if key != "type"
+        ]
         missing = [key for key in [*flat(settings), *entries] if f"`{key}`" not in table]
         assert not missing
 
@@ -124,20 +170,30 @@ def test_every_key_of_the_9b_yamls_stands_in_the_rigs_table():
 def test_lora_in_a_plan_agrees_with_one_process_to_the_end(tmp_path):
     """Adapters start alike, are resumed from their cards' parts, merged, and taken sharded by predict. Two processes."""
     config = tmp_path / "lora.yaml"
-    config.write_text(yaml.safe_dump({"base_config": str(EXAMPLE / "finetune_glm4_9b_lora.yaml"),
-                                      "parallel_config": {"data_parallel": 1, "model_parallel": 2},
-                                      "runner_config": {"batch_size": 2}}))
+    config.write_text(
+        yaml.safe_dump(
+            {
+                "base_config": str(EXAMPLE / "finetune_glm4_9b_lora.yaml"),
+                "parallel_config": {"data_parallel": 1, "model_parallel": 2},
+                "runner_config": {"batch_size": 2},
+            }
+        )
+    )
     screen = run("bash", ROOT / "scripts/rehearse.sh", config, 2, tmp_path / "lora")
     assert "2 cards compute what one process computes" in screen
-    assert (tmp_path / "lora/answer_after_adapters").read_text() == (tmp_path / "lora/answer_after").read_text()
+    assert (tmp_path / "lora/answer_after_adapters").read_text() == (
+        tmp_path / "lora/answer_after"
+    ).read_text()
 
 
 @pytest.fixture(scope="module")
 def accumulated(rehearsal, launch):
     """1 x 2: two parts of two rows where one process has four rows; held-out pairs."""
     folder = rehearsal[0]
-    changes = {"parallel_config": {"data_parallel": 1, "model_parallel": 2},
-               "runner_config": {"batch_size": 2, "gradient_accumulation_steps": 2}}
+    changes = {
+        "parallel_config": {"data_parallel": 1, "model_parallel": 2},
+        "runner_config": {"batch_size": 2, "gradient_accumulation_steps": 2},
+    }
     options = f"{training(folder, 'parts')} --eval_dataset {folder}/train.mindrecord"
     launch("parts", "run_dpo.py", "many.yaml", changes, options, workers=2)
     return folder
@@ -156,15 +212,26 @@ def test_evaluation_in_a_plan_sees_every_pair(accumulated):
     assert after["loss"] < before["loss"]
 
 
-PLAIN = {"model": {"model_config": {"use_flash_attention": False}}}  # 2 key-value heads cannot be split over more cards
+PLAIN = {
+    "model": {"model_config": {"use_flash_attention": False}}
+}  # 2 key-value heads cannot be split over more cards
 
 
 def test_heads_spread_over_all_cards(rehearsal, launch):
     """1 x 4, with optimizer sharding."""
     folder = rehearsal[0]
-    launch("wide", "run_dpo.py", "many.yaml", {
-        "parallel_config": {"data_parallel": 1, "model_parallel": 4}, "runner_config": {"batch_size": 4}, **PLAIN},
-        training(folder, "wide"), workers=4)
+    launch(
+        "wide",
+        "run_dpo.py",
+        "many.yaml",
+        {
+            "parallel_config": {"data_parallel": 1, "model_parallel": 4},
+            "runner_config": {"batch_size": 4},
+            **PLAIN,
+        },
+        training(folder, "wide"),
+        workers=4,
+    )
     assert_as_one_process(folder, "wide")
 
 
@@ -177,10 +244,22 @@ def logits(folder, vocabulary):
 def test_no_card_ever_holds_logits_of_the_whole_vocabulary(rehearsal, launch):
     """2 x 2, no optimizer sharding. 528 ids, which is no other size of the model; chunks of 256 positions."""
     folder, cards, whole = rehearsal[0], 4, rehearse.VOCABULARY
-    changes = {"parallel_config": {"data_parallel": 2, "model_parallel": 2}, "runner_config": {"batch_size": 2},
-               "parallel": {"enable_parallel_optimizer": False}, "dpo": {"logps_chunk_size": 256}, **PLAIN}
-    launch("spread", "run_dpo.py", "many.yaml", changes, training(folder, "spread"), workers=4,
-           environment=save_graphs(folder, "spread"))
+    changes = {
+        "parallel_config": {"data_parallel": 2, "model_parallel": 2},
+        "runner_config": {"batch_size": 2},
+        "parallel": {"enable_parallel_optimizer": False},
+        "dpo": {"logps_chunk_size": 256},
+        **PLAIN,
+    }
+    launch(
+        "spread",
+        "run_dpo.py",
+        "many.yaml",
+        changes,
+        training(folder, "spread"),
+        workers=4,
+        environment=save_graphs(folder, "spread"),
+    )
     assert_as_one_process(folder, "spread")
     graph = folder / "graphs_spread" / "rank_0"
     assert f"256, {whole // cards}" in logits(graph, whole // cards)
@@ -191,8 +270,14 @@ def test_the_same_search_finds_them_in_one_process(rehearsal):
     folder, whole = rehearsal[0], rehearse.VOCABULARY
     config = folder / "plain.yaml"
     config.write_text(yaml.safe_dump({"base_config": "one.yaml", "dpo": {"logps_chunk_size": 0}}))
-    run(sys.executable, EXAMPLE / "run_dpo.py", "--config", config, *training(folder, "plain").split(),
-        environment=save_graphs(folder, "plain"))
+    run(
+        sys.executable,
+        EXAMPLE / "run_dpo.py",
+        "--config",
+        config,
+        *training(folder, "plain").split(),
+        environment=save_graphs(folder, "plain"),
+    )
     assert f"1024, {whole}" in logits(folder / "graphs_plain", whole)  # 4 rows of 128, both sides
 
 
@@ -202,30 +287,55 @@ def save_graphs(folder, name):
 
 def test_preprocessing_on_a_plan_gives_the_same_log_probs(rehearsal, launch):
     folder = rehearsal[0]
-    launch("scored", "dpo_preprocess_glm4_parallel.py", "process.yaml",
-           {"parallel": {"parallel_mode": 1, "full_batch": True},
-            "parallel_config": {"data_parallel": 1, "model_parallel": 2}, "output_dir": f"{folder}/scored"},
-           f"--src {folder}/train.jsonl --dst {folder}/scored.mindrecord --tokenizer {folder}/hf/tokenizer.model "
-           f"--load_checkpoint {folder}/tiny.ckpt", workers=2)
-    expected, found = (mindrecord.read_rows(folder / f"{name}.mindrecord") for name in ("train", "scored"))
+    launch(
+        "scored",
+        "dpo_preprocess_glm4_parallel.py",
+        "process.yaml",
+        {
+            "parallel": {"parallel_mode": 1, "full_batch": True},
+            "parallel_config": {"data_parallel": 1, "model_parallel": 2},
+            "output_dir": f"{folder}/scored",
+        },
+        f"--src {folder}/train.jsonl --dst {folder}/scored.mindrecord --tokenizer {folder}/hf/tokenizer.model "
+        f"--load_checkpoint {folder}/tiny.ckpt",
+        workers=2,
+    )
+    expected, found = (
+        mindrecord.read_rows(folder / f"{name}.mindrecord") for name in ("train", "scored")
+    )
     for one, other in zip(expected, found, strict=True):
         for side in ("chosen", "rejected"):
             assert other[f"{side}_ref_logps"] == pytest.approx(one[f"{side}_ref_logps"], abs=1e-3)
 
 
-@pytest.mark.parametrize(("arguments", "status", "part"), [
-    ((CONFIG,), 2, "usage:"), ((CONFIG, "1"), 2, "above 1"), (("none.yaml", "8"), 2, "none.yaml: no such file"),
-    ((EXAMPLE / "finetune_glm4_tiny.yaml", "2"), 2, "no plan to rehearse"), ((CONFIG, "6"), 1, "= 8 cards, not 6")])
+@pytest.mark.parametrize(
+    ("arguments", "status", "part"),
+    [
+        ((CONFIG,), 2, "usage:"),
+        ((CONFIG, "1"), 2, "above 1"),
+        (("none.yaml", "8"), 2, "none.yaml: no such file"),
+        ((EXAMPLE / "finetune_glm4_tiny.yaml", "2"), 2, "no plan to rehearse"),
+        ((CONFIG, "6"), 1, "= 8 cards, not 6"),
+    ],
+)
 def test_what_cannot_be_rehearsed_is_said(arguments, status, part, tmp_path):
-    result = subprocess.run(["bash", ROOT / "scripts/rehearse.sh", *arguments, *[tmp_path] * (len(arguments) == 2)],
-                            capture_output=True, text=True, timeout=60, env=ENVIRONMENT, cwd=tmp_path)
+    result = subprocess.run(
+        ["bash", ROOT / "scripts/rehearse.sh", *arguments, *[tmp_path] * (len(arguments) == 2)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=ENVIRONMENT,
+        cwd=tmp_path,
+    )
     assert result.returncode == status
     assert part in result.stdout + result.stderr
 
 
 def test_a_number_that_the_cards_cannot_share_is_named(tmp_path):
     """13696 = 2^7 x 107: three cards cannot share it, nor the 32 heads."""
-    settings = rehearse.config.load(CONFIG, run_mode="finetune", overrides={"parallel_config.data_parallel": 1})
+    settings = rehearse.config.load(
+        CONFIG, run_mode="finetune", overrides={"parallel_config.data_parallel": 1}
+    )
     settings["parallel_config"]["model_parallel"] = 3
     problems = " ".join(rehearse.illegal(settings, 3))
     assert "ffn_hidden_size is 13696" in problems

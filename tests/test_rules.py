@@ -1,4 +1,5 @@
 """Rules of MindSpore 2.4 that hold on the CPU too."""
+
 import mindspore as ms
 import numpy as np
 import pytest

@@ -1,4 +1,5 @@
 """Weights into a running plan: each card reads its part of one file, or of the shards of another plan."""
+
 import dpo_preprocess_glm4_parallel as preprocess
 import mindspore as ms
 import numpy as np
@@ -19,6 +20,7 @@ PLANS = ("2x2", "1x4", "4x1", "1x2")
 
 
 # a card's part
+
 
 @pytest.mark.parametrize("shape", [(5, 7), (10, 7)])
 def test_block_of_a_card_by_hand(shape):
@@ -43,7 +45,9 @@ def test_every_card_reads_its_part(tmp_path, monkeypatch, plan, source):
         folder = write_shards(tmp_path, "2x2", arrays)
         stored = load.open_weights(folder, folder / "strategy")
     data, model = map(int, plan.split("x"))
-    monkeypatch.setattr(slices, "get_group_size", lambda group=None: data if group == "data" else cards(plan))
+    monkeypatch.setattr(
+        slices, "get_group_size", lambda group=None: data if group == "data" else cards(plan)
+    )
     for rank in range(cards(plan)):
         data_place, model_place = divmod(rank, model)
         for name, array in arrays.items():
@@ -57,15 +61,19 @@ def test_every_card_reads_its_part(tmp_path, monkeypatch, plan, source):
                 group = None
             monkeypatch.setattr(slices, "get_rank", lambda group, place=place: place)
             index += cards(plan) + place if group else 0
-            part = slices.FileTensor(stored[name], ms.float32).init_data(index, list(held.shape), group)
+            part = slices.FileTensor(stored[name], ms.float32).init_data(
+                index, list(held.shape), group
+            )
             assert np.array_equal(part.asnumpy(), held), (name, rank)
 
 
 # whole commands
 
+
 def strategy_of_three_layers(folder):
     """The 1x2 strategy, with a third layer like the second."""
     from mindspore.train.node_strategy_pb2 import ParallelStrategyMap
+
     content = ParallelStrategyMap()
     content.ParseFromString((STRATEGIES / "1x2.ckpt").read_bytes())
     for item in list(content.parallel_layout_item):
@@ -83,32 +91,53 @@ def shared(golden):
     """The golden weights in two shards as a run leaves them, and its strategy."""
     output, stored = golden.folder / "sharded", containers.open_tensors(golden.checkpoint)
     for rank in range(2):
-        write(output / f"checkpoint_network/rank_{rank}/glm4_dpo-network.ckpt",
-              {name: by_hand("1x2", name, tensor.array(), rank) for name, tensor in stored.items()})
+        write(
+            output / f"checkpoint_network/rank_{rank}/glm4_dpo-network.ckpt",
+            {name: by_hand("1x2", name, tensor.array(), rank) for name, tensor in stored.items()},
+        )
     sidecar.copy_to_run(golden.checkpoint, output)
     return output / "checkpoint_network", strategy_of_three_layers(output / "strategy")
 
 
 def from_shards(golden, shared, destination, *more):
-    return [*arguments(golden, golden.pairs, destination), "--load_checkpoint", str(shared[0]),
-            "--auto_trans_ckpt", "True", "--src_strategy", str(shared[1]), *more]
+    return [
+        *arguments(golden, golden.pairs, destination),
+        "--load_checkpoint",
+        str(shared[0]),
+        "--auto_trans_ckpt",
+        "True",
+        "--src_strategy",
+        str(shared[1]),
+        *more,
+    ]
 
 
 def test_preprocessing_from_shards_gives_what_one_file_gives(golden, shared, tmp_path):
     preprocess.main(from_shards(golden, shared, tmp_path / "x.mindrecord"))
-    one, other = (mindrecord.read_data_sidecar(path) for path in (golden.data, tmp_path / "x.mindrecord"))
+    one, other = (
+        mindrecord.read_data_sidecar(path) for path in (golden.data, tmp_path / "x.mindrecord")
+    )
     assert other["checkpoint"]["fingerprint"] == one["checkpoint"]["fingerprint"]
     for left, right in zip(rows(golden.data), rows(tmp_path / "x.mindrecord")):
         assert all(np.array_equal(left[name], right[name]) for name in left)
     left = sorted(path.name for path in shared[0].parent.rglob("*"))
-    assert len(left) == 8  # nothing new: 2 x (folder, file), their folder, strategy, its file, model.json
+    assert (
+        len(left) == 8
+    )  # nothing new: 2 x (folder, file), their folder, strategy, its file, model.json
 
 
 def test_training_from_shards_knows_the_weights_of_the_preprocessing(golden, shared, monkeypatch):
-    settings = config.load_settings(golden.finetune, run_mode="finetune", overrides={
-        "load_checkpoint": str(shared[0]), "src_strategy": str(shared[1]), "auto_trans_ckpt": True,
-        "processor.tokenizer.vocab_file": str(golden.tokenizer),
-        "train_dataset.data_loader.dataset_dir": str(golden.data)})
+    settings = config.load_settings(
+        golden.finetune,
+        run_mode="finetune",
+        overrides={
+            "load_checkpoint": str(shared[0]),
+            "src_strategy": str(shared[1]),
+            "auto_trans_ckpt": True,
+            "processor.tokenizer.vocab_file": str(golden.tokenizer),
+            "train_dataset.data_loader.dataset_dir": str(golden.data),
+        },
+    )
     data = run.open_data(settings)
     model = load_model(golden, "finetune")
     for parameter in model.get_parameters():
@@ -116,42 +145,70 @@ def test_training_from_shards_knows_the_weights_of_the_preprocessing(golden, sha
     run.load_policy(model, settings, data, None)
     stored = containers.open_tensors(golden.checkpoint)
     assert all(np.array_equal(p.asnumpy(), stored[p.name].array()) for p in model.get_parameters())
-    sidecar.require_same_model(settings["load_checkpoint"], settings)  # the run's model.json has the YAML's numbers
+    sidecar.require_same_model(
+        settings["load_checkpoint"], settings
+    )  # the run's model.json has the YAML's numbers
 
     data.train["checkpoint"]["fingerprint"] = "0" * 64
     with pytest.raises(UserError, match="checkpoint"):
         run.load_policy(model, settings, data, None)
 
 
-@pytest.mark.parametrize(("change", "said"), [
-    ({"--auto_trans_ckpt": "False"}, "need --auto_trans_ckpt True and --src_strategy"),
-    ({"--src_strategy": None}, "is no whole GLM-4.*--src_strategy"),
-    ({"--src_strategy": str(STRATEGIES / "1x2.ckpt")}, "is of another model"),
-    ({"--src_strategy": str(STRATEGIES / "2x2.ckpt")}, r"on 4 card\(s\).*holds 2"),
-    ({"--load_checkpoint": "whole"}, "is one file; --src_strategy")])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"--auto_trans_ckpt": "False"}, "need --auto_trans_ckpt True and --src_strategy"),
+        ({"--src_strategy": None}, "is no whole GLM-4.*--src_strategy"),
+        ({"--src_strategy": str(STRATEGIES / "1x2.ckpt")}, "is of another model"),
+        ({"--src_strategy": str(STRATEGIES / "2x2.ckpt")}, r"on 4 card\(s\).*holds 2"),
+        ({"--load_checkpoint": "whole"}, "is one file; --src_strategy"),
+    ],
+)
 @pytest.mark.parametrize("command", ["preprocess", "finetune"])
-def test_shards_that_cannot_be_shared_out_are_refused(golden, shared, tmp_path, command, change, said):
-    options = {"--config": golden.process, "--load_checkpoint": shared[0], "--auto_trans_ckpt": "True",
-               "--src_strategy": shared[1]}
+def test_shards_that_cannot_be_shared_out_are_refused(
+    golden, shared, tmp_path, command, change, said
+):
+    options = {
+        "--config": golden.process,
+        "--load_checkpoint": shared[0],
+        "--auto_trans_ckpt": "True",
+        "--src_strategy": shared[1],
+    }
     if command == "preprocess":
-        options |= {"--src": golden.pairs, "--dst": tmp_path / "x.mindrecord",
-                    "--tokenizer": golden.tokenizer}
+        options |= {
+            "--src": golden.pairs,
+            "--dst": tmp_path / "x.mindrecord",
+            "--tokenizer": golden.tokenizer,
+        }
     else:
-        options |= {"--config": golden.finetune, "--train_dataset": golden.data,
-                    "--vocab_file": golden.tokenizer, "--output_dir": tmp_path / "out"}
+        options |= {
+            "--config": golden.finetune,
+            "--train_dataset": golden.data,
+            "--vocab_file": golden.tokenizer,
+            "--output_dir": tmp_path / "out",
+        }
     options |= change
     if options["--load_checkpoint"] == "whole":
         options["--load_checkpoint"] = golden.checkpoint
     with pytest.raises(UserError, match=said):
         {"preprocess": preprocess, "finetune": run_dpo}[command].main(
-            [str(text) for option, value in options.items() if value is not None for text in (option, value)])
+            [
+                str(text)
+                for option, value in options.items()
+                if value is not None
+                for text in (option, value)
+            ]
+        )
     assert not list(tmp_path.glob("x.mindrecord"))
 
 
 def test_shards_of_another_model_do_not_load(golden, shared, tmp_path):
     folder = write_shards(tmp_path, "1x2", whole())
-    with pytest.raises(UserError, match=r"does not fit the model of this YAML. missing: "
-                                        r"transformer\.encoder\.layers\.2"):
+    with pytest.raises(
+        UserError,
+        match=r"does not fit the model of this YAML. missing: "
+        r"transformer\.encoder\.layers\.2",
+    ):
         load.load_weights(load_model(golden, "predict"), folder, strategy=folder / "strategy")
 
 

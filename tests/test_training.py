@@ -1,4 +1,5 @@
 """Training on the golden case, through the commands."""
+
 import json
 import math
 import os
@@ -29,13 +30,29 @@ callbacks:
 
 
 def training_yaml(folder, name, *, sft_weight=0.0, check=True, batch_size=1, shuffle=True):
-    return write_overlay(folder / f"{name}.yaml", "finetune", MORE.format(
-        sft_weight=sft_weight, check=check, batch_size=batch_size, shuffle=shuffle))
+    return write_overlay(
+        folder / f"{name}.yaml",
+        "finetune",
+        MORE.format(sft_weight=sft_weight, check=check, batch_size=batch_size, shuffle=shuffle),
+    )
 
 
 def arguments(golden, config, output, *, data=None, weights=None, more=()):
-    return ["--config", config, "--train_dataset", data or golden.data, "--vocab_file", golden.tokenizer,
-            "--load_checkpoint", weights or golden.checkpoint, "--auto_trans_ckpt", "False", "--output_dir", output, *more]
+    return [
+        "--config",
+        config,
+        "--train_dataset",
+        data or golden.data,
+        "--vocab_file",
+        golden.tokenizer,
+        "--load_checkpoint",
+        weights or golden.checkpoint,
+        "--auto_trans_ckpt",
+        "False",
+        "--output_dir",
+        output,
+        *more,
+    ]
 
 
 def records(output, split="train"):
@@ -48,7 +65,9 @@ def run(golden):
     """One training run in one process, 3 rows in batches of 1, two epochs, with an evaluation."""
     output = golden.folder / "run"
     config = training_yaml(golden.folder, "plain")
-    result = run_script(RUN_DPO, *arguments(golden, config, output, more=["--eval_dataset", golden.data]))
+    result = run_script(
+        RUN_DPO, *arguments(golden, config, output, more=["--eval_dataset", golden.data])
+    )
     assert result.returncode == 0, result.stderr
     assert result.stderr.strip() == ""  # quiet
     return output, result.stdout
@@ -89,9 +108,22 @@ def two_workers(golden):
     config = training_yaml(golden.folder, "two", shuffle=False, sft_weight=1.0)
     outputs["two"] = golden.folder / "run_two"
     command = " ".join(map(str, [RUN_DPO, *arguments(golden, config, outputs["two"])]))
-    result = subprocess.run(["bash", str(ROOT / "scripts/msrun_launcher.sh"), command, "2", "0",
-                             str(golden.folder / "log_two"), "True", "120"], capture_output=True, text=True, timeout=300,
-                            env={**os.environ, "PYTHON": sys.executable})
+    result = subprocess.run(
+        [
+            "bash",
+            str(ROOT / "scripts/msrun_launcher.sh"),
+            command,
+            "2",
+            "0",
+            str(golden.folder / "log_two"),
+            "True",
+            "120",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHON": sys.executable},
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "[INFO]" not in result.stdout + result.stderr
     outputs["one"] = golden.folder / "run_one"
@@ -106,24 +138,41 @@ def test_two_workers_train_as_one_does(two_workers):
     assert [step["pairs"] for step in one] == [step["pairs"] for step in two] == [6, 2, 6, 2]
     for left, right in zip(one, two):
         for name in ("loss", "dpo_loss", "sft_loss", "margin", "chosen_logps", "grad_norm"):
-            assert left[name] == pytest.approx(right[name], rel=2e-4, abs=1e-4), (left["step"], name)
+            assert left[name] == pytest.approx(right[name], rel=2e-4, abs=1e-4), (
+                left["step"],
+                name,
+            )
 
 
 def test_replicas_merge_to_one_verified_checkpoint(two_workers, golden, tmp_path, capsys):
     import transform_checkpoint
+
     source = two_workers["two"]
-    transform_checkpoint.main(["--src_checkpoint", str(source / "checkpoint_network"), "--src_strategy",
-                               str(source / "strategy"), "--dst_checkpoint", str(tmp_path / "new" / "merged")])
+    transform_checkpoint.main(
+        [
+            "--src_checkpoint",
+            str(source / "checkpoint_network"),
+            "--src_strategy",
+            str(source / "strategy"),
+            "--dst_checkpoint",
+            str(tmp_path / "new" / "merged"),
+        ]
+    )
     assert "24 parameters" in capsys.readouterr().out
     merged = containers.open_tensors(tmp_path / "new/merged/merged.ckpt")
     before = containers.open_tensors(golden.checkpoint)
-    assert {name: tensor.shape for name, tensor in merged.items()} == {name: t.shape for name, t in before.items()}
-    assert any(not np.array_equal(merged[name].array(), before[name].array()) for name in before)  # trained
+    assert {name: tensor.shape for name, tensor in merged.items()} == {
+        name: t.shape for name, t in before.items()
+    }
+    assert any(
+        not np.array_equal(merged[name].array(), before[name].array()) for name in before
+    )  # trained
 
 
 @pytest.mark.parametrize("damage", ["missing", "other", "empty", "cut"])
 def test_ranks_that_do_not_belong_together_are_not_merged(two_workers, golden, tmp_path, damage):
     import transform_checkpoint
+
     shutil.copytree(two_workers["two"] / "checkpoint_network", tmp_path / "source")
     (second,) = (tmp_path / "source/rank_1").glob("*.ckpt")
     if damage == "missing":
@@ -135,7 +184,14 @@ def test_ranks_that_do_not_belong_together_are_not_merged(two_workers, golden, t
     else:
         second.write_bytes(second.read_bytes()[:-100])
     with pytest.raises(UserError, match="rank_1"):
-        transform_checkpoint.main(["--src_checkpoint", str(tmp_path / "source"), "--dst_checkpoint", str(tmp_path / "out")])
+        transform_checkpoint.main(
+            [
+                "--src_checkpoint",
+                str(tmp_path / "source"),
+                "--dst_checkpoint",
+                str(tmp_path / "out"),
+            ]
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -143,27 +199,47 @@ def test_resumed_run_goes_on_as_the_unbroken_one_and_needs_no_check(run, golden,
     output, _ = run
     state = output / "checkpoint/rank_0/glm4_dpo-step_00000003.ckpt"
     config = training_yaml(golden.folder, "plain")
-    result = run_script(RUN_DPO, *arguments(golden, config, tmp_path / "resumed", more=["--resume", state]))
+    result = run_script(
+        RUN_DPO, *arguments(golden, config, tmp_path / "resumed", more=["--resume", state])
+    )
     assert result.returncode == 0, result.stderr
     resumed, unbroken = records(tmp_path / "resumed"), records(output)[3:]
     assert [step["step"] for step in resumed] == [step["step"] for step in unbroken] == [4, 5, 6]
     for left, right in zip(resumed, unbroken):
-        assert {name: left[name] for name in ("loss", "margin", "learning_rate", "grad_norm", "pairs")} == {
-            name: right[name] for name in ("loss", "margin", "learning_rate", "grad_norm", "pairs")}
+        assert {
+            name: left[name] for name in ("loss", "margin", "learning_rate", "grad_norm", "pairs")
+        } == {
+            name: right[name] for name in ("loss", "margin", "learning_rate", "grad_norm", "pairs")
+        }
 
 
 def other_weights(golden, path):
     """The golden weights with one matrix scaled by 1.5: another checkpoint of the same shapes."""
     tensors = containers.open_tensors(golden.checkpoint)
     scaled = "transformer.encoder.layers.0.mlp.dense_4h_to_h.weight"
-    containers.write_tensors(path, [(name, t.dtype, t.shape, lambda t=t, name=name: t.array() * (1.5 if name == scaled else 1))
-                            for name, t in tensors.items()])
+    containers.write_tensors(
+        path,
+        [
+            (
+                name,
+                t.dtype,
+                t.shape,
+                lambda t=t, name=name: t.array() * (1.5 if name == scaled else 1),
+            )
+            for name, t in tensors.items()
+        ],
+    )
     return path
 
 
 def test_weights_other_than_the_preprocessings_stop_before_the_first_step(golden, tmp_path):
     weights = other_weights(golden, tmp_path / "other.ckpt")
-    result = run_script(RUN_DPO, *arguments(golden, training_yaml(golden.folder, "plain"), tmp_path / "out", weights=weights))
+    result = run_script(
+        RUN_DPO,
+        *arguments(
+            golden, training_yaml(golden.folder, "plain"), tmp_path / "out", weights=weights
+        ),
+    )
     assert_one_error(result, "was not made for this run", "checkpoint was", golden.checkpoint)
     assert not (tmp_path / "out/metrics.jsonl").exists()
 
@@ -171,14 +247,24 @@ def test_weights_other_than_the_preprocessings_stop_before_the_first_step(golden
 def test_policy_that_is_not_the_reference_stops_at_the_first_step(golden, tmp_path):
     """The sidecar is made to agree, so that only the step itself can tell."""
     weights = other_weights(golden, tmp_path / "other.ckpt")
-    data = copy_data(golden, tmp_path, checkpoint={"file": "other.ckpt",
-                                                   "fingerprint": fingerprints.fingerprint(containers.open_tensors(weights))})
+    data = copy_data(
+        golden,
+        tmp_path,
+        checkpoint={
+            "file": "other.ckpt",
+            "fingerprint": fingerprints.fingerprint(containers.open_tensors(weights)),
+        },
+    )
     config = training_yaml(golden.folder, "plain")
-    result = run_script(RUN_DPO, *arguments(golden, config, tmp_path / "out", weights=weights, data=data))
+    result = run_script(
+        RUN_DPO, *arguments(golden, config, tmp_path / "out", weights=weights, data=data)
+    )
     assert_one_error(result, "policy and reference differ by", "dpo.check_reference False")
     assert not list((tmp_path / "out").glob("checkpoint*/rank_0/*.ckpt"))
     config = training_yaml(golden.folder, "unchecked", check=False)
-    result = run_script(RUN_DPO, *arguments(golden, config, tmp_path / "out", weights=weights, data=data))
+    result = run_script(
+        RUN_DPO, *arguments(golden, config, tmp_path / "out", weights=weights, data=data)
+    )
     assert result.returncode == 0, result.stderr
 
 
@@ -191,30 +277,57 @@ def copy_data(golden, folder, **changes):
     return folder / golden.data.name
 
 
-@pytest.mark.parametrize(("changes", "part"), [
-    ({"seq_len": 64}, "seq_len was 64 (in the data), now 320"),
-    ({"template": "llama"}, "template was llama"),
-    ({"tokenizer": {"file": "other.model", "sha256": "0" * 64}}, "tokenizer was 000000000000... (other.model)"),
-    ({"format": 0}, "format 0"),
-])
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"seq_len": 64}, "seq_len was 64 (in the data), now 320"),
+        ({"template": "llama"}, "template was llama"),
+        (
+            {"tokenizer": {"file": "other.model", "sha256": "0" * 64}},
+            "tokenizer was 000000000000... (other.model)",
+        ),
+        ({"format": 0}, "format 0"),
+    ],
+)
 def test_data_made_otherwise_are_refused(golden, tmp_path, changes, part):
     import run_dpo
+
     data = copy_data(golden, tmp_path, **changes)
     with pytest.raises(UserError) as error:
-        run_dpo.main([*map(str, arguments(golden, training_yaml(golden.folder, "plain"), tmp_path / "out", data=data))])
+        run_dpo.main(
+            [
+                *map(
+                    str,
+                    arguments(
+                        golden, training_yaml(golden.folder, "plain"), tmp_path / "out", data=data
+                    ),
+                )
+            ]
+        )
     assert part in str(error.value)
 
 
 @pytest.mark.parametrize("lacking", ["", ".db", ".json"])
 def test_data_that_are_not_whole_are_refused(golden, tmp_path, lacking):
     import run_dpo
+
     data = copy_data(golden, tmp_path)
     (tmp_path / f"{data.name}{lacking}").unlink()
     with pytest.raises(UserError, match="no such file"):
-        run_dpo.main([*map(str, arguments(golden, training_yaml(golden.folder, "plain"), tmp_path / "out", data=data))])
+        run_dpo.main(
+            [
+                *map(
+                    str,
+                    arguments(
+                        golden, training_yaml(golden.folder, "plain"), tmp_path / "out", data=data
+                    ),
+                )
+            ]
+        )
 
 
 # weights: strict, both ways, for training and prediction alike
+
 
 @pytest.fixture
 def damaged(golden, tmp_path, request):
@@ -226,23 +339,56 @@ def damaged(golden, tmp_path, request):
     elif request.param == "not in the model":
         items.append((name := "transformer.extra.weight", "F32", (2,), lambda: np.zeros(2, "f4")))
     else:
-        items = [(n, d, (3,), lambda: np.zeros(3, "f4")) if n == name else (n, d, s, m) for n, d, s, m in items]
+        items = [
+            (n, d, (3,), lambda: np.zeros(3, "f4")) if n == name else (n, d, s, m)
+            for n, d, s, m in items
+        ]
     containers.write_tensors(tmp_path / "damaged.ckpt", items)
     return tmp_path / "damaged.ckpt", request.param, name
 
 
-@pytest.mark.parametrize("damaged", ["missing", "not in the model", "of another shape"], indirect=True)
+@pytest.mark.parametrize(
+    "damaged", ["missing", "not in the model", "of another shape"], indirect=True
+)
 @pytest.mark.parametrize("command", ["preprocess", "finetune", "predict"])
-def test_weights_that_do_not_fit_stop_every_command(golden, tmp_path, damaged, command, monkeypatch):
+def test_weights_that_do_not_fit_stop_every_command(
+    golden, tmp_path, damaged, command, monkeypatch
+):
     import dpo_preprocess_glm4_parallel
     import run_dpo
+
     weights, problem, name = damaged
     common = ["--load_checkpoint", weights]
-    calls = {"preprocess": (dpo_preprocess_glm4_parallel, ["--src", golden.pairs, "--dst", tmp_path / "x.mindrecord",
-                                                          "--config", golden.process, "--tokenizer", golden.tokenizer]),
-             "finetune": (run_dpo, ["--config", golden.finetune, "--train_dataset", golden.data, "--vocab_file",
-                                    golden.tokenizer]),
-             "predict": (run_dpo, ["--config", golden.predict, "--vocab_file", golden.tokenizer, "--predict_data", "x"])}
+    calls = {
+        "preprocess": (
+            dpo_preprocess_glm4_parallel,
+            [
+                "--src",
+                golden.pairs,
+                "--dst",
+                tmp_path / "x.mindrecord",
+                "--config",
+                golden.process,
+                "--tokenizer",
+                golden.tokenizer,
+            ],
+        ),
+        "finetune": (
+            run_dpo,
+            [
+                "--config",
+                golden.finetune,
+                "--train_dataset",
+                golden.data,
+                "--vocab_file",
+                golden.tokenizer,
+            ],
+        ),
+        "predict": (
+            run_dpo,
+            ["--config", golden.predict, "--vocab_file", golden.tokenizer, "--predict_data", "x"],
+        ),
+    }
     module, options = calls[command]
     with pytest.raises(UserError) as error:
         module.main([*map(str, options + common)])
@@ -253,17 +399,45 @@ def test_weights_that_do_not_fit_stop_every_command(golden, tmp_path, damaged, c
 @pytest.mark.parametrize("command", ["finetune", "predict"])
 def test_no_command_runs_without_weights(golden, command):
     import run_dpo
-    options = {"finetune": ["--train_dataset", golden.data], "predict": ["--predict_data", "x"]}[command]
+
+    options = {"finetune": ["--train_dataset", golden.data], "predict": ["--predict_data", "x"]}[
+        command
+    ]
     with pytest.raises(UserError, match="no weights given"):
-        run_dpo.main([*map(str, ["--config", getattr(golden, command), "--vocab_file", golden.tokenizer, *options])])
+        run_dpo.main(
+            [
+                *map(
+                    str,
+                    [
+                        "--config",
+                        getattr(golden, command),
+                        "--vocab_file",
+                        golden.tokenizer,
+                        *options,
+                    ],
+                )
+            ]
+        )
 
 
 def test_predict_prints_the_answer_once_and_nothing_else(golden, expected):
     """The greedy continuation of the first pair, decoded: its first 16 tokens are PyTorch's."""
     from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
+
     text = json.loads((GOLDEN / "pairs.jsonl").read_text().splitlines()[0])["prompt"]
-    result = run_script(RUN_DPO, "--config", golden.predict, "--load_checkpoint", golden.checkpoint, "--auto_trans_ckpt",
-                        "False", "--vocab_file", golden.tokenizer, "--predict_data", text)
+    result = run_script(
+        RUN_DPO,
+        "--config",
+        golden.predict,
+        "--load_checkpoint",
+        golden.checkpoint,
+        "--auto_trans_ckpt",
+        "False",
+        "--vocab_file",
+        golden.tokenizer,
+        "--predict_data",
+        text,
+    )
     assert result.returncode == 0
     assert result.stderr == ""
     wanted = Glm4Tokenizer(golden.tokenizer).decode(expected["pairs"][0]["greedy_16"][:12]).strip()
@@ -273,14 +447,23 @@ def test_predict_prints_the_answer_once_and_nothing_else(golden, expected):
 
 # the loss is the mean over the pairs of the global batch, however it is computed
 
+
 @pytest.fixture(scope="module")
 def unpacked_columns(golden, expected):
     """Eight rows of one pair each, with reference log-probs that are not the policy's."""
     from test_glm4_dpo import columns, token_pairs
+
     pairs = token_pairs(expected)
-    ref = {side: np.array([[pair[f"ref_{side}_logps"] + shift * (1 + number % 3)]
-                           for number, pair in enumerate(expected["pairs"])], np.float32)
-           for side, shift in (("chosen", 3.0), ("rejected", -2.0))}
+    ref = {
+        side: np.array(
+            [
+                [pair[f"ref_{side}_logps"] + shift * (1 + number % 3)]
+                for number, pair in enumerate(expected["pairs"])
+            ],
+            np.float32,
+        )
+        for side, shift in (("chosen", 3.0), ("rejected", -2.0))
+    }
     return columns([[pair] for pair in pairs], ref)
 
 
@@ -301,6 +484,7 @@ class Recorder(nn.Optimizer):
 def gradients_of(golden, columns, *, accumulation):
     """Clipped gradients of one training step, by name, and its outputs."""
     from mindrlhf.training.train_step import DPOTrainOneStepCell
+
     network = load_model(golden, "finetune").set_train(True)
     step = DPOTrainOneStepCell(network, Recorder(network.trainable_params()), 1e9, accumulation)
     outputs = step(*columns)
@@ -312,24 +496,33 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch(golden, unpacked_co
     whole, outputs = gradients_of(golden, unpacked_columns, accumulation=1)
     parts, part_outputs = gradients_of(golden, unpacked_columns, accumulation=4)
     for name, gradient in whole.items():
-        np.testing.assert_allclose(parts[name], gradient, rtol=0, atol=1e-5 * np.abs(gradient).max(), err_msg=name)
-    np.testing.assert_allclose(part_outputs[5].asnumpy(), outputs[5].asnumpy(), rtol=1e-5, atol=1e-4)  # sums
+        np.testing.assert_allclose(
+            parts[name], gradient, rtol=0, atol=1e-5 * np.abs(gradient).max(), err_msg=name
+        )
+    np.testing.assert_allclose(
+        part_outputs[5].asnumpy(), outputs[5].asnumpy(), rtol=1e-5, atol=1e-4
+    )  # sums
     assert part_outputs[7].shape == outputs[7].shape == (8, 1)
 
 
 def test_packed_rows_give_the_gradients_of_unpacked_ones(golden, expected, unpacked_columns):
     from test_glm4_dpo import columns, token_pairs
+
     pairs, rows = token_pairs(expected), [[0, 1, 4], [2, 3], [5, 6], [7]]
     ref = {}
     for number, side in ((4, "chosen"), (9, "rejected")):
         single = unpacked_columns[number].asnumpy()
         ref[side] = np.zeros((4, 3), np.float32)
         for place, row in enumerate(rows):
-            ref[side][place, :len(row)] = single[row, 0]
-    packed, _ = gradients_of(golden, columns([[pairs[k] for k in row] for row in rows], ref, 3), accumulation=1)
+            ref[side][place, : len(row)] = single[row, 0]
+    packed, _ = gradients_of(
+        golden, columns([[pairs[k] for k in row] for row in rows], ref, 3), accumulation=1
+    )
     unpacked, _ = gradients_of(golden, unpacked_columns, accumulation=1)
     for name, gradient in unpacked.items():
-        np.testing.assert_allclose(packed[name], gradient, rtol=0, atol=1e-5 * np.abs(gradient).max(), err_msg=name)
+        np.testing.assert_allclose(
+            packed[name], gradient, rtol=0, atol=1e-5 * np.abs(gradient).max(), err_msg=name
+        )
 
 
 @pytest.fixture(scope="module")
@@ -337,14 +530,22 @@ def first_moments(golden, two_workers):
     """Adam's first moment after one step, a tenth of the gradient: of two workers with a row each, one with two rows,
     and one with a row and accumulation 2."""
     config = training_yaml(golden.folder, "accumulated", shuffle=False, sft_weight=1.0)
-    config.write_text(config.read_text().replace("batch_size: 1}", "batch_size: 1, gradient_accumulation_steps: 2}"))
+    config.write_text(
+        config.read_text().replace(
+            "batch_size: 1}", "batch_size: 1, gradient_accumulation_steps: 2}"
+        )
+    )
     output = golden.folder / "run_accumulated"
     result = run_script(RUN_DPO, *arguments(golden, config, output))
     assert result.returncode == 0, result.stderr
     found = {}
     for name, folder in (*two_workers.items(), ("accumulated", output)):
         stored = containers.open_tensors(folder / "checkpoint/rank_0/glm4_dpo-step_00000001.ckpt")
-        found[name] = {key: tensor.array() for key, tensor in stored.items() if key.startswith(("exp_avg.", "adam_m."))}
+        found[name] = {
+            key: tensor.array()
+            for key, tensor in stored.items()
+            if key.startswith(("exp_avg.", "adam_m."))
+        }
         assert len(found[name]) == 24
     return found
 
@@ -352,14 +553,22 @@ def first_moments(golden, two_workers):
 @pytest.mark.parametrize("name", ["two", "accumulated"])
 def test_workers_and_accumulation_give_the_gradients_of_one_batch(first_moments, name):
     for key, expected in first_moments["one"].items():
-        np.testing.assert_allclose(first_moments[name][key], expected, rtol=0, atol=1e-5 * np.abs(expected).max(),
-                                   err_msg=key)
+        np.testing.assert_allclose(
+            first_moments[name][key],
+            expected,
+            rtol=0,
+            atol=1e-5 * np.abs(expected).max(),
+            err_msg=key,
+        )
 
 
 def test_weight_decay_leaves_norms_and_biases(golden):
     from mindformers.trainer.optimizer_grouped_parameters import get_optimizer_grouped_parameters
+
     groups = get_optimizer_grouped_parameters(load_model(golden, "finetune"), 0.1)
-    by_decay = {group["weight_decay"]: [parameter.name for parameter in group["params"]] for group in groups}
+    by_decay = {
+        group["weight_decay"]: [parameter.name for parameter in group["params"]] for group in groups
+    }
     assert set(by_decay) == {0.1, 0.0}
     assert all("layernorm" in name or name.endswith("bias") for name in by_decay[0.0])
     assert not any("layernorm" in name or name.endswith("bias") for name in by_decay[0.1])
@@ -370,16 +579,27 @@ def test_pairs_without_a_finite_loss_stop_the_run_and_are_named(golden, tmp_path
     from mindspore.mindrecord import FileReader
 
     from mindrlhf.data import mindrecord
-    rows = [{name: np.asarray(row[name]) for name in COLUMNS} for row in FileReader(str(golden.data)).get_next()]
+
+    rows = [
+        {name: np.asarray(row[name]) for name in COLUMNS}
+        for row in FileReader(str(golden.data)).get_next()
+    ]
     for row in rows:
-        row["chosen_ref_logps"] = np.where(row["pair_ids"] == 5, -np.inf, row["chosen_ref_logps"]).astype(np.float32)
+        row["chosen_ref_logps"] = np.where(
+            row["pair_ids"] == 5, -np.inf, row["chosen_ref_logps"]
+        ).astype(np.float32)
     sidecar = mindrecord.read_data_sidecar(golden.data)
     data = tmp_path / "bad.mindrecord"
-    mindrecord.write_rows(data, rows, seq_len=sidecar["seq_len"], width=sidecar["pairs_per_row"], sidecar=sidecar)
+    mindrecord.write_rows(
+        data, rows, seq_len=sidecar["seq_len"], width=sidecar["pairs_per_row"], sidecar=sidecar
+    )
     config = training_yaml(golden.folder, "bad", batch_size=3, check=False)
     config.write_text(config.read_text().replace("epochs: 2", "epochs: 9"))
     result = run_script(RUN_DPO, *arguments(golden, config, tmp_path / "out", data=data))
-    assert_one_error(result, "step 3: the loss of pair(s) 5 (numbers in the source, from 0) is not finite, for 3 step(s)")
+    assert_one_error(
+        result,
+        "step 3: the loss of pair(s) 5 (numbers in the source, from 0) is not finite, for 3 step(s)",
+    )
     assert result.stdout.count("OVERFLOW, step skipped") == 3
     steps = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert [step["overflow_steps"] for step in steps] == [1, 2, 3]
@@ -391,15 +611,23 @@ def test_max_steps_ends_training_and_the_schedule(golden, tmp_path):
     result = run_script(RUN_DPO, *arguments(golden, config, tmp_path))
     assert result.returncode == 0, result.stderr
     rates = [step["learning_rate"] for step in records(tmp_path)]
-    assert rates == pytest.approx([1e-3, 5e-4], rel=1e-3)  # cosine over 2 steps: cos(0), cos(pi / 2)
+    assert rates == pytest.approx(
+        [1e-3, 5e-4], rel=1e-3
+    )  # cosine over 2 steps: cos(0), cos(pi / 2)
     assert (tmp_path / "checkpoint_network/rank_0/glm4_dpo-network.ckpt").exists()
 
 
 def test_the_best_weights_are_kept_by_the_named_metric(golden, tmp_path):
     """Evaluated after each step by margin; the file is that of the best one, as its state says."""
     config = training_yaml(golden.folder, "best")
-    config.write_text(config.read_text().replace("eval_step_interval: 0", "eval_step_interval: 1, best_metric: margin"))
-    result = run_script(RUN_DPO, *arguments(golden, config, tmp_path, more=["--eval_dataset", golden.data]))
+    config.write_text(
+        config.read_text().replace(
+            "eval_step_interval: 0", "eval_step_interval: 1, best_metric: margin"
+        )
+    )
+    result = run_script(
+        RUN_DPO, *arguments(golden, config, tmp_path, more=["--eval_dataset", golden.data])
+    )
     assert result.returncode == 0, result.stderr
     margins = [record["margin"] for record in records(tmp_path, "eval")]
     assert len(margins) == 7

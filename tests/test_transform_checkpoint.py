@@ -1,4 +1,5 @@
 """Shards to one file, one file to shards, shards to other shards: cut by hand, strategies of real runs."""
+
 import shutil
 from pathlib import Path
 
@@ -11,9 +12,19 @@ from mindrlhf.cli import UserError
 from mindrlhf.models.glm4 import model_config, sidecar, weight_names
 
 STRATEGIES = Path(__file__).parent / "golden" / "strategies"
-NUMBERS = model_config.ModelConfig(num_layers=2, padded_vocab_size=256, hidden_size=64, ffn_hidden_size=128,
-                          num_attention_heads=4, multi_query_group_num=2, kv_channels=16,
-                          layernorm_epsilon=1e-5, rope_ratio=1, eos_token_id=(1,), pad_token_id=0)
+NUMBERS = model_config.ModelConfig(
+    num_layers=2,
+    padded_vocab_size=256,
+    hidden_size=64,
+    ffn_hidden_size=128,
+    num_attention_heads=4,
+    multi_query_group_num=2,
+    kv_channels=16,
+    layernorm_epsilon=1e-5,
+    rope_ratio=1,
+    eos_token_id=(1,),
+    pad_token_id=0,
+)
 
 
 def whole(seed=0, dtype="F32"):
@@ -23,7 +34,10 @@ def whole(seed=0, dtype="F32"):
     def values(shape):
         return random.permutation(np.prod(shape)).astype(np.float32).reshape(shape) + 0.5
 
-    return {name: tensors.round_to(values(shape), dtype) for name, shape in weight_names.parameter_shapes(NUMBERS).items()}
+    return {
+        name: tensors.round_to(values(shape), dtype)
+        for name, shape in weight_names.parameter_shapes(NUMBERS).items()
+    }
 
 
 def part(array, axis, count, number):
@@ -55,8 +69,10 @@ def cards(plan):
 
 def write(path, arrays, dtype="F32"):
     path.parent.mkdir(parents=True, exist_ok=True)
-    containers.write_tensors(path, [(name, dtype, array.shape, lambda array=array: array)
-                            for name, array in arrays.items()])
+    containers.write_tensors(
+        path,
+        [(name, dtype, array.shape, lambda array=array: array) for name, array in arrays.items()],
+    )
 
 
 def write_shards(folder, plan, arrays, *, dtype="F32", file="x.ckpt", more=None):
@@ -76,7 +92,9 @@ def copy_strategy(folder, plan, rank=0):
 
 def run(source, target, **options):
     more = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    transform_checkpoint.main(["--src_checkpoint", str(source), "--dst_checkpoint", str(target), *more])
+    transform_checkpoint.main(
+        ["--src_checkpoint", str(source), "--dst_checkpoint", str(target), *more]
+    )
 
 
 def assert_holds(path, arrays, dtype="F32"):
@@ -89,12 +107,16 @@ def assert_holds(path, arrays, dtype="F32"):
 
 def assert_shards(folder, plan, arrays, dtype="F32", suffix=".ckpt"):
     for rank in range(cards(plan)):
-        assert_holds(folder / f"rank_{rank}" / f"sharded{suffix}",
-                     {name: by_hand(plan, name, array, rank) for name, array in arrays.items()}, dtype)
+        assert_holds(
+            folder / f"rank_{rank}" / f"sharded{suffix}",
+            {name: by_hand(plan, name, array, rank) for name, array in arrays.items()},
+            dtype,
+        )
     assert len([path for path in folder.iterdir() if path.name.startswith("rank_")]) == cards(plan)
 
 
 # layouts
+
 
 def test_layout_of_a_card_by_hand():
     """12 cards as a matrix of 3 rows and 4 columns; card 7 is in row 1, column 3. The tensor's second
@@ -104,16 +126,22 @@ def test_layout_of_a_card_by_hand():
     assert (layout.cards, layout.splits, layout.index(7)) == (12, (2, 3), (1, 1))
     assert layout.whole((5, 7)) == (10, 21)
     assert layout.block((1, 1), (10, 21)) == (slice(5, 10), slice(7, 14))
-    assert layouts.TensorLayout((2, 2), ((0, 1),)).index(2) == (2,)  # one dimension split by both axes
+    assert layouts.TensorLayout((2, 2), ((0, 1),)).index(2) == (
+        2,
+    )  # one dimension split by both axes
     assert layouts.TensorLayout((2, 2), ((1, 0),)).index(2) == (1,)
 
 
-@pytest.mark.parametrize(("plan", "name", "splits"), [
-    ("2x2", "transformer.embedding.embedding_weight", (4, 1)),
-    ("2x2", "transformer.output_layer.weight", (4, 1)),
-    ("2x2", "transformer.encoder.layers.1.mlp.dense_4h_to_h.weight", (2, 2)),
-    ("1x4", "transformer.encoder.layers.1.mlp.dense_4h_to_h.weight", (1, 4)),
-    ("1x2", "transformer.encoder.final_layernorm.weight", (1,))])
+@pytest.mark.parametrize(
+    ("plan", "name", "splits"),
+    [
+        ("2x2", "transformer.embedding.embedding_weight", (4, 1)),
+        ("2x2", "transformer.output_layer.weight", (4, 1)),
+        ("2x2", "transformer.encoder.layers.1.mlp.dense_4h_to_h.weight", (2, 2)),
+        ("1x4", "transformer.encoder.layers.1.mlp.dense_4h_to_h.weight", (1, 4)),
+        ("1x2", "transformer.encoder.final_layernorm.weight", (1,)),
+    ],
+)
 def test_layouts_of_real_runs(plan, name, splits):
     found = layouts.read_strategy(STRATEGIES / f"{plan}.ckpt")
     assert len(found) == 17 * 3  # weights and two moments
@@ -122,9 +150,16 @@ def test_layouts_of_real_runs(plan, name, splits):
 
 # round trips
 
-@pytest.mark.parametrize(("plan", "suffix", "dtype"), [
-    ("2x2", ".ckpt", "F32"), ("1x4", ".safetensors", "BF16"), ("4x1", ".safetensors", "F32"),
-    ("1x2", ".ckpt", "F16")])
+
+@pytest.mark.parametrize(
+    ("plan", "suffix", "dtype"),
+    [
+        ("2x2", ".ckpt", "F32"),
+        ("1x4", ".safetensors", "BF16"),
+        ("4x1", ".safetensors", "F32"),
+        ("1x2", ".ckpt", "F16"),
+    ],
+)
 def test_shards_become_one(tmp_path, monkeypatch, plan, suffix, dtype):
     monkeypatch.setattr(reshard, "GROUP", 100_000)  # several groups of tensors
     arrays = whole(dtype=dtype)
@@ -134,17 +169,28 @@ def test_shards_become_one(tmp_path, monkeypatch, plan, suffix, dtype):
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"one{suffix}", "source"]
 
 
-@pytest.mark.parametrize(("first", "second", "suffix", "dtype"), [
-    ("2x2", "1x4", ".ckpt", "F32"), ("4x1", "2x2", ".safetensors", "BF16"), ("2x2", "1x2", ".ckpt", "F32"),
-    ("1x2", "2x2", ".ckpt", "F32")])
+@pytest.mark.parametrize(
+    ("first", "second", "suffix", "dtype"),
+    [
+        ("2x2", "1x4", ".ckpt", "F32"),
+        ("4x1", "2x2", ".safetensors", "BF16"),
+        ("2x2", "1x2", ".ckpt", "F32"),
+        ("1x2", "2x2", ".ckpt", "F32"),
+    ],
+)
 def test_one_to_shards_to_other_shards_to_one(tmp_path, capsys, first, second, suffix, dtype):
     """Each station by hand; 2x2 -> 1x2 changes the number of cards."""
     arrays, options = whole(1, dtype), {"format": suffix[1:]}
     write(tmp_path / "one.ckpt", arrays, dtype)
     run(tmp_path / "one.ckpt", tmp_path / "a", dst_strategy=STRATEGIES / f"{first}.ckpt", **options)
     assert_shards(tmp_path / "a", first, arrays, dtype, suffix)
-    run(tmp_path / "a", tmp_path / "b", src_strategy=tmp_path / "a/strategy",
-        dst_strategy=STRATEGIES / f"{second}.ckpt", **options)
+    run(
+        tmp_path / "a",
+        tmp_path / "b",
+        src_strategy=tmp_path / "a/strategy",
+        dst_strategy=STRATEGIES / f"{second}.ckpt",
+        **options,
+    )
     assert_shards(tmp_path / "b", second, arrays, dtype, suffix)
     run(tmp_path / "b", tmp_path / "back", src_strategy=tmp_path / "b/strategy", **options)
     assert_holds(tmp_path / f"back/merged{suffix}", arrays, dtype)
@@ -155,7 +201,9 @@ def test_one_to_shards_to_other_shards_to_one(tmp_path, capsys, first, second, s
 def test_the_numbers_of_the_model_travel_with_shards_and_back(tmp_path):
     write(tmp_path / "one.ckpt", whole())
     identity = fingerprints.fingerprint(containers.open_tensors(tmp_path / "one.ckpt"))
-    sidecar.write_sidecar(tmp_path / "one.ckpt", NUMBERS, dtype="F32", fingerprint=identity, source="nowhere")
+    sidecar.write_sidecar(
+        tmp_path / "one.ckpt", NUMBERS, dtype="F32", fingerprint=identity, source="nowhere"
+    )
     run(tmp_path / "one.ckpt", tmp_path / "shards", dst_strategy=STRATEGIES / "2x2.ckpt")
     run(tmp_path / "shards", tmp_path / "back.ckpt", src_strategy=tmp_path / "shards/strategy")
     for place in ("shards", "shards/rank_3/sharded.ckpt", "back.ckpt"):
@@ -165,11 +213,15 @@ def test_the_numbers_of_the_model_travel_with_shards_and_back(tmp_path):
 
 # training states, steps
 
+
 def write_states(folder, plan="2x2"):
     """States of steps 2 and 4 as training leaves them, with the optimizer's part."""
     for step in (2, 4):
-        more = {"adam_m.transformer.output_layer.weight": np.ones((64, 64), np.float32),
-                "step_num": np.array([step], np.float32), "learning_rate": np.array(0.1, np.float32)}
+        more = {
+            "adam_m.transformer.output_layer.weight": np.ones((64, 64), np.float32),
+            "step_num": np.array([step], np.float32),
+            "learning_rate": np.array(0.1, np.float32),
+        }
         write_shards(folder, plan, whole(step), file=f"glm4_dpo-step_{step:08d}.ckpt", more=more)
     return folder
 
@@ -187,11 +239,18 @@ def test_last_step_and_the_one_asked_for(tmp_path, capsys):
 @pytest.mark.parametrize("damage", ["missing", "cut", "flipped"])
 def test_a_step_that_is_not_whole_on_all_ranks_is_passed_over(tmp_path, capsys, damage):
     import mindspore as ms
+
     source = write_states(tmp_path / "checkpoint")
     path = source / "rank_2/glm4_dpo-step_00000004.ckpt"
     if damage == "flipped":  # MindSpore's checksum tells
-        ms.save_checkpoint([{"name": tensor.name, "data": ms.Tensor(tensor.array())}
-                            for tensor in containers.open_tensors(path).values()], str(path), crc_check=True)
+        ms.save_checkpoint(
+            [
+                {"name": tensor.name, "data": ms.Tensor(tensor.array())}
+                for tensor in containers.open_tensors(path).values()
+            ],
+            str(path),
+            crc_check=True,
+        )
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.unlink()
@@ -210,6 +269,7 @@ def test_a_step_that_is_not_whole_on_all_ranks_is_passed_over(tmp_path, capsys, 
 
 # bad input: one line, nothing left
 
+
 def lose_rank(source):
     shutil.rmtree(source / "rank_1")
 
@@ -223,13 +283,17 @@ def empty_rank(source):
 
 
 def other_step(source):
-    write(source / "rank_1/x.ckpt",
-          {name: by_hand("2x2", name, array, 1) for name, array in whole(9).items()})
+    write(
+        source / "rank_1/x.ckpt",
+        {name: by_hand("2x2", name, array, 1) for name, array in whole(9).items()},
+    )
 
 
 def steps_apart(source):
     for rank in range(4):
-        (source / f"rank_{rank}/x.ckpt").rename(source / f"rank_{rank}/x-step_{rank % 2 + 1:08d}.ckpt")
+        (source / f"rank_{rank}/x.ckpt").rename(
+            source / f"rank_{rank}/x-step_{rank % 2 + 1:08d}.ckpt"
+        )
 
 
 def other_step_beside(source):
@@ -244,7 +308,7 @@ def renamed(source):
 
 def cut(source):
     content = (source / "rank_2/x.ckpt").read_bytes()
-    (source / "rank_2/x.ckpt").write_bytes(content[:len(content) // 2])
+    (source / "rank_2/x.ckpt").write_bytes(content[: len(content) // 2])
 
 
 def fewer_tensors(source):
@@ -290,18 +354,28 @@ def two_files(source):
     shutil.copy(source / "rank_0/x.ckpt", source / "rank_0/y.ckpt")
 
 
-@pytest.mark.parametrize(("damage", "said"), [
-    (lose_rank, "rank_1 is missing"), (lose_last_rank, r"on 4 card\(s\).*holds 3.*copy rank_3 too"),
-    (empty_rank, "rank_1: holds no"), (other_step, "differs from its copy.*different runs or steps"),
-    (steps_apart, "no checkpoint of step 2; steps found: 1, 2"), (cut, "rank_2/x.ckpt: not a whole"),
-    (renamed, "holds step 3; rename it back"),
-    (other_step_beside, "rank_1: has no checkpoint of step 60; steps found: 40, 60"),
-    (fewer_tensors, "rank_2/x.ckpt: transformer.output_layer.weight is there otherwise"),
-    (strategy_of_other_plan, "no whole GLM-4.*src_strategy"),
-    (strategy_of_fewer_cards, r"on 2 card\(s\).*holds 4"),
-    (two_strategies, "rank_2.ckpt: differs from"), (strategy_is_none, "no strategy file"),
-    (cut_strategy, "no strategy file"), (strategy_lost, "strategy: no such folder"),
-    (no_strategies, "--src_strategy"), (two_files, "say no step; leave one")])
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lose_rank, "rank_1 is missing"),
+        (lose_last_rank, r"on 4 card\(s\).*holds 3.*copy rank_3 too"),
+        (empty_rank, "rank_1: holds no"),
+        (other_step, "differs from its copy.*different runs or steps"),
+        (steps_apart, "no checkpoint of step 2; steps found: 1, 2"),
+        (cut, "rank_2/x.ckpt: not a whole"),
+        (renamed, "holds step 3; rename it back"),
+        (other_step_beside, "rank_1: has no checkpoint of step 60; steps found: 40, 60"),
+        (fewer_tensors, "rank_2/x.ckpt: transformer.output_layer.weight is there otherwise"),
+        (strategy_of_other_plan, "no whole GLM-4.*src_strategy"),
+        (strategy_of_fewer_cards, r"on 2 card\(s\).*holds 4"),
+        (two_strategies, "rank_2.ckpt: differs from"),
+        (strategy_is_none, "no strategy file"),
+        (cut_strategy, "no strategy file"),
+        (strategy_lost, "strategy: no such folder"),
+        (no_strategies, "--src_strategy"),
+        (two_files, "say no step; leave one"),
+    ],
+)
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, damage, said):
     source = write_shards(tmp_path / "source", "2x2", whole())
     damage(source)
@@ -321,7 +395,9 @@ def test_one_rank_of_a_parallel_run_is_not_taken_for_the_whole(tmp_path):
 def test_a_strategy_of_another_model_shares_nothing_out(tmp_path):
     small = {name: array for name, array in whole().items() if "layers.1." not in name}
     write(tmp_path / "one.ckpt", small)
-    with pytest.raises(UserError, match=r"does not fit the checkpoint, see transformer\.encoder\.layers\.1"):
+    with pytest.raises(
+        UserError, match=r"does not fit the checkpoint, see transformer\.encoder\.layers\.1"
+    ):
         run(tmp_path / "one.ckpt", tmp_path / "out", dst_strategy=STRATEGIES / "2x2.ckpt")
     assert not (tmp_path / "out").exists()
 
@@ -348,6 +424,7 @@ def test_values_that_are_no_numbers_are_refused(tmp_path):
 def test_a_wrong_transformation_is_found(tmp_path, monkeypatch, fault):
     """One bit of one value is other than in the shards, or two cards' files change places."""
     import mindspore as ms
+
     transform = ms.transform_checkpoint_by_rank
 
     def wrong(rank, files, out, *strategies):
@@ -383,12 +460,13 @@ def test_places_that_cannot_be_written_to(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/kept").write_text("x")
     for target, options, said in (
-            ("full", {"dst_strategy": STRATEGIES / "2x2.ckpt"}, "exists"),
-            ("x.ckpt", {"dst_strategy": STRATEGIES / "2x2.ckpt"}, "is a folder; --format"),
-            ("x.ckpt", {"format": "safetensors"}, "leave one of them out"),
-            ("x", {"dst_strategy": tmp_path / "full"}, "holds no strategy file"),
-            ("x", {"step": 3}, "--src_strategy and --step belong to a folder"),
-            ("one.ckpt/x", {}, "cannot be written")):
+        ("full", {"dst_strategy": STRATEGIES / "2x2.ckpt"}, "exists"),
+        ("x.ckpt", {"dst_strategy": STRATEGIES / "2x2.ckpt"}, "is a folder; --format"),
+        ("x.ckpt", {"format": "safetensors"}, "leave one of them out"),
+        ("x", {"dst_strategy": tmp_path / "full"}, "holds no strategy file"),
+        ("x", {"step": 3}, "--src_strategy and --step belong to a folder"),
+        ("one.ckpt/x", {}, "cannot be written"),
+    ):
         with pytest.raises(UserError, match=said):
             run(tmp_path / "one.ckpt", tmp_path / target, **options)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "one.ckpt"]

@@ -2,6 +2,7 @@
 
 They share the file system, as two machines share a network disk. `ip netns` needs root.
 """
+
 import os
 import shutil
 import signal
@@ -33,8 +34,20 @@ class Network:
         ends = [f"veth{number}-{os.getpid()}" for number in range(2)]
         for name in self.names:
             ip("netns", "add", name)
-        ip("link", "add", ends[0], "netns", self.names[0], "type", "veth",
-           "peer", "name", ends[1], "netns", self.names[1])
+        ip(
+            "link",
+            "add",
+            ends[0],
+            "netns",
+            self.names[0],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            ends[1],
+            "netns",
+            self.names[1],
+        )
         for name, end, address in zip(self.names, ends, self.addresses):
             ip("-n", name, "address", "add", f"{address}/24", "dev", end)
             ip("-n", name, "link", "set", end, "up")
@@ -49,13 +62,42 @@ class Network:
         """Run the launcher on each machine: list of processes. Logs go to folder/logs0 and logs1."""
         processes = []
         for node in nodes:
-            machine = ["ip", "netns", "exec", self.names[node], "unshare", "--uts", "sh", "-c",
-                       f'hostname machine{node}; exec "$@"', "sh"]
-            launcher = ["bash", LAUNCHER, command, workers, workers // 2, self.addresses[0], PORT, node,
-                        f"logs{node}", True, timeout]
-            processes.append(subprocess.Popen(
-                [*machine, *map(str, launcher)], cwd=folder, text=True, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, start_new_session=True, env=ENVIRONMENT))
+            machine = [
+                "ip",
+                "netns",
+                "exec",
+                self.names[node],
+                "unshare",
+                "--uts",
+                "sh",
+                "-c",
+                f'hostname machine{node}; exec "$@"',
+                "sh",
+            ]
+            launcher = [
+                "bash",
+                LAUNCHER,
+                command,
+                workers,
+                workers // 2,
+                self.addresses[0],
+                PORT,
+                node,
+                f"logs{node}",
+                True,
+                timeout,
+            ]
+            processes.append(
+                subprocess.Popen(
+                    [*machine, *map(str, launcher)],
+                    cwd=folder,
+                    text=True,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    env=ENVIRONMENT,
+                )
+            )
         return processes
 
 
@@ -80,7 +122,9 @@ def network():
 def ends(processes, seconds=60):
     """Wait for both launchers: list of (exit status, output)."""
     deadline = time.monotonic() + seconds
-    outputs = [process.communicate(timeout=max(1, deadline - time.monotonic()))[0] for process in processes]
+    outputs = [
+        process.communicate(timeout=max(1, deadline - time.monotonic()))[0] for process in processes
+    ]
     return list(zip([process.returncode for process in processes], outputs))
 
 
@@ -107,7 +151,9 @@ def wait_until_met(folder):
     """Until both workers run, and the launchers' links have found each other."""
     logs = [folder / f"logs{node}/worker_{node}.log" for node in range(2)]
     wait_for(lambda: all(log.exists() and log.read_text() for log in logs))
-    wait_for(lambda: sum("launcher_link" in "".join(words) for words in running(folder).values()) == 2)
+    wait_for(
+        lambda: sum("launcher_link" in "".join(words) for words in running(folder).values()) == 2
+    )
     time.sleep(2)  # they try to meet every half a second
 
 
@@ -119,6 +165,7 @@ def gone(folder):
 
 # the launchers, with a script that needs no MindSpore
 
+
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
@@ -128,7 +175,9 @@ def folder(tmp_path):
 def test_a_failing_worker_is_named_on_both_machines(network, folder):
     (first, here), (second, there) = ends(network.start(folder, "script.py --fail 3", workers=4))
     assert (first, second) == (7, 7)
-    assert "stops: worker 3 on machine 1 ended with status 7; its log ends: reason of rank 3" in here
+    assert (
+        "stops: worker 3 on machine 1 ended with status 7; its log ends: reason of rank 3" in here
+    )
     assert "worker 3 ended with status 7" in there
     assert gone(folder)
 
@@ -158,7 +207,7 @@ def test_a_cut_cable_ends_both(network, folder):
 
 def test_a_machine_that_never_comes_is_named(network, folder):
     for node, sentence in ((0, "machine 1 did not come"), (1, "this machine, 1, did not come")):
-        (status, out), = ends(network.start(folder, "script.py --wait", timeout=3, nodes=[node]))
+        ((status, out),) = ends(network.start(folder, "script.py --wait", timeout=3, nodes=[node]))
         assert status == 1
         assert f"{sentence} to 10.77.0.1:{PORT + 1}" in out
     assert gone(folder)
@@ -176,14 +225,25 @@ def test_a_terminated_launcher_takes_the_other_along(network, folder):
 
 # the commands, with MindSpore
 
+
 @pytest.fixture(scope="module")
 def data(network, golden, tmp_path_factory):
     """The golden pairs twice, 16 of them in two parts, one for each machine."""
     folder = tmp_path_factory.mktemp("preprocess")
     pairs = folder / "pairs.jsonl"
     pairs.write_bytes(2 * (GOLDEN / "pairs.jsonl").read_bytes())
-    words = ["--src", pairs, "--dst", folder / "pairs.mindrecord", "--config", golden.process, "--tokenizer",
-             golden.tokenizer, "--load_checkpoint", golden.checkpoint]
+    words = [
+        "--src",
+        pairs,
+        "--dst",
+        folder / "pairs.mindrecord",
+        "--config",
+        golden.process,
+        "--tokenizer",
+        golden.tokenizer,
+        "--load_checkpoint",
+        golden.checkpoint,
+    ]
     processes = network.start(folder, command(EXAMPLE / "dpo_preprocess_glm4_parallel.py", *words))
     for status, out in ends(processes, 300):
         assert status == 0, out
@@ -218,10 +278,28 @@ def test_two_machines_train_as_one_with_two_workers(network, golden, data, tmp_p
     processes = network.start(tmp_path, training(golden, data, tmp_path / "two"))
     for status, out in ends(processes, 300):
         assert status == 0, out
-    subprocess.run(["bash", str(LAUNCHER), training(golden, data, tmp_path / "one"), "2"], cwd=tmp_path,
-                   check=True, env=ENVIRONMENT, timeout=300, capture_output=True)
-    names = ("step", "pairs", "loss", "dpo_loss", "sft_loss", "margin", "grad_norm", "learning_rate")
-    two, one = ([[step[name] for name in names] for step in records(tmp_path / run)] for run in ("two", "one"))
+    subprocess.run(
+        ["bash", str(LAUNCHER), training(golden, data, tmp_path / "one"), "2"],
+        cwd=tmp_path,
+        check=True,
+        env=ENVIRONMENT,
+        timeout=300,
+        capture_output=True,
+    )
+    names = (
+        "step",
+        "pairs",
+        "loss",
+        "dpo_loss",
+        "sft_loss",
+        "margin",
+        "grad_norm",
+        "learning_rate",
+    )
+    two, one = (
+        [[step[name] for name in names] for step in records(tmp_path / run)]
+        for run in ("two", "one")
+    )
     assert len(one) > 3
     assert two == one
     for rank in ("rank_0", "rank_1"):
@@ -235,8 +313,12 @@ def test_a_worker_killed_in_training_ends_both_machines(network, golden, data, t
     processes = network.start(tmp_path, training(golden, data, tmp_path / "killed", epochs=10000))
     metrics = tmp_path / "killed/metrics.jsonl"
     wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 3, 300)
-    (worker,) = [pid for pid, words in running(tmp_path).items() if "run_dpo.py" in "".join(words[:3])
-                 and "MS_NODE_ID=1\0" in open(f"/proc/{pid}/environ").read()]
+    (worker,) = [
+        pid
+        for pid, words in running(tmp_path).items()
+        if "run_dpo.py" in "".join(words[:3])
+        and "MS_NODE_ID=1\0" in open(f"/proc/{pid}/environ").read()
+    ]
     os.kill(worker, signal.SIGKILL)
     (first, here), (second, there) = ends(processes, 60)
     assert (first, second) == (137, 137)

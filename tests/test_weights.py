@@ -1,4 +1,5 @@
 """GLM-4's numbers and names: config.json in all spellings, the table of the 9B model, sidecars and YAMLs."""
+
 import json
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from mindrlhf.cli import UserError
 from mindrlhf.models.glm4 import hf, model_config, sidecar, weight_names
 
 BASE = {
-    layout: json.loads((GOLDEN / f"hf_{layout}" / "config.json").read_text()) for layout in ("glm", "chatglm")
+    layout: json.loads((GOLDEN / f"hf_{layout}" / "config.json").read_text())
+    for layout in ("glm", "chatglm")
 }
 NUMBERS = model_config.parse_hf_config(BASE["glm"], "config.json")
 NINE = model_config.ModelConfig(
@@ -39,12 +41,27 @@ def without(config_json, *keys):
 
 # config.json
 
+
 def test_both_spellings_say_the_same():
     """Read off the golden files by eye."""
-    assert NUMBERS == model_config.parse_hf_config(BASE["chatglm"], "config.json") == model_config.ModelConfig(
-        num_layers=3, padded_vocab_size=330, hidden_size=96, ffn_hidden_size=160, num_attention_heads=6,
-        multi_query_group_num=2, kv_channels=16, layernorm_epsilon=1.5625e-07, rope_ratio=500,
-        eos_token_id=(316, 323, 325), pad_token_id=316, max_position_embeddings=1024)
+    assert (
+        NUMBERS
+        == model_config.parse_hf_config(BASE["chatglm"], "config.json")
+        == model_config.ModelConfig(
+            num_layers=3,
+            padded_vocab_size=330,
+            hidden_size=96,
+            ffn_hidden_size=160,
+            num_attention_heads=6,
+            multi_query_group_num=2,
+            kv_channels=16,
+            layernorm_epsilon=1.5625e-07,
+            rope_ratio=500,
+            eos_token_id=(316, 323, 325),
+            pad_token_id=316,
+            max_position_embeddings=1024,
+        )
+    )
 
 
 @pytest.mark.parametrize("ratio", [1, 500, 10000])
@@ -55,7 +72,11 @@ def test_rope_in_every_spelling(ratio):
     ways = [
         {
             **glm,
-            "rope_parameters": {"rope_theta": theta, "rope_type": "default", "partial_rotary_factor": 0.5},
+            "rope_parameters": {
+                "rope_theta": theta,
+                "rope_type": "default",
+                "partial_rotary_factor": 0.5,
+            },
         },
         {**glm, "rope_theta": theta, "partial_rotary_factor": 0.5},
         {**glm, "rope_theta": int(theta)},
@@ -75,20 +96,30 @@ def test_rope_in_every_spelling(ratio):
 @pytest.mark.parametrize("ratio", [1, 500, 10000, 2.5])
 def test_what_is_written_reads_back(layout, ratio):
     numbers = replace(NUMBERS, rope_ratio=ratio, max_position_embeddings=77)
-    assert model_config.parse_hf_config(hf.config_json(numbers, layout, "BF16"), "config.json") == numbers
+    assert (
+        model_config.parse_hf_config(hf.config_json(numbers, layout, "BF16"), "config.json")
+        == numbers
+    )
 
 
 @pytest.mark.parametrize("layout", ["glm", "chatglm"])
 def test_what_is_written_says_what_the_golden_config_says(layout):
     """Keys that transformers wrote, or the original repository has, have the same values here."""
     written = hf.config_json(NUMBERS, layout, {"glm": "F32", "chatglm": "BF16"}[layout])
-    known = {**BASE[layout], "torch_dtype": BASE[layout].get("dtype", BASE[layout].get("torch_dtype"))}
+    known = {
+        **BASE[layout],
+        "torch_dtype": BASE[layout].get("dtype", BASE[layout].get("torch_dtype")),
+    }
     left_out = {"dtype", "transformers_version", "bos_token_id"}
-    assert {key: written.get(key) for key in known if key not in left_out} == without(known, *left_out)
+    assert {key: written.get(key) for key in known if key not in left_out} == without(
+        known, *left_out
+    )
 
 
 def test_one_stop_token_may_stand_alone():
-    assert model_config.parse_hf_config({**BASE["glm"], "eos_token_id": 316}, "config.json").eos_token_id == (316,)
+    assert model_config.parse_hf_config(
+        {**BASE["glm"], "eos_token_id": 316}, "config.json"
+    ).eos_token_id == (316,)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +148,10 @@ def test_one_stop_token_may_stand_alone():
         ({"rope_parameters": {"rope_theta": True}}, "rope_theta is True"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type is 'yarn'"),
         ({"rope_parameters": {"partial_rotary_factor": 1.0}}, "partial_rotary_factor is 1.0"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}}, "rope_type is 'linear'"),
+        (
+            {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}},
+            "rope_type is 'linear'",
+        ),
     ],
 )
 def test_another_model_is_refused(change, said):
@@ -130,7 +164,8 @@ def test_another_model_is_refused(change, said):
 def test_everything_wrong_is_said_at_once():
     with pytest.raises(UserError) as error:
         model_config.parse_hf_config(
-            {**BASE["glm"], "tie_word_embeddings": True, "hidden_size": -1, "head_dim": None}, "file"
+            {**BASE["glm"], "tie_word_embeddings": True, "hidden_size": -1, "head_dim": None},
+            "file",
         )
     for said in ("tie_word_embeddings", "hidden_size is -1", "head_dim or kv_channels is missing"):
         assert said in str(error.value)
@@ -138,23 +173,31 @@ def test_everything_wrong_is_said_at_once():
 
 # names and shapes
 
+
 @pytest.mark.parametrize("layout", ["glm", "chatglm"])
 def test_names_and_shapes_are_those_of_the_golden_files(layout):
     found = {}
     for path in (GOLDEN / f"hf_{layout}").glob("*.safetensors"):
         content = path.read_bytes()
-        found |= json.loads(content[8:8 + int.from_bytes(content[:8], "little")])
-    found = {name: tuple(entry["shape"]) for name, entry in found.items()
-             if name not in ("__metadata__", weight_names.INV_FREQ)}
+        found |= json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    found = {
+        name: tuple(entry["shape"])
+        for name, entry in found.items()
+        if name not in ("__metadata__", weight_names.INV_FREQ)
+    }
     assert weight_names.hf_shapes(NUMBERS, layout) == found
 
 
 def test_the_9b_model_has_its_published_size():
     """2 * 151552 * 4096 for the vocabulary; a layer: norms 2 * 4096, qkv (4096 + 2 * 256) * (4096 + 1),
     dense 4096 ** 2, mlp 3 * 4096 * 13696; 40 of them, and a norm."""
-    by_hand = 2 * 151552 * 4096 + 4096 + 40 * (2 * 4096 + 4608 * 4097 + 4096 ** 2 + 3 * 4096 * 13696)
+    by_hand = 2 * 151552 * 4096 + 4096 + 40 * (2 * 4096 + 4608 * 4097 + 4096**2 + 3 * 4096 * 13696)
     assert by_hand == 9_399_951_360
-    for shapes in (weight_names.parameter_shapes(NINE), weight_names.hf_shapes(NINE, "glm"), weight_names.hf_shapes(NINE, "chatglm")):
+    for shapes in (
+        weight_names.parameter_shapes(NINE),
+        weight_names.hf_shapes(NINE, "glm"),
+        weight_names.hf_shapes(NINE, "chatglm"),
+    ):
         assert sum(int(np.prod(shape)) for shape in shapes.values()) == by_hand
 
 
@@ -181,15 +224,23 @@ print(json.dumps([type(network).__name__, memory() - before, shapes]))
 
 def test_the_9b_table_is_that_of_glm4dpo():
     """The network of the 9B YAML; its 37.6 GB are never allocated. Only what a CPU lacks is changed."""
-    result = subprocess.run([sys.executable, "-c", CHILD, str(ROOT), str(EXAMPLE / "process_glm4_9b.yaml")],
-                            capture_output=True, text=True, check=True, timeout=300)
+    result = subprocess.run(
+        [sys.executable, "-c", CHILD, str(ROOT), str(EXAMPLE / "process_glm4_9b.yaml")],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
     kind, kilobytes, found = json.loads(result.stdout.splitlines()[-1])
     assert kind == "Glm4DPO"
-    assert {name: tuple(shape) for name, shape in found.items()} == weight_names.parameter_shapes(NINE)
+    assert {name: tuple(shape) for name, shape in found.items()} == weight_names.parameter_shapes(
+        NINE
+    )
     assert kilobytes < 1_000_000
 
 
 # sidecars
+
 
 @pytest.fixture
 def tiny():
@@ -202,9 +253,13 @@ def tiny():
 def write_weights(path, numbers, described=True, seed=0):
     """A random checkpoint, with its sidecar or without."""
     random = np.random.default_rng(seed)
-    identity = containers.write_tensors(path, [
-        (name, "F32", shape, lambda shape=shape: random.normal(size=shape).astype(np.float32))
-        for name, shape in weight_names.parameter_shapes(numbers).items()])
+    identity = containers.write_tensors(
+        path,
+        [
+            (name, "F32", shape, lambda shape=shape: random.normal(size=shape).astype(np.float32))
+            for name, shape in weight_names.parameter_shapes(numbers).items()
+        ],
+    )
     if described:
         sidecar.write_sidecar(path, numbers, dtype="F32", fingerprint=identity, source="nowhere")
     return path
@@ -218,7 +273,9 @@ def test_what_fits_passes_in_silence(tmp_path, tiny, capsys, suffix):
     assert capsys.readouterr() == ("", "")
     found, place = sidecar.read_config_of(path)
     assert found == numbers
-    assert json.loads(place.read_text())["fingerprint"] == fingerprints.fingerprint(containers.open_tensors(path))
+    assert json.loads(place.read_text())["fingerprint"] == fingerprints.fingerprint(
+        containers.open_tensors(path)
+    )
 
 
 def test_every_difference_is_named_with_both_values(tmp_path, tiny):
@@ -228,9 +285,12 @@ def test_every_difference_is_named_with_both_values(tmp_path, tiny):
     )
     with pytest.raises(UserError) as error:
         sidecar.require_same_model(path, settings)
-    for said in ("num_layers is 2 in the YAML, 3 in the checkpoint",
-                 "rope_ratio is 500 in the YAML, 1 in the checkpoint",
-                 "layernorm_epsilon is 1.5625e-07 in the YAML, 1e-05 in the checkpoint", str(path)):
+    for said in (
+        "num_layers is 2 in the YAML, 3 in the checkpoint",
+        "rope_ratio is 500 in the YAML, 1 in the checkpoint",
+        "layernorm_epsilon is 1.5625e-07 in the YAML, 1e-05 in the checkpoint",
+        str(path),
+    ):
         assert said in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -257,8 +317,11 @@ def test_without_a_sidecar_shapes_are_checked_and_the_rest_is_warned_of(tmp_path
     other = write_weights(tmp_path / "y.ckpt", others, described=False)
     with pytest.raises(UserError) as error:
         sidecar.require_same_model(other, settings)
-    for said in ("num_layers is 2 in the YAML, 3", "num_attention_heads * kv_channels is 128 in the YAML, 64",
-                 "ffn_hidden_size is 256 in the YAML, 64"):
+    for said in (
+        "num_layers is 2 in the YAML, 3",
+        "num_attention_heads * kv_channels is 128 in the YAML, 64",
+        "ffn_hidden_size is 256 in the YAML, 64",
+    ):
         assert said in str(error.value)
     assert "hidden_size is 128" not in str(error.value)
 
@@ -266,19 +329,25 @@ def test_without_a_sidecar_shapes_are_checked_and_the_rest_is_warned_of(tmp_path
 def test_a_sidecar_of_another_checkpoint_is_refused(tmp_path, tiny):
     settings, numbers = tiny
     path = write_weights(tmp_path / "x.ckpt", numbers)
-    write_weights(path, numbers, described=False, seed=1)  # the file changes, what describes it does not
+    write_weights(
+        path, numbers, described=False, seed=1
+    )  # the file changes, what describes it does not
     with pytest.raises(UserError, match="describes another checkpoint"):
         sidecar.require_same_model(path, settings)
 
 
-@pytest.mark.parametrize("content", ["{}", '{"numbers": 3}', '{"numbers": {"num_layers": 2}}', "text", "odd"])
+@pytest.mark.parametrize(
+    "content", ["{}", '{"numbers": 3}', '{"numbers": {"num_layers": 2}}', "text", "odd"]
+)
 def test_a_damaged_sidecar_is_refused(tmp_path, tiny, content):
     settings, numbers = tiny
     path = write_weights(tmp_path / "x.ckpt", numbers, described=False)
     if content == "odd":
         content = json.dumps({"numbers": {**asdict(numbers), "rope_ratio": "500"}})
     sidecar.path_beside(path).write_text(content)
-    with pytest.raises(UserError, match=r"x\.ckpt\.json: .*(no sidecar|not JSON|rope_ratio is '500')"):
+    with pytest.raises(
+        UserError, match=r"x\.ckpt\.json: .*(no sidecar|not JSON|rope_ratio is '500')"
+    ):
         sidecar.require_same_model(path, settings)
 
 
@@ -288,18 +357,26 @@ def test_numbers_go_through_training_to_the_merged_checkpoint(tmp_path, tiny, ca
     path, output = write_weights(tmp_path / "x.ckpt", numbers), tmp_path / "output"
     state = output / "checkpoint" / "rank_0" / "s.ckpt"
     state.parent.mkdir(parents=True)
-    write_weights(state, replace(numbers, hidden_size=64), described=False)  # a card's share has other shapes
+    write_weights(
+        state, replace(numbers, hidden_size=64), described=False
+    )  # a card's share has other shapes
     sidecar.require_same_model(state, settings)
     assert "warning" in capsys.readouterr().err
     sidecar.copy_to_run(path, output)
     sidecar.require_same_model(state, settings)
     assert capsys.readouterr().err == ""
     merged = write_weights(tmp_path / "merged.ckpt", numbers, described=False, seed=2)
-    assert sidecar.copy_to_result(output / "checkpoint_network", merged, dtype="F32", fingerprint="f")
+    assert sidecar.copy_to_result(
+        output / "checkpoint_network", merged, dtype="F32", fingerprint="f"
+    )
     assert sidecar.read_config_of(merged)[0] == numbers
     plain = write_weights(tmp_path / "plain.ckpt", numbers, described=False)
-    sidecar.copy_to_run(plain, output)  # nothing is known of these: what an earlier run left must go
-    assert not sidecar.copy_to_result(f"{output}/checkpoint_network/", merged, dtype="F32", fingerprint="f")
+    sidecar.copy_to_run(
+        plain, output
+    )  # nothing is known of these: what an earlier run left must go
+    assert not sidecar.copy_to_result(
+        f"{output}/checkpoint_network/", merged, dtype="F32", fingerprint="f"
+    )
     assert sidecar.read_config_of(merged) == (None, None)
 
 
@@ -308,16 +385,36 @@ def test_each_command_refuses_numbers_that_are_not_the_checkpoints(golden, tmp_p
     """Before anything is computed; both differences in one line."""
     import dpo_preprocess_glm4_parallel as preprocess
     import run_dpo
+
     more = "    rope_ratio: 1\n    layernorm_epsilon: 1e-5"
-    common = ["--config", str(write_overlay(tmp_path / "x.yaml", command, more)), "--load_checkpoint",
-              str(golden.checkpoint)]
+    common = [
+        "--config",
+        str(write_overlay(tmp_path / "x.yaml", command, more)),
+        "--load_checkpoint",
+        str(golden.checkpoint),
+    ]
     run, own = {
-        "process": (preprocess, ["--src", golden.pairs, "--dst", tmp_path / "d", "--tokenizer", golden.tokenizer]),
-        "finetune": (run_dpo, ["--train_dataset", golden.data, "--vocab_file", golden.tokenizer, "--output_dir",
-                               tmp_path / "out"]),
-        "predict": (run_dpo, ["--vocab_file", golden.tokenizer, "--predict_data", "x"])}[command]
+        "process": (
+            preprocess,
+            ["--src", golden.pairs, "--dst", tmp_path / "d", "--tokenizer", golden.tokenizer],
+        ),
+        "finetune": (
+            run_dpo,
+            [
+                "--train_dataset",
+                golden.data,
+                "--vocab_file",
+                golden.tokenizer,
+                "--output_dir",
+                tmp_path / "out",
+            ],
+        ),
+        "predict": (run_dpo, ["--vocab_file", golden.tokenizer, "--predict_data", "x"]),
+    }[command]
     with pytest.raises(UserError) as error:
         run.main([*common, *map(str, own)])
-    assert "layernorm_epsilon is 1e-05 in the YAML, 1.5625e-07 in the checkpoint" in str(error.value)
+    assert "layernorm_epsilon is 1e-05 in the YAML, 1.5625e-07 in the checkpoint" in str(
+        error.value
+    )
     assert "rope_ratio is 1 in the YAML, 500 in the checkpoint" in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["x.yaml"]

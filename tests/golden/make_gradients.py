@@ -14,6 +14,7 @@ Tensors of the file, float32, named as in case_1/hf_glm:
     dpo/NAME                                    gradient of the DPO loss
     sft/NAME                                    every 8th row of the gradient of the SFT loss
 """
+
 import json
 from pathlib import Path
 
@@ -30,33 +31,45 @@ def answer_logp(model, prompt, answer):
     """Lists of token ids -> log-probability of the answer after the prompt: its sum over the answer's tokens."""
     ids = torch.tensor([prompt + answer])
     logps = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-    return logps[len(prompt) - 1:].sum()
+    return logps[len(prompt) - 1 :].sum()
 
 
 def main():
     """Compute and write; ends with an error where log-probs are not those of expected.json."""
     pairs = json.loads((CASE / "expected.json").read_text())["pairs"]
-    model = AutoModelForCausalLM.from_pretrained(CASE / "hf_glm", dtype=torch.float64, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        CASE / "hf_glm", dtype=torch.float64, attn_implementation="eager"
+    )
     logps, references = {}, {}
     for side, offsets in OFFSETS.items():
-        logps[side] = torch.stack([answer_logp(model, pair["prompt_ids"], pair[f"{side}_ids"])
-                                   for pair in pairs])
+        logps[side] = torch.stack(
+            [answer_logp(model, pair["prompt_ids"], pair[f"{side}_ids"]) for pair in pairs]
+        )
         same = torch.tensor([pair[f"ref_{side}_logps"] for pair in pairs], dtype=torch.float64)
         assert (logps[side] - same).abs().max() < 1e-4, side
         references[side] = same + torch.tensor(offsets)
-    margins = BETA * ((logps["chosen"] - references["chosen"]) - (logps["rejected"] - references["rejected"]))
+    margins = BETA * (
+        (logps["chosen"] - references["chosen"]) - (logps["rejected"] - references["rejected"])
+    )
     dpo = -torch.nn.functional.logsigmoid(margins).mean()
     sft = -logps["chosen"].sum() / sum(len(pair["chosen_ids"]) for pair in pairs)
     names, weights = zip(*model.named_parameters(), strict=True)
     tensors = {f"{side}_ref_logps": reference for side, reference in references.items()}
     tensors["losses"] = torch.stack((dpo, sft)).detach()
-    for name, gradient in zip(names, torch.autograd.grad(dpo, weights, retain_graph=True), strict=True):
+    for name, gradient in zip(
+        names, torch.autograd.grad(dpo, weights, retain_graph=True), strict=True
+    ):
         tensors[f"dpo/{name}"] = gradient
     for name, gradient in zip(names, torch.autograd.grad(sft, weights), strict=True):
         tensors[f"sft/{name}"] = gradient[::8]
-    save_file({name: tensor.float().contiguous() for name, tensor in tensors.items()}, CASE / "gradients.safetensors")
-    print(f"{len(tensors)} tensors, DPO loss {dpo.item():.6f}, SFT loss {sft.item():.6f}, "
-          f"margins {[round(margin, 4) for margin in margins.tolist()]}")
+    save_file(
+        {name: tensor.float().contiguous() for name, tensor in tensors.items()},
+        CASE / "gradients.safetensors",
+    )
+    print(
+        f"{len(tensors)} tensors, DPO loss {dpo.item():.6f}, SFT loss {sft.item():.6f}, "
+        f"margins {[round(margin, 4) for margin in margins.tolist()]}"
+    )
 
 
 if __name__ == "__main__":
