@@ -1,8 +1,9 @@
-"""Convert GLM-4's weights: a Hugging Face folder (safetensors) to one MindSpore checkpoint, or back with --reversed.
+"""Convert GLM-4's weights from a Hugging Face folder (safetensors) to one MindSpore checkpoint.
 
-Neither torch nor transformers is needed, and no code from the folder runs. Tensors are converted piece by
-piece, so memory does not grow with the model. The sidecar <output_path>.json holds the numbers of config.json:
-the other commands compare them with their YAML, and --reversed needs them.
+--reversed converts a checkpoint to a Hugging Face folder. Neither torch nor transformers is needed,
+and no code from the folder is executed. Tensors are converted piece by piece, so memory does not
+grow with the model. The sidecar <output_path>.json holds the model's sizes from config.json: the
+other commands compare them with their YAML, and --reversed needs them.
 """
 from __future__ import annotations
 
@@ -12,27 +13,35 @@ from collections.abc import Sequence
 from mindrlhf import cli
 from mindrlhf.models.glm4 import convert
 
-EXAMPLE = """  python convert_weight.py --model glm-n --input_path glm-4-9b-chat/ --output_path glm4_9b.ckpt
-  python convert_weight.py --model glm-n --reversed --input_path merged.ckpt --output_path glm-4-9b-dpo/"""
+EXAMPLE = """  python convert_weight.py --model glm-n --input_path glm-4-9b-chat/ \\
+    --output_path glm4_9b.ckpt
+  python convert_weight.py --model glm-n --reversed --input_path merged.ckpt \\
+    --output_path glm-4-9b-dpo/"""
 
 
 def parser() -> cli.Parser:
     """The command line."""
     parse = cli.Parser(__doc__, EXAMPLE)
-    parse.add_argument("--model", required=True, choices=["glm-n"], help="model family: glm-n is GLM-4")
+    parse.add_argument("--model", required=True, choices=["glm-n"],
+                       help="model family: glm-n is GLM-4")
     parse.add_argument("--input_path", required=True,
-                       help="folder with config.json and *.safetensors; with --reversed a .ckpt or .safetensors file")
+                       help="folder with config.json and *.safetensors; with --reversed a .ckpt or "
+                            ".safetensors file")
     parse.add_argument("--output_path", required=True,
                        help="file to write, .ckpt or .safetensors; with --reversed a new folder")
     parse.add_argument("--dtype", default="bf16", choices=list(convert.DTYPES),
                        help="precision of the output (default: bf16)")
-    parse.add_argument("--reversed", action="store_true", help="convert MindSpore to Hugging Face")
+    parse.add_argument("--reversed", action="store_true",
+                       help="convert a MindSpore checkpoint to a Hugging Face folder")
     parse.add_argument("--hf_layout", choices=["glm", "chatglm"],
-                       help="with --reversed: glm writes the names of transformers' GlmForCausalLM, which vLLM reads "
-                            "too (default); chatglm those of the original repositories, whose *.py files you add")
+                       help="with --reversed: glm writes the weight names of transformers' "
+                            "GlmForCausalLM, which vLLM reads too (default); chatglm writes those "
+                            "of the original repositories, whose *.py files you must add")
     parse.add_argument("--config", metavar="FILE",
-                       help="with --reversed, for a checkpoint without a sidecar: the model's config.json, or a sidecar")
-    parse.add_argument("--allow_nonfinite", action="store_true", help="accept NaN and inf in the input")
+                       help="with --reversed, for a checkpoint without a sidecar: the model's "
+                            "config.json, or a sidecar")
+    parse.add_argument("--allow_nonfinite", action="store_true",
+                       help="accept NaN and inf in the input")
     return parse
 
 
@@ -40,16 +49,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Convert, and print one line about the result."""
     arguments = parser().parse_args(argv)
     if not arguments.reversed and (arguments.hf_layout or arguments.config):
-        raise cli.UserError("--hf_layout and --config go with --reversed; see convert_weight.py --help")
+        raise cli.UserError("--hf_layout and --config need --reversed; see convert_weight.py "
+                            "--help")
     source, target = arguments.input_path, arguments.output_path
-    options = {"dtype": arguments.dtype, "allow_nonfinite": arguments.allow_nonfinite}
+    dtype, allow_nonfinite = arguments.dtype, arguments.allow_nonfinite
     if arguments.reversed:
         cli.say(convert.to_hugging_face(source, target, layout=arguments.hf_layout or "glm",
-                                        config=arguments.config, **options))
+                                        config=arguments.config, dtype=dtype,
+                                        allow_nonfinite=allow_nonfinite))
     else:
-        cli.say(convert.to_mindspore(source, target, **options))
+        cli.say(convert.to_mindspore(source, target, dtype=dtype,
+                                     allow_nonfinite=allow_nonfinite))
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM cleans up as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM cleans up like Ctrl-C
     cli.run_command(main)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole pipeline on a CPU with a tiny GLM-4, from nothing: set-up, model, pairs, the five commands, a summary.
-#   bash quickstart.sh        needs Python 3.11; about a minute of installation, then about a minute and a half
+# Run the full pipeline on a CPU with a tiny GLM-4: set-up, model, pairs, the five commands, a summary.
+#   bash quickstart.sh        needs Python 3.11; installs in about a minute, runs in about a minute and a half
 set -euo pipefail
 cd "$(dirname "$0")"
 source scripts/setup.sh requirements.txt

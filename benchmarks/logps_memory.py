@@ -1,11 +1,15 @@
-"""What chunks of logits cost and save: peak memory and time of the output layer's forward and backward pass.
+"""How much memory do chunks of logits save in training, and what do they cost in time?
 
-    python benchmarks/logps_memory.py                     # GLM-4's vocabulary, 1024 positions; about 5 minutes, 4 GB
+    python benchmarks/logps_memory.py    # GLM-4's vocabulary, 1024 positions; about 5 minutes, 4 GB
 
-Every row is measured in processes of their own. Extra memory is the peak (VmHWM) above that of the same step with 8
-positions, which holds the weight (V x H), its gradient, and MindSpore. Time is the best step of all rounds. Differences
-from the plain form (chunk 0: all logits at once, kept for the backward pass) are relative to its largest element.
+Prints a table with one line per chunk size, for the forward and backward pass of the output layer
+and the log-probs. Each is measured in new processes. Extra memory is the peak (VmHWM) above that of
+the same step with 8 positions, which holds the weight (V x H), its gradient, and MindSpore. Time is
+the best step of all rounds. Differences from the plain form (chunk 0: all logits at once, kept for
+the backward pass) are relative to its largest element.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
@@ -15,18 +19,16 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from processes import memory, reset_peak, table
 
-import mindrlhf.logps
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 BASE_POSITIONS = 8
 
 
-def parser():
-    """Options, the same for the table and for the processes that measure one row of it."""
+def parser() -> argparse.ArgumentParser:
+    """Options, the same for the table and for the processes that measure one line of it."""
     parse = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -52,19 +54,19 @@ def parser():
     parse.add_argument(
         "--rounds", type=int, default=2, help="processes per row (default: %(default)s)"
     )
-    parse.add_argument(
-        "--measure", type=Path, help=argparse.SUPPRESS
-    )  # a file: measure the first chunk into it
+    # internal: measure the first chunk size and write value and gradients to this file
+    parse.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     return parse
 
 
-def measure(arguments):
-    """One process: three steps with one chunk size; JSON on stdout, value and gradients into a file."""
+def measure(arguments: argparse.Namespace) -> None:
+    """Run three steps with one chunk size; print JSON, write value and gradients to a file."""
     os.environ.setdefault("GLOG_v", "3")
     import mindspore as ms
     from mindspore import nn
 
     from mindrlhf import runtime
+    from mindrlhf.logps import SequenceLogps
 
     runtime.tensors_off_heap()
     ms.set_context(mode=0, device_target="CPU")
@@ -72,13 +74,13 @@ def measure(arguments):
     class Loss(nn.Cell):
         """Minus the sum of an answer's log-probs."""
 
-        def __init__(self, layer):
+        def __init__(self, layer: nn.Cell):
             super().__init__()
-            self.logps = mindrlhf.logps.SequenceLogps(
-                layer, arguments.vocab, chunk_size=arguments.chunks[0]
-            )
+            self.logps = SequenceLogps(layer, arguments.vocab, chunk_size=arguments.chunks[0])
 
-        def construct(self, hidden, labels, mask, segments):
+        def construct(
+            self, hidden: ms.Tensor, labels: ms.Tensor, mask: ms.Tensor, segments: ms.Tensor
+        ) -> ms.Tensor:
             return -self.logps(hidden, labels, mask, segments, 1)[0].sum()
 
     random = np.random.default_rng(0)
@@ -95,9 +97,7 @@ def measure(arguments):
     labels = ms.Tensor(random.integers(0, arguments.vocab, shape).astype("i4"))
     ones = ms.Tensor(np.ones(shape, "i4"))
     step = ms.value_and_grad(Loss(layer), 0, layer.trainable_params())
-    Path("/proc/self/clear_refs").write_text(
-        "5"
-    )  # VmHWM starts anew: making the weight is no part of a step
+    reset_peak()  # creating the weight does not count
     seconds = []
     for _ in range(3):
         begin = time.perf_counter()
@@ -106,71 +106,82 @@ def measure(arguments):
         seconds.append(time.perf_counter() - begin)
         value, gradients = loss.asnumpy(), (by_hidden.asnumpy(), by_weight[::16].asnumpy())
         del loss, by_hidden, by_weight  # or the next step would hold two gradients of the weight
-    status = Path("/proc/self/status").read_text()
-    peak = int(status.split("VmHWM:")[1].split()[0]) / 1024
-    print(json.dumps({"seconds": min(seconds[1:]), "peak": peak}))
+    print(json.dumps({"seconds": min(seconds[1:]), "peak": memory("VmHWM") / 2**20}))
     np.savez(arguments.measure, loss=value, hidden=gradients[0], weight=gradients[1])
 
 
-def run(arguments, chunk, positions, folder):
-    """Measure one row in a new process: (dict of seconds and peak MiB, dict of arrays)."""
+class Measured(NamedTuple):
+    """What one process measures: seconds, peak memory in MiB, and value and gradients by name."""
+
+    seconds: float
+    peak: float
+    arrays: dict[str, np.ndarray]
+
+
+def run(arguments: argparse.Namespace, chunk: int, positions: int, folder: str) -> Measured:
+    """Measure one chunk size in a new process.
+
+    Args:
+        arguments: the options.
+        chunk: logps_chunk_size.
+        positions: of the row.
+        folder: for the file of the arrays.
+    """
     file = Path(folder) / f"{chunk}_{positions}.npz"
-    command = [
-        sys.executable,
-        __file__,
-        "--measure",
-        file,
-        "--chunks",
-        chunk,
-        "--positions",
-        positions,
-        "--vocab",
-        arguments.vocab,
-        "--hidden",
-        arguments.hidden,
-    ]
-    output = subprocess.run(
-        [*map(str, command)], check=True, stdout=subprocess.PIPE, text=True
-    ).stdout
-    return json.loads(output.strip().splitlines()[-1]), dict(np.load(file))
+    options = {
+        "--measure": file,
+        "--chunks": chunk,
+        "--positions": positions,
+        "--vocab": arguments.vocab,
+        "--hidden": arguments.hidden,
+    }
+    command = [sys.executable, __file__, *(str(each) for item in options.items() for each in item)]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return Measured(**json.loads(output.strip().splitlines()[-1]), arrays=dict(np.load(file)))
 
 
-def main():
+def main() -> None:
     """Print the table."""
     arguments = parser().parse_args()
     if arguments.measure:
         measure(arguments)
         return
     with tempfile.TemporaryDirectory() as folder:
-        base = run(arguments, 0, BASE_POSITIONS, folder)[0]["peak"]
-        rows = {
+        base = run(arguments, 0, BASE_POSITIONS, folder).peak
+        runs = {
             chunk: [run(arguments, chunk, arguments.positions, folder)]
             for chunk in (0, *arguments.chunks)
         }
         for _ in range(1, arguments.rounds):
-            for chunk, found in rows.items():
+            for chunk, found in runs.items():
                 found.append(run(arguments, chunk, arguments.positions, folder))
-    print(
-        f"S {arguments.positions}, V {arguments.vocab}, H {arguments.hidden}, float32; base {base:.0f} MiB"
-    )
-    print(
-        f"{'chunk':>6}{'extra MiB':>11}{'of plain':>10}{'seconds':>10}{'of plain':>10}"
-        f"{'value off':>12}{'d hidden off':>14}{'d weight off':>14}"
-    )
-    plain_extra = min(figures["peak"] for figures, _ in rows[0]) - base
-    plain_seconds = min(figures["seconds"] for figures, _ in rows[0])
-    for chunk, found in rows.items():
-        extra = max(figures["peak"] for figures, _ in found) - base
-        seconds = min(figures["seconds"] for figures, _ in found)
-        off = [
-            np.abs(found[0][1][name] - plain).max() / np.abs(plain).max()
-            for name, plain in rows[0][0][1].items()
+    plain_extra = min(each.peak for each in runs[0]) - base
+    plain_seconds = min(each.seconds for each in runs[0])
+    rows = []
+    for chunk, found in runs.items():
+        extra = max(each.peak for each in found) - base
+        seconds = min(each.seconds for each in found)
+        errors = [
+            np.abs(found[0].arrays[name] - plain).max() / np.abs(plain).max()
+            for name, plain in runs[0][0].arrays.items()
         ]
-        print(
-            f"{chunk:>6}{extra:>11.0f}{extra / plain_extra:>10.2f}{seconds:>10.2f}{seconds / plain_seconds:>10.2f}"
-            f"{off[0]:>12.1e}{off[1]:>14.1e}{off[2]:>14.1e}",
-            flush=True,
+        rows.append(
+            [
+                f"{chunk}",
+                f"{extra:.0f}",
+                f"{extra / plain_extra:.2f}",
+                f"{seconds:.2f}",
+                f"{seconds / plain_seconds:.2f}",
+                *(f"{error:.1e}" for error in errors),
+            ]
         )
+    sizes = f"S {arguments.positions}, V {arguments.vocab}, H {arguments.hidden}"
+    table(
+        f"{sizes}, float32; base {base:.0f} MiB",
+        ["chunk", "extra MiB", "of plain", "seconds", "of plain"]
+        + ["value off", "d hidden off", "d weight off"],
+        rows,
+    )
 
 
 if __name__ == "__main__":

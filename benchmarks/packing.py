@@ -1,22 +1,28 @@
 """How full are packed rows, how evenly are pairs spread over them, and how long does packing take?
 
-First-fit decreasing, for comparison, is what most packers do. Pairs are made up: see data_model.py.
-
     python benchmarks/packing.py
+
+Prints a table with one line per packer and row length S, then the memory that packing needs.
+First-fit decreasing is there for comparison: most packers use it. Pairs are synthetic, see
+data_model.py.
 """
+
+from __future__ import annotations
 
 import time
 import tracemalloc
+from collections.abc import Callable, Sequence
 
 import data_model
 import numpy as np
+from processes import table
 
 from mindrlhf.data.packing import max_pairs, pack_pairs
 
 FIRST_FIT_PAIRS = 20_000  # it takes time in proportion to pairs x rows
 
 
-def first_fit_decreasing(lengths, seq_len):
+def first_fit_decreasing(lengths: np.ndarray, seq_len: int) -> list[list[int]]:
     """Longest pair first, each into the first row with room."""
     free, rows = np.empty((len(lengths), 2), int), []
     for pair in np.argsort(-lengths.max(1), kind="stable").tolist():
@@ -30,7 +36,12 @@ def first_fit_decreasing(lengths, seq_len):
     return rows
 
 
-def measure(name, packer, lengths, seq_len):
+def measure(
+    name: str,
+    packer: Callable[[np.ndarray, int], Sequence[Sequence[int]]],
+    lengths: np.ndarray,
+    seq_len: int,
+) -> list[str]:
     """One line of the table."""
     begin = time.perf_counter()
     rows = packer(lengths, seq_len)
@@ -48,8 +59,8 @@ def measure(name, packer, lengths, seq_len):
     ]
 
 
-def peak(pairs):
-    """Bytes that packing needs at most, for each pair."""
+def peak(pairs: int) -> float:
+    """Peak memory of packing, in bytes per pair."""
     lengths = data_model.lengths(pairs)
     tracemalloc.start()
     pack_pairs(lengths, 8192)
@@ -58,14 +69,15 @@ def peak(pairs):
     return top / pairs
 
 
-def main():
+def main() -> None:
+    """Print the table and the memory."""
     lengths, few = data_model.lengths(data_model.PAIRS), data_model.lengths(FIRST_FIT_PAIRS)
     lines = []
     for seq_len in (1024, 2048, 8192):
         lines.append(measure("pack", pack_pairs, lengths, seq_len))
         lines.append(measure("pack", pack_pairs, few, seq_len))
         lines.append(measure("first-fit decreasing", first_fit_decreasing, few, seq_len))
-    data_model.table(
+    table(
         "packing",
         ["packer", "S", "pairs", "rows", "longer side full", "pairs a row", "most", "seconds"],
         lines,

@@ -2,17 +2,19 @@
 
     python benchmarks/predict_cache.py
 
-Random weights, one prompt of 20 tokens, greedy, no stop token, so that every length is reached. "first" compiles the
-graphs, as the predict command does each time; "again" does not. Ratios are of the latter; above 1 the cache is faster.
+Prints a table with one line per answer length. "first" includes compilation, as each run of the
+predict command does; "again" does not. Ratios are of the latter; above 1 the cache is faster. The
+weights are random, the prompt has 20 tokens, decoding is greedy, and no token stops it, so every
+answer has its full length.
 """
 
 from __future__ import annotations
 
 import time
+from typing import Any
 
-import data_model
 import numpy as np
-from processes import cpu_model
+from processes import ROOT, cpu_model, table
 
 from mindrlhf import config, runtime
 from mindrlhf.models.glm4 import build, load
@@ -25,12 +27,23 @@ FORMS = {
     "static": {**CACHE, "is_dynamic": False},
     "dynamic": {**CACHE, "is_dynamic": True},
 }
+HEAD = [
+    "new tokens",
+    "first, s: without",
+    "static",
+    "dynamic",
+    "again: without",
+    "static",
+    "dynamic",
+    "ratio: static",
+    "dynamic",
+]
 
 
-def build_model(form: dict) -> object:
-    """The network of predict_glm4_tiny.yaml with or without a cache; the same weights each time."""
+def build_model(form: dict[str, Any]) -> Any:
+    """The network of predict_glm4_tiny.yaml with new attention settings and fixed weights."""
     settings = config.load_settings(
-        data_model.ROOT / "examples/glm4_dpo/predict_glm4_tiny.yaml",
+        ROOT / "examples/glm4_dpo/predict_glm4_tiny.yaml",
         run_mode="predict",
         overrides={f"model.model_config.{key}": value for key, value in form.items()},
     )
@@ -50,7 +63,7 @@ def build_model(form: dict) -> object:
     return network.set_train(False)
 
 
-def answer(network: object, length: int) -> tuple[float, list[int]]:
+def answer(network: Any, length: int) -> tuple[float, list[int]]:
     """(seconds, tokens) of an answer of so many tokens."""
     start = time.perf_counter()
     output = network.generate(
@@ -60,6 +73,7 @@ def answer(network: object, length: int) -> tuple[float, list[int]]:
 
 
 def main() -> None:
+    """Print the table."""
     lines = []
     for length in LENGTHS:
         networks = {name: build_model(form) for name, form in FORMS.items()}
@@ -76,19 +90,10 @@ def main() -> None:
                 *(f"{again['without'] / again[name]:.2f}" for name in ("static", "dynamic")),
             ]
         )
-    data_model.table(
-        f"prediction of the tiny GLM-4 without a cache, and with one of static or dynamic shapes; {cpu_model()}",
-        [
-            "new tokens",
-            "first, s: without",
-            "static",
-            "dynamic",
-            "again: without",
-            "static",
-            "dynamic",
-            "ratio: static",
-            "dynamic",
-        ],
+    table(
+        "prediction of the tiny GLM-4 without a cache, and with one of static or dynamic shapes; "
+        + cpu_model(),
+        HEAD,
         lines,
     )
 

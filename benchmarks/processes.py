@@ -1,4 +1,7 @@
-"""For the benchmarks: what a process of its own takes, and what `cp` takes."""
+"""What the benchmarks share: the path to mindrlhf, measurements in new processes, and tables.
+
+Each benchmark imports this module before mindrlhf, so that a clone works without PYTHONPATH.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +10,32 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 
-def run(code, *arguments):
-    """(seconds, bytes of peak memory) that a process prints as its last words.
+def run(code: str, *arguments: object) -> tuple[float, int]:
+    """Run Python code in a new process; it prints seconds and its peak memory in bytes.
 
     Args:
-        code: Python that the process runs; it gets ROOT and the arguments.
+        code: the program; its sys.argv[1] is ROOT, then come the arguments.
+        arguments: passed on as text.
+
+    Returns:
+        (seconds, bytes).
     """
     command = [sys.executable, "-c", code, str(ROOT), *map(str, arguments)]
-    done = subprocess.run(
-        command, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
+    done = subprocess.run(command, text=True, capture_output=True)
+    if done.returncode:
+        sys.exit(done.stderr)
     seconds, peak = done.stdout.split()
     return float(seconds), int(peak)
 
 
-def copy(source, target):
+def copy(source: Path, target: Path) -> float:
     """Seconds that `cp -r` takes. The copy is deleted."""
     start = time.perf_counter()
     subprocess.run(["cp", "-r", str(source), str(target)], check=True)
@@ -35,8 +44,8 @@ def copy(source, target):
     return seconds
 
 
-def remove(path):
-    """Delete a file or a folder, if it is there."""
+def remove(path: Path) -> None:
+    """Delete a file or a folder if it exists."""
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -48,3 +57,22 @@ def cpu_model() -> str:
         if line.startswith("model name")
     ]
     return f"{len(names)} x {names[0]}" if names else platform.processor()
+
+
+def memory(key: str) -> int:
+    """Bytes of an entry of /proc/self/status: VmRSS is resident now, VmHWM is its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def reset_peak() -> None:
+    """Restart the measurement of VmHWM."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table of text cells, aligned to the right."""
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    print(title)
+    for row in [head, ["-" * width for width in widths], *rows]:
+        print("  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths)))

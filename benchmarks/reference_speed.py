@@ -1,17 +1,23 @@
 """How many real tokens a second does the reference pass score, packed and with one pair a row?
 
-The tiny GLM-4 with random weights on this machine, rows of the same length for both. Pairs are made up: see
-data_model.py. A row costs the same however many pairs share it, so the ratio is about the pairs in a row.
-
     python benchmarks/reference_speed.py
+
+Prints a table with two lines per row length S. The model is the tiny GLM-4 with random weights on
+this machine; rows have the same length in both cases. A row costs the same however many pairs share
+it, so the ratio follows from the number of pairs in a row. Pairs are synthetic, see data_model.py.
 """
 
+from __future__ import annotations
+
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import data_model
 import numpy as np
+from processes import ROOT, table
 
-from mindrlhf import config
+from mindrlhf import config, runtime
 from mindrlhf.data.features import TokenPair
 from mindrlhf.data.reference import Scorer
 from mindrlhf.models.glm4 import build
@@ -19,12 +25,10 @@ from mindrlhf.models.glm4 import build
 BATCH, ROWS, REPEATS = 2, 48, 5
 
 
-def load_model(seq_len):
+def load_model(seq_len: int) -> Any:
     """The tiny GLM-4 for rows of seq_len."""
-    from mindrlhf import runtime
-
     settings = config.load_settings(
-        data_model.ROOT / "examples/glm4_dpo/process_glm4_tiny.yaml",
+        ROOT / "examples/glm4_dpo/process_glm4_tiny.yaml",
         run_mode="preprocess",
         overrides={"model.model_config.seq_length": seq_len},
     )
@@ -33,14 +37,20 @@ def load_model(seq_len):
     return build.build_network(run)
 
 
-def seconds(scorer, pairs):
-    """Time of one run."""
+def measure(scorer: Scorer, pairs: Sequence[TokenPair]) -> float:
+    """Seconds of one run."""
     begin = time.perf_counter()
     scorer(pairs)
     return time.perf_counter() - begin
 
 
-def main():
+def count_tokens(pair: TokenPair) -> int:
+    """Tokens of both sides."""
+    return 2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
+
+
+def main() -> None:
+    """Print the table."""
     lines = []
     for seq_len in (512, 1024):
         model, random = load_model(seq_len), np.random.default_rng(0)
@@ -58,14 +68,10 @@ def main():
         ]
         for scorer, some in jobs:
             scorer(some[:BATCH])  # compiles
-        times = np.median([[seconds(*job) for job in jobs] for _ in range(REPEATS)], 0)  # in turns
+        times = np.median([[measure(*job) for job in jobs] for _ in range(REPEATS)], 0)  # in turns
         speeds = [
-            (
-                sum(2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in some)
-                / time_,
-                len(some) / time_,
-            )
-            for (_, some), time_ in zip(jobs, times)
+            (sum(map(count_tokens, some)) / seconds, len(some) / seconds)
+            for (_, some), seconds in zip(jobs, times)
         ]
         for name, (tokens, each) in zip(("packed", "one pair a row"), speeds):
             lines.append(
@@ -77,9 +83,7 @@ def main():
                     f"{tokens / speeds[1][0]:.1f} x",
                 ]
             )
-    data_model.table(
-        "reference pass, tiny GLM-4", ["S", "rows", "real tokens/s", "pairs/s", "ratio"], lines
-    )
+    table("reference pass, tiny GLM-4", ["S", "rows", "real tokens/s", "pairs/s", "ratio"], lines)
 
 
 if __name__ == "__main__":

@@ -1,31 +1,36 @@
-"""How many pairs a second are tokenized, and cut to fit, without a model?
-
-Each process does its share, as each worker of the preprocessing does. The tokenizer is that of the golden case, whose
-316 tokens make more tokens of a text than GLM-4's 151,000, and the texts are random words of its vocabulary.
+"""How many pairs a second are tokenized and truncated, without a model?
 
     python benchmarks/tokenizing.py
+
+Prints a table with one line for one process and one for two. Each process has its own pairs, like
+the workers of preprocessing. The tokenizer is that of the golden case; with its 316 tokens a text
+becomes more tokens than with GLM-4's 151,000. The texts are random words of its vocabulary.
 """
+
+from __future__ import annotations
 
 import multiprocessing
 import time
+from typing import Any
 
 import data_model
 import numpy as np
+from processes import ROOT, table
 
 from mindrlhf.data.features import tokenize_pair, truncate_prompt
 from mindrlhf.data.preference import Pair
 
 PAIRS, SEQ_LEN = 8000, 8192
-TOKENIZER = data_model.ROOT / "tests/golden/case_1/tokenizer.model"
+TOKENIZER = ROOT / "tests/golden/case_1/tokenizer.model"
 
 
-def make_pairs(tokenizer, count, seed):
+def make_pairs(tokenizer: Any, count: int, seed: int) -> list[Pair]:
     """Pairs of random text with lengths as in data_model.py."""
     random = np.random.default_rng(seed)
     known = [tokenizer.decode([token]) for token in range(256, 316)]
     known = [text for text in known if "\ufffd" not in text]
 
-    def text(tokens):
+    def text(tokens: int) -> str:
         return "".join(random.choice(known, tokens))
 
     return [
@@ -34,7 +39,15 @@ def make_pairs(tokenizer, count, seed):
     ]
 
 
-def worker(seed, ready, go, results):
+def worker(seed: int, ready: Any, go: Any, results: Any) -> None:
+    """Make pairs, wait for the other workers, and put (seconds, tokens of the longer sides).
+
+    Args:
+        seed: of the pairs.
+        ready: semaphore, released once the pairs exist.
+        go: event that starts all workers together.
+        results: queue for the result.
+    """
     from mindrlhf import runtime
 
     runtime.quiet_mindformers()
@@ -52,8 +65,8 @@ def worker(seed, ready, go, results):
     results.put((time.perf_counter() - begin, tokens))
 
 
-def measure(workers):
-    """Line of the table for a number of processes."""
+def measure(workers: int) -> list[str]:
+    """One line of the table."""
     context = multiprocessing.get_context("spawn")
     ready, go, results = context.Semaphore(0), context.Event(), context.Queue()
     processes = [
@@ -78,7 +91,7 @@ def measure(workers):
 
 
 if __name__ == "__main__":
-    data_model.table(
+    table(
         "tokenizing",
         ["processes", "pairs", "tokens of a longer side", "seconds", "pairs/s"],
         [measure(workers) for workers in (1, 2)],

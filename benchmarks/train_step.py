@@ -1,13 +1,17 @@
-"""One training step against the same step in plain PyTorch: time, peak memory, and where the time goes.
+"""How do time and memory of one training step on the CPU compare with plain PyTorch?
 
     python -m venv scratch && scratch/bin/pip install torch==2.13.0 numpy
-    python benchmarks/train_step.py --torch_python scratch/bin/python      # or TORCH_PYTHON=...; about 2 minutes, 4 GB
+    python benchmarks/train_step.py --torch_python scratch/bin/python    # about 2 minutes, 4 GB
 
-Without that Python only our side runs. The model has 8 layers of width 512, 8 heads in 2 groups, ffn 1536 and 8192 ids;
-2 rows of pairs are 4 sequences of 256 positions; float32, 2 threads, learning rate, clipping and loss as in
-finetune_glm4_tiny.yaml. Both sides start from the same weights, must find the same losses, and take turns; times are
-the best step. Memory is the peak of the process (VmHWM), of it "above imports" what the run itself needs.
+Prints a table with one line per side and one of their ratios, then where our time goes. Without
+--torch_python or TORCH_PYTHON only our side runs. The model has 8 layers of width 512, 8 heads in 2
+groups, ffn 1536 and 8192 ids; 2 rows of pairs are 4 sequences of 256 positions; float32, 2 threads;
+learning rate, clipping and loss as in finetune_glm4_tiny.yaml. Both sides start from the same
+weights, must get the same losses, and take turns. Times are those of the best step. Memory is the
+peak of the process (VmHWM); "above" is the part that is not there after the imports.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
@@ -15,14 +19,17 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+from processes import ROOT, memory
 
-from mindrlhf.models.glm4 import build, model_config
+# PyTorch's side imports this file: no MindSpore up here
+from mindrlhf.models.glm4.model_config import ModelConfig
+from mindrlhf.models.glm4.weight_names import parameter_shapes
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
 THREADS, ROWS, LENGTH, PROMPT = 2, 2, 256, 100
 SIZES = {
     "num_layers": 8,
@@ -37,19 +44,17 @@ EPS, ROPE_RATIO, BETA, SFT_WEIGHT, RATE, MAX_NORM = 1.5625e-07, 500, 0.1, 1.0, 3
 REFERENCE = -1400.0  # log-prob of every answer, about what the random weights give it
 
 
-def numbers():
-    """Sizes as weights.shapes takes them."""
-    return model_config.ModelConfig(
+def sizes() -> ModelConfig:
+    """The model's sizes as mindrlhf takes them."""
+    return ModelConfig(
         **SIZES, layernorm_epsilon=EPS, rope_ratio=ROPE_RATIO, eos_token_id=(1,), pad_token_id=0
     )
 
 
-def make_weights():
-    """Name and value of every weight, MindFormers' names, one after another."""
-    from mindrlhf.models.glm4.weight_names import shapes
-
+def make_weights() -> Iterator[tuple[str, np.ndarray]]:
+    """Name and value of every weight, in MindFormers' names."""
     random = np.random.default_rng(0)
-    for name, shape in shapes(numbers()).items():
+    for name, shape in parameter_shapes(sizes()).items():
         plain = 1.0 if "norm" in name else 0.0 if name.endswith("bias") else None
         yield (
             name,
@@ -59,7 +64,7 @@ def make_weights():
         )
 
 
-def make_batch():
+def make_batch() -> Iterator[tuple[np.ndarray, ...]]:
     """For each side ids, labels, mask (rows, 256) and reference log-probs (rows, 1)."""
     random = np.random.default_rng(1)
     mask = np.repeat([[0, 1]], [PROMPT, LENGTH - PROMPT], axis=1).repeat(ROWS, 0).astype("i4")
@@ -68,16 +73,16 @@ def make_batch():
         yield ids[:, :-1], ids[:, 1:], mask, np.full((ROWS, 1), REFERENCE, "f4")
 
 
-def memory():
-    """Peak of this process, MiB."""
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+def peak() -> float:
+    """Peak memory of this process, MiB."""
+    return memory("VmHWM") / 2**20
 
 
-def serve(steps, base):
-    """Answer each line "NAME COUNT" on stdin with times (s) and losses of so many steps, and the peak so far.
+def serve(steps: dict[str, Callable[[], float]], base: float) -> None:
+    """Answer each line "NAME COUNT" on stdin: times (s) and losses of COUNT steps, and the peak.
 
     Args:
-        steps: dict, name -> function that runs it once and returns its loss.
+        steps: name -> function that runs the step once and returns its loss.
         base: peak after the imports, MiB.
     """
     for line in sys.stdin:
@@ -88,31 +93,35 @@ def serve(steps, base):
             losses.append(steps[name]())
             times.append(time.perf_counter() - begin)
         print(
-            json.dumps({"times": times, "losses": losses, "peak": memory(), "base": base}),
-            flush=True,
+            json.dumps({"times": times, "losses": losses, "peak": peak(), "base": base}), flush=True
         )
 
 
-def ours(chunk):
-    """Our side: the network, optimizer and step that run_dpo.py trains with."""
-    os.environ.setdefault("GLOG_v", "3")
+def build_step(chunk: int) -> Any:
+    """The step that run_dpo.py trains with, and its network and optimizer; weights of make_weights.
+
+    Args:
+        chunk: logps_chunk_size.
+    """
     import mindspore as ms
     from mindformers.core.lr import build_lr
     from mindformers.core.optim import build_optim
     from mindformers.trainer.optimizer_grouped_parameters import get_optimizer_grouped_parameters
     from mindformers.wrapper import build_wrapper
-    from mindspore import nn, ops
 
     from mindrlhf import config, runtime
+    from mindrlhf.models.glm4 import build
     from mindrlhf.training import train_step  # noqa: F401  registers the step
 
-    base = memory()
-    sizes = {**SIZES, "seq_length": LENGTH}
-    overrides = {f"model.model_config.{name}": value for name, value in sizes.items()}
     settings = config.load_settings(
-        HERE.parent / "examples/glm4_dpo/finetune_glm4_tiny.yaml",
+        ROOT / "examples/glm4_dpo/finetune_glm4_tiny.yaml",
         run_mode="finetune",
-        overrides={**overrides, "dpo.logps_chunk_size": chunk, "dpo.sft_weight": SFT_WEIGHT},
+        overrides={
+            **{f"model.model_config.{name}": value for name, value in SIZES.items()},
+            "model.model_config.seq_length": LENGTH,
+            "dpo.logps_chunk_size": chunk,
+            "dpo.sft_weight": SFT_WEIGHT,
+        },
     )
     run = config.to_mindformers(settings)
     runtime.start_device(run, parallel=False)
@@ -127,35 +136,29 @@ def ours(chunk):
     optimizer = build_optim(
         run.optimizer, default_args={"params": groups, "learning_rate": schedule}
     )
-    step = build_wrapper(
-        run.runner_wrapper,
-        default_args={
-            "network": network,
-            "optimizer": optimizer,
-            "parallel_config": run.parallel_config,
-        },
-    ).set_train()
-    columns = []
-    for ids, labels, mask, reference in make_batch():
-        columns += [ids, labels, mask, np.ones_like(mask), reference]
-    columns = [
-        ms.Tensor(column) for column in (*columns, np.arange(ROWS, dtype="i4").reshape((-1, 1)))
-    ]
-    inputs = tuple(columns), ms.Tensor(np.array([[1 / ROWS, 1 / (ROWS * (LENGTH - PROMPT))]], "f4"))
+    arguments = {"network": network, "optimizer": optimizer, "parallel_config": run.parallel_config}
+    return build_wrapper(run.runner_wrapper, default_args=arguments).set_train()
+
+
+def build_products(matrices: Any) -> Any:
+    """A cell that computes only the matrix products with weights, forward and backward.
+
+    Args:
+        matrices: ParameterTuple.
+    """
+    import mindspore as ms
+    from mindspore import nn, ops
 
     class Products(nn.Cell):
-        """Only the matrix products with weights, forward and backward."""
+        """The sum of one element of each product."""
 
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.matmul, self.left = ops.MatMul(), ops.MatMul(transpose_a=True)
             self.right = ops.MatMul(transpose_b=True)
-            matrices = [
-                parameter for parameter in network.trainable_params() if len(parameter.shape) == 2
-            ][1:]
-            self.matrices = ms.ParameterTuple(matrices)
+            self.matrices = matrices
 
-        def construct(self, wide):
+        def construct(self, wide: ms.Tensor) -> ms.Tensor:
             """wide (positions, 2 * ffn): its first columns are each product's input."""
             total = wide[0, 0]
             for matrix in self.matrices:
@@ -164,8 +167,29 @@ def ours(chunk):
                 total = total + self.matmul(y, matrix)[0, 0] + self.left(y, x)[0, 0]
             return total
 
+    return Products()
+
+
+def run_ours(chunk: int) -> None:
+    """Our side of the comparison."""
+    import mindspore as ms
+
+    from mindrlhf.training import train_step  # noqa: F401  belongs to the imports
+
+    base = peak()
+    step = build_step(chunk)
+    network = step.network
+    columns = []
+    for ids, labels, mask, reference in make_batch():
+        columns += [ids, labels, mask, np.ones_like(mask), reference]
+    columns = [
+        ms.Tensor(column) for column in (*columns, np.arange(ROWS, dtype="i4").reshape((-1, 1)))
+    ]
+    inputs = tuple(columns), ms.Tensor(np.array([[1 / ROWS, 1 / (ROWS * (LENGTH - PROMPT))]], "f4"))
+    matrices = [parameter for parameter in network.trainable_params() if len(parameter.shape) == 2]
+    products = build_products(ms.ParameterTuple(matrices[1:]))  # without the embedding
     wide = ms.Tensor(np.ones((2 * ROWS * LENGTH, 2 * SIZES["ffn_hidden_size"]), "f4"))
-    products, gradients = Products(), ms.value_and_grad(network, None, step.weights, has_aux=True)
+    gradients = ms.value_and_grad(network, None, step.weights, has_aux=True)
     serve(
         {
             "step": lambda: float(step(*columns)[0]),
@@ -177,69 +201,97 @@ def ours(chunk):
     )
 
 
-def ask(process, name, count):
-    """Let a side run something; its answer."""
+def ask(process: subprocess.Popen, name: str, count: int) -> dict[str, Any]:
+    """Let a side run a step `count` times; return what serve() prints."""
     process.stdin.write(f"{name} {count}\n")
     process.stdin.flush()
     for line in process.stdout:
         if line.startswith("{"):
             return json.loads(line)
-    raise SystemExit(f"{process.args[0]} ended; its error stands above")
+    raise SystemExit(f"{process.args[0]} ended; see its error above")
 
 
-def compare(torch_python, rounds, chunk):
-    """Run both sides in turns and print the table."""
+def start(torch_python: str | None, chunk: int) -> dict[str, subprocess.Popen]:
+    """Start the sides; each waits for what ask() sends.
+
+    Args:
+        torch_python: path of a Python with torch; None: our side only.
+        chunk: logps_chunk_size of our side.
+    """
     commands = {"ours": [sys.executable, __file__, "--side", "ours", "--chunk", str(chunk)]}
     if torch_python:
-        commands["PyTorch"] = [torch_python, str(HERE / "train_step_torch.py")]
+        script = Path(__file__).with_name("train_step_torch.py")
+        commands["PyTorch"] = [torch_python, str(script)]
     else:
-        print("no --torch_python and no TORCH_PYTHON: our side alone")
+        print("no --torch_python and no TORCH_PYTHON: our side only")
     environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS)}
-    sides = {
+    return {
         name: subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
         for name, command in commands.items()
     }
+
+
+class Figures(NamedTuple):
+    """Results of one side: seconds of the best step, MiB at the peak and after the imports."""
+
+    seconds: float
+    peak: float
+    base: float
+
+    @property
+    def above(self) -> float:
+        """MiB that the run needs beyond the imports."""
+        return self.peak - self.base
+
+
+def compare(sides: dict[str, subprocess.Popen], rounds: int) -> float:
+    """Run the sides in turns and print the table; return our seconds per step."""
     first = {name: ask(process, "step", 3) for name, process in sides.items()}
     answers = {name: [] for name in sides}
     for _ in range(rounds):
         for name, process in sides.items():
             answers[name].append(ask(process, "step", 3))
     figures = {
-        name: (min(min(answer["times"]) for answer in found), found[-1]["peak"], found[-1]["base"])
+        name: Figures(
+            min(min(answer["times"]) for answer in found), found[-1]["peak"], found[-1]["base"]
+        )
         for name, found in answers.items()
     }
     print(
-        f"{'':10}{'seconds':>9}{'peak MiB':>10}{'imports':>9}{'above':>7}   losses of the first steps"
+        f"{'':10}{'seconds':>9}{'peak MiB':>10}{'imports':>9}{'above':>7}"
+        "   losses of the first steps"
     )
-    for name, (seconds, peak, base) in figures.items():
+    for name, side in figures.items():
         losses = "  ".join(f"{loss:.5f}" for loss in first[name]["losses"])
-        print(f"{name:10}{seconds:>9.3f}{peak:>10.0f}{base:>9.0f}{peak - base:>7.0f}   {losses}")
-    if torch_python:
-        (seconds, peak, base), (their_seconds, their_peak, their_base) = (
-            figures["ours"],
-            figures["PyTorch"],
-        )
         print(
-            f"{'ratio':10}{seconds / their_seconds:>9.2f}{peak / their_peak:>10.2f}{'':9}"
-            f"{(peak - base) / (their_peak - their_base):>7.2f}"
+            f"{name:10}{side.seconds:>9.3f}{side.peak:>10.0f}{side.base:>9.0f}{side.above:>7.0f}"
+            f"   {losses}"
         )
-    parts = {
-        name: min(min(ask(sides["ours"], name, 3)["times"][1:]) for _ in range(rounds))
+    if "PyTorch" in figures:
+        ours, theirs = figures["ours"], figures["PyTorch"]
+        print(
+            f"{'ratio':10}{ours.seconds / theirs.seconds:>9.2f}{ours.peak / theirs.peak:>10.2f}"
+            f"{'':9}{ours.above / theirs.above:>7.2f}"
+        )
+    return figures["ours"].seconds
+
+
+def print_parts(ours: subprocess.Popen, seconds: float, rounds: int) -> None:
+    """Print where the time of our step goes. seconds: of the complete step."""
+    forward, gradients, products = (
+        min(min(ask(ours, name, 3)["times"][1:]) for _ in range(rounds))
         for name in ("forward", "gradients", "products")
-    }
-    whole = figures["ours"][0]
-    print(
-        f"ours: forward {parts['forward']:.3f} s, backward {parts['gradients'] - parts['forward']:.3f}, clipping and "
-        f"AdamW {whole - parts['gradients']:.3f}; matrix products with weights alone {parts['products']:.3f}, "
-        f"{parts['products'] / whole:.0%} of a step"
     )
-    for process in sides.values():
-        process.communicate()
+    print(
+        f"ours: forward {forward:.3f} s, backward {gradients - forward:.3f}, clipping and AdamW "
+        f"{seconds - gradients:.3f}; matrix products with weights alone {products:.3f}, "
+        f"{products / seconds:.0%} of a step"
+    )
 
 
-def main():
+def main() -> None:
     """Read the options."""
     parse = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -261,9 +313,13 @@ def main():
     parse.add_argument("--side", choices=["ours"], help=argparse.SUPPRESS)
     arguments = parse.parse_args()
     if arguments.side:
-        ours(arguments.chunk)
-    else:
-        compare(arguments.torch_python, arguments.rounds, arguments.chunk)
+        run_ours(arguments.chunk)
+        return
+    sides = start(arguments.torch_python, arguments.chunk)
+    seconds = compare(sides, arguments.rounds)
+    print_parts(sides["ours"], seconds, arguments.rounds)
+    for process in sides.values():
+        process.communicate()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,11 @@
-"""PyTorch's side of train_step.py, which starts it: GLM-4 and the DPO loss written plainly, torch.optim.AdamW."""
+"""PyTorch's side of train_step.py, which starts it: plain GLM-4, DPO loss and torch.optim.AdamW.
 
+It prints one JSON line for each line on stdin; see train_step.serve.
+"""
+
+from __future__ import annotations
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from train_step import (
@@ -17,9 +23,9 @@ from train_step import (
     THREADS,
     make_batch,
     make_weights,
-    memory,
-    numbers,
+    peak,
     serve,
+    sizes,
 )
 
 HEADS, GROUPS, WIDTH = (
@@ -27,27 +33,37 @@ HEADS, GROUPS, WIDTH = (
 )
 
 
-def norm(x, weight):
+Tables = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # cosines, sines, causal mask
+
+
+def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """RMSNorm of (..., H)."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * weight
 
 
-def rotate(x, cosine, sine):
-    """Rotary embedding of the first half of each head's channels: x (B, heads, S, D), tables (S, D / 4)."""
+def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of the first half of each head's channels.
+
+    Args:
+        x: (B, heads, S, D).
+        cosine: (S, D / 4).
+        sine: (S, D / 4).
+    """
     turned, still = x.split(WIDTH // 2, -1)
     a, b = turned[..., 0::2], turned[..., 1::2]
     turned = torch.stack((a * cosine - b * sine, b * cosine + a * sine), -1).flatten(-2)
     return torch.cat((turned, still), -1)
 
 
-def attention(x, weights, prefix, tables):
-    """Causal self-attention, (B, S, H) -> (B, S, H)."""
+def attention(
+    x: torch.Tensor, weights: dict[str, torch.nn.Parameter], prefix: str, tables: Tables
+) -> torch.Tensor:
+    """Causal self-attention, (B, S, H) -> (B, S, H). prefix: of the weights' names in one layer."""
     qkv = F.linear(
         x, weights[prefix + "query_key_value.weight"], weights[prefix + "query_key_value.bias"]
     )
     queries, keys, values = (
-        part.unflatten(-1, (-1, WIDTH)).transpose(1, 2)
-        for part in qkv.split(numbers().qkv_sizes, -1)
+        part.unflatten(-1, (-1, WIDTH)).transpose(1, 2) for part in qkv.split(sizes().qkv_sizes, -1)
     )
     queries, keys = rotate(queries, *tables[:2]), rotate(keys, *tables[:2])
     keys, values = (part.repeat_interleave(HEADS // GROUPS, 1) for part in (keys, values))
@@ -55,7 +71,9 @@ def attention(x, weights, prefix, tables):
     return F.linear(context.transpose(1, 2).flatten(-2), weights[prefix + "dense.weight"])
 
 
-def token_logps(ids, labels, weights, tables):
+def token_logps(
+    ids: torch.Tensor, labels: torch.Tensor, weights: dict[str, torch.nn.Parameter], tables: Tables
+) -> torch.Tensor:
     """ids, labels (B, S) -> log-probs of the labels (B, S)."""
     x = weights["transformer.embedding.embedding_weight"][ids]
     for layer in range(SIZES["num_layers"]):
@@ -76,26 +94,25 @@ def token_logps(ids, labels, weights, tables):
     return logps.gather(-1, labels[..., None].long())[..., 0]
 
 
-def main():
-    """Build, and take turns with the other side."""
+def main() -> None:
+    """Build the model, then answer train_step.py."""
     torch.set_num_threads(THREADS)
-    base = memory()
+    base = peak()
     weights = {name: torch.nn.Parameter(torch.from_numpy(value)) for name, value in make_weights()}
     optimizer = torch.optim.AdamW(
         weights.values(), lr=RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
     )
-    (ids, labels, mask, _), (other_ids, other_labels, _, _) = make_batch()
-    ids, labels = (
-        torch.from_numpy(np_pair) for np_pair in _joined((ids, labels), (other_ids, other_labels))
+    chosen, rejected = make_batch()
+    ids, labels, mask = (  # the chosen rows first
+        torch.from_numpy(np.concatenate(pair)) for pair in zip(chosen[:3], rejected[:3])
     )
-    mask = torch.from_numpy(mask)
     theta = (10000.0 * ROPE_RATIO) ** (-torch.arange(0, WIDTH // 2, 2) / (WIDTH // 2))
     angles = torch.outer(torch.arange(LENGTH), theta)
     tables = angles.cos(), angles.sin(), torch.full((LENGTH, LENGTH), float("-inf")).triu(1)
 
-    def step():
+    def step() -> float:
         logps = token_logps(ids, labels, weights, tables)
-        chosen, rejected = (logps[:ROWS] * mask).sum(1), (logps[ROWS:] * mask).sum(1)
+        chosen, rejected = (logps * mask).sum(1).split(ROWS)
         margins = BETA * ((chosen - REFERENCE) - (rejected - REFERENCE))
         loss = -F.logsigmoid(margins).mean() - SFT_WEIGHT * chosen.mean() / (LENGTH - PROMPT)
         optimizer.zero_grad()
@@ -105,13 +122,6 @@ def main():
         return loss.item()
 
     serve({"step": step}, base)
-
-
-def _joined(chosen, rejected):
-    """Arrays of both sides, the chosen rows first."""
-    import numpy as np
-
-    return [np.concatenate(pair) for pair in zip(chosen, rejected, strict=True)]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the commands share: errors of one line, arguments, output on rank 0 only."""
+"""What all commands share: one-line errors, argument parsing, and output on rank 0 only."""
 from __future__ import annotations
 
 import argparse
@@ -6,37 +6,42 @@ import contextlib
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NoReturn
 
 
 class UserError(Exception):
-    """Something that the user can mend. The message names the file, the place and the cure."""
+    """An error that the user can fix.
+
+    The message is one line: the file or option, what is wrong with its value, and how to fix it.
+    """
 
 
-def run_command(main):
+def run_command(main: Callable[[], object]) -> None:
     """Call main(); a UserError ends the process with one line on stderr and status 2."""
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
-    except BrokenPipeError:  # the reader of our output went away: `... | head`
+    except BrokenPipeError:  # the reader of stdout has exited: `... | head`
         sys.exit(1)
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser without abbreviations. Defaults are None, so that the YAML decides."""
 
-    def __init__(self, description, example):
-        super().__init__(description=description, epilog="example:\n" + example, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
+    def __init__(self, description: str | None, example: str) -> None:
+        super().__init__(description=description, epilog="example:\n" + example,
+                         allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError instead of printing the usage."""
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def boolean(text):
+def boolean(text: str) -> bool:
     """argparse type for True and False (argparse's bool("False") is True)."""
     values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
     if text.lower() not in values:
@@ -44,25 +49,25 @@ def boolean(text):
     return values[text.lower()]
 
 
-def positive(text):
-    """argparse type for a whole number above zero."""
+def positive(text: str) -> int:
+    """argparse type for a positive integer."""
     if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
     return int(text)
 
 
 def share(text: str) -> float:
-    """argparse type for a number from 0 to below 1."""
+    """argparse type for a number of at least 0 and below 1."""
     try:
         if 0 <= float(text) < 1:
             return float(text)
     except ValueError:
         pass
-    raise argparse.ArgumentTypeError(f"expected a number from 0 to below 1, got {text!r}")
+    raise argparse.ArgumentTypeError(f"expected a number of at least 0 and below 1, got {text!r}")
 
 
-def existing_file(path, what):
-    """Path of a file that must be there and hold something.
+def existing_file(path: str | Path, what: str) -> Path:
+    """The path of a file that must exist and must not be empty.
 
     Raises:
         UserError: there is no such path, it is a folder, or it is empty.
@@ -73,21 +78,21 @@ def existing_file(path, what):
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the path of {what}")
     if path.stat().st_size == 0:
-        raise UserError(f"{path}: is empty; {what} must hold something")
+        raise UserError(f"{path}: is empty; give {what} with content")
     return path
 
 
-def rank():
-    """Number of this process among those that the launcher started (0 without a launcher)."""
+def rank() -> int:
+    """Rank of this process among those that the launcher started (0 without a launcher)."""
     return int(os.environ.get("RANK_ID", 0))
 
 
-def workers():
-    """How many processes the launcher started (1 without a launcher)."""
+def workers() -> int:
+    """Number of processes that the launcher started (1 without a launcher)."""
     return int(os.environ.get("MS_WORKER_NUM", 1))
 
 
-def say(*lines):
+def say(*lines: str) -> None:
     """Print on rank 0."""
     if rank() == 0:
         print(*lines, sep="\n", flush=True)
@@ -95,7 +100,7 @@ def say(*lines):
 
 @contextlib.contextmanager
 def quiet_stdout() -> Iterator[None]:
-    """Send what libraries write to stdout, C++ included, to stderr, so that stdout holds the answer alone."""
+    """Redirect what libraries (C++ too) print to stderr, so that stdout has only the answer."""
     sys.stdout.flush()
     stdout = os.dup(1)
     os.dup2(2, 1)
@@ -108,8 +113,22 @@ def quiet_stdout() -> Iterator[None]:
         os.close(stdout)
 
 
-def progress_bar(total, what, unit, **options):
-    """A tqdm bar on rank 0 of a run that someone watches; the launcher says so where a log file lies between."""
+def progress_bar(total: int | None, what: str, unit: str, **options: Any) -> Any:
+    """Make a tqdm bar that is shown on rank 0 of a run that someone watches.
+
+    stderr must be a terminal. If the launcher writes it to a log file first, it sets
+    MINDRLHF_TERMINAL.
+
+    Args:
+        total: number of units; None if unknown.
+        what: description in front of the bar.
+        unit: name of the unit.
+        options: of tqdm.
+
+    Returns:
+        the bar.
+    """
     from tqdm import tqdm
     watched = sys.stderr.isatty() or os.environ.get("MINDRLHF_TERMINAL")
-    return tqdm(total=total, desc=what, unit=unit, disable=rank() != 0 or not watched, **options)
+    hidden = rank() != 0 or not watched
+    return tqdm(total=total, desc=what, unit=unit, disable=hidden, **options)

@@ -1,48 +1,60 @@
 """YAML settings: load, inherit, override, and report every problem in one error."""
+from __future__ import annotations
+
 import re
+from collections.abc import Hashable, Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from mindrlhf.cli import UserError, existing_file
 from mindrlhf.contradictions import find_contradictions
-from mindrlhf.parallel import Plan
+from mindrlhf.parallel import Plan, Settings
 from mindrlhf.schema import REQUIRED, find_problems
 
 
 class Loader(yaml.SafeLoader):
-    """yaml.SafeLoader that reads 5e-7 as a number (YAML 1.1 wants 5.0e-7) and refuses a key that stands twice."""
+    """yaml.SafeLoader that reads 5e-7 as a number and refuses a key that appears twice.
 
-    def construct_mapping(self, node, deep=False):
+    YAML 1.1 reads 5e-7 as a string and requires 5.0e-7.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Build a dict, or raise MarkedYAMLError if a key appears twice."""
         seen = set()
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":
                 continue
             key = self.construct_object(key_node)
             if key in seen:
-                raise yaml.MarkedYAMLError(problem=f"'{key}' stands twice", problem_mark=key_node.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"'{key}' appears twice",
+                                           problem_mark=key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+Loader.add_implicit_resolver("tag:yaml.org,2002:float",
+                             re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
 
 
-def load_settings(path, *, run_mode, overrides=None):
-    """Settings of a YAML file: those of its base_config, its own over them, then the command line's.
+def load_settings(path: str | Path, *, run_mode: str | tuple[str, ...],
+                  overrides: Mapping[str, Any] | None = None) -> Settings:
+    """Load a YAML file: the settings of its base_config, then its own, then the command line's.
 
     Args:
-        path: the YAML; `base_config` in it names another, relative to it.
-        run_mode: what the calling command does; a YAML of another mode is refused.
-        overrides: dict, dotted key -> value; None means: as in the YAML.
+        path: the YAML; its `base_config` is relative to it.
+        run_mode: modes of the calling command; a YAML of another mode is refused.
+        overrides: dotted key -> value; None keeps the value of the YAML.
 
     Returns:
-        dict of dicts.
+        the merged settings.
 
     Raises:
-        UserError: one line that lists every unknown key, wrong value and contradiction.
+        UserError: one line that lists every unknown key, invalid value and contradiction.
     """
-    settings = with_changes(read_yaml(path), {key: value for key, value in (overrides or {}).items() if value is not None})
+    given = {key: value for key, value in (overrides or {}).items() if value is not None}
+    settings = with_changes(read_yaml(path), given)
     wrong = list(find_problems(settings))
     problems = [str(problem) for problem in wrong]
     missing = [f"{key} is missing" for key in REQUIRED if get_setting(settings, key) is None]
@@ -51,101 +63,124 @@ def load_settings(path, *, run_mode, overrides=None):
         problems += find_contradictions(settings, unreadable)
         modes = run_mode if isinstance(run_mode, tuple) else (run_mode,)
         if settings["run_mode"] not in modes:
-            problems.append(f"run_mode is {settings['run_mode']}; this command needs {' or '.join(modes)}: give another "
-                            "--config")
+            problems.append(f"run_mode is {settings['run_mode']}, but this command needs "
+                            f"{' or '.join(modes)}: give another --config")
     if problems or missing:
         raise UserError(f"{path}: {'; '.join([*problems, *missing])}")
     return settings
 
 
-def get_setting(settings, key, default=None):
-    """Value of a dotted key."""
+def get_setting(settings: Settings, key: str, default: Any = None) -> Any:
+    """Value of a dotted key.
+
+    Args:
+        settings: of a YAML.
+        key: "section.key".
+        default: returned if the key is missing.
+    """
+    value: Any = settings
     for part in key.split("."):
-        if not isinstance(settings, dict) or part not in settings:
+        if not isinstance(value, dict) or part not in value:
             return default
-        settings = settings[part]
-    return settings
+        value = value[part]
+    return value
 
 
-def with_changes(settings, changes):
-    """A copy of settings with some changed: changes is a dict, dotted key -> value."""
-    whole = overlay(settings, {})
+def with_changes(settings: Settings, changes: Mapping[str, Any]) -> Settings:
+    """A copy of settings with changes: dotted key -> value."""
+    changed = overlay(settings, {})
     for key, value in changes.items():
         *parents, last = key.split(".")
-        section = whole
+        section = changed
         for part in parents:
             section = section.setdefault(part, {})
         section[last] = value
-    return whole
+    return changed
 
 
-def read_yaml(path, chain=()):
-    """A YAML over its base_config, unchecked: dict of dicts. chain: the files that led here."""
+def read_yaml(path: str | Path, chain: tuple[Path, ...] = ()) -> Settings:
+    """Read a YAML and its base_config; keys and values are not checked.
+
+    Args:
+        path: the YAML.
+        chain: the files whose base_config led here.
+
+    Raises:
+        UserError: a file is missing or not YAML, or a base_config leads back to itself.
+    """
     path = Path(path)
-    existing_file(path, "the YAML of --config" if not chain else f"the base_config of {chain[-1]}")
+    existing_file(path, f"the base_config of {chain[-1]}" if chain else "the YAML of --config")
     if path.resolve() in [link.resolve() for link in chain]:
-        raise UserError(f"{path}: its base_config leads back to it; let one of them stand alone")
+        raise UserError(f"{path}: its base_config leads back to it; remove one base_config")
     try:
         own = yaml.load(path.read_text(encoding="utf-8"), Loader)  # noqa: S506  a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else path
-        raise UserError(f"{place}: not YAML ({getattr(error, 'problem', None) or error})") from None
+        problem = getattr(error, "problem", None) or error
+        raise UserError(f"{place}: not YAML ({problem})") from None
     if not isinstance(own, dict):
-        raise UserError(f"{path}: keys and values expected, got {type(own).__name__}")
+        raise UserError(f"{path}: expected keys and values, got {type(own).__name__}")
     base = own.pop("base_config", None)
     if base is None:
         return own
     if not isinstance(base, str):
-        raise UserError(f"{path}: base_config is {base!r}; the name of one YAML file expected")
+        raise UserError(f"{path}: base_config is {base!r}; give the name of one YAML file")
     return overlay(read_yaml(path.parent / base, (*chain, path)), own)
 
 
-def overlay(base, own):
-    """Dict with the keys of both; own wins, dicts are merged, lists are replaced. Neither is changed."""
-    merged = {key: overlay(value, {}) if isinstance(value, dict) else value for key, value in base.items()}
+def overlay(base: Settings, own: Settings) -> Settings:
+    """Merge dicts into a new one: own wins, nested dicts are merged, lists are replaced."""
+    merged = {key: overlay(value, {}) if isinstance(value, dict) else value
+              for key, value in base.items()}
     for key, value in own.items():
         both = isinstance(value, dict) and isinstance(base.get(key), dict)
         merged[key] = overlay(base[key], value) if both else value
     return merged
 
 
-def require_workers(settings, workers):
-    """Raise UserError where a parallel plan does not fit the number of workers.
+def require_workers(settings: Settings, workers: int) -> None:
+    """Raise UserError if the parallel plan does not fit the number of workers.
 
     Args:
-        settings: as load() returns them.
-        workers: how many processes the launcher started.
+        settings: as load_settings() returns them.
+        workers: number of processes that the launcher started.
     """
     plan = Plan.of(settings, workers)
     if workers != plan.cards:
-        raise UserError(f"parallel_config has data_parallel * model_parallel = {plan.cards}, but {workers} worker(s) run; "
-                        "give the launcher that number, or change parallel_config")
+        raise UserError(f"parallel_config has data_parallel * model_parallel = {plan.cards}, but "
+                        f"{workers} worker(s) run; start {plan.cards}, or change parallel_config")
 
 
-def require_weights(settings):
-    """Raise UserError where no weights are named, or shards of several cards are not to be shared out anew."""
+def require_weights(settings: Settings) -> None:
+    """Raise UserError if no weights are given, or shards without --auto_trans_ckpt."""
     path = settings.get("load_checkpoint")
     if not path:
-        raise UserError("no weights given; --load_checkpoint names the checkpoint that convert_weight.py made")
+        raise UserError("no weights given; --load_checkpoint takes the checkpoint that "
+                        "convert_weight.py wrote")
     if Path(path).is_dir() and not settings.get("auto_trans_ckpt"):
-        raise UserError(f"{path}: is a folder; shards of several cards, rank_0, rank_1, ..., need --auto_trans_ckpt True and "
-                        "--src_strategy, the output/strategy of their run")
+        raise UserError(f"{path}: is a folder; shards of several cards, rank_0, rank_1, ..., need "
+                        "--auto_trans_ckpt True and --src_strategy, the output/strategy of their "
+                        "run")
 
 
-def to_mindformers(settings):
-    """Settings as MindFormers takes them: a MindFormerConfig, with the keys that it insists on."""
+def to_mindformers(settings: Settings) -> Any:
+    """Convert settings to a MindFormerConfig, with the keys that MindFormers requires."""
     from mindformers.tools.register import MindFormerConfig
-    insisted = {"micro_batch_interleave_num": 1, "moe_config": {}, "train_dataset_task": {}, "train_dataset": {},
-                "model": {"model_config": {"checkpoint_name_or_path": ""}}}
+    required: Settings = {
+        "micro_batch_interleave_num": 1, "moe_config": {}, "train_dataset_task": {},
+        "train_dataset": {}, "model": {"model_config": {"checkpoint_name_or_path": ""}}}
     if "parallel_config" in settings:
-        insisted["parallel_config"] = {"pipeline_stage": 1, "micro_batch_num": 1}
-    merged = overlay(settings, insisted)
-    for key in ("eval_dataset", "load_checkpoint", "src_strategy", "resume_training"):  # run_dpo.py does these itself
+        required["parallel_config"] = {"pipeline_stage": 1, "micro_batch_num": 1}
+    merged = overlay(settings, required)
+    # the project handles these itself
+    for key in ("eval_dataset", "load_checkpoint", "src_strategy", "resume_training"):
         merged.pop(key, None)
     merged["callbacks"] = []
     merged["runner_config"].setdefault("sink_size", 1)  # MindFormers' own default is none
-    if "runner_wrapper" in merged:  # MindFormers accumulates in semi-auto parallel mode only, our step everywhere
+    if "runner_wrapper" in merged:
+        # MindFormers accumulates gradients only in semi-auto parallel mode; the project's training
+        # step does in every mode
         steps = merged["runner_config"].pop("gradient_accumulation_steps", 1)
         merged["runner_wrapper"]["accumulation"] = steps
     return MindFormerConfig(**merged)

@@ -1,35 +1,36 @@
-"""Settings that are right one by one and cannot hold together, in groups by subject.
+"""Settings that are valid one by one but contradict each other, in groups by subject.
 
-Each function takes the settings as config.load() returns them and yields a sentence for each contradiction,
-with its cure.
+Each function takes the settings as config.load_settings returns them and yields one sentence for
+each contradiction: what is wrong and how to fix it.
 """
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from mindrlhf.parallel import Plan
+from mindrlhf.parallel import Plan, Settings
 
-Settings = dict[str, Any]
 LORA_KEYS = {"rank", "alpha", "dropout", "target_modules"}
-HALF_PRECISION = "use_flash_attention and use_past need compute_dtype bfloat16 or float16 on an NPU: its operators take no float32"
+HALF_PRECISION = ("use_flash_attention and use_past need compute_dtype bfloat16 or float16 on an "
+                  "NPU: its operators do not support float32")
 
 
 def lora_contradictions(settings: Settings) -> Iterator[str]:
-    """Adapters."""
+    """LoRA adapters."""
     if "lora" not in settings:
         return
     if set(settings["lora"]) != LORA_KEYS:
         yield "lora needs rank, alpha, dropout and target_modules"
     if not settings["lora"].get("target_modules"):
-        yield "lora.target_modules names none of qkv, dense, mlp"
+        yield "lora.target_modules needs at least one of qkv, dense, mlp"
     if settings["run_mode"] != "finetune":
         yield "lora is for run_mode finetune: predict takes --adapter_checkpoint"
 
 
 def device_contradictions(settings: Settings) -> Iterator[str]:
-    """What the device's operators can do."""
-    model, is_cpu = settings["model"]["model_config"], settings["context"]["device_target"] == "CPU"
+    """Precisions that the device's operators support."""
+    model = settings["model"]["model_config"]
+    is_cpu = settings["context"]["device_target"] == "CPU"
     if is_cpu and "bfloat16" in (model.get("compute_dtype"), model.get("param_init_type")):
         yield "bfloat16 needs an NPU: set compute_dtype and param_init_type to float32 for the CPU"
     needs_half = model.get("use_flash_attention") or model.get("use_past")
@@ -38,36 +39,36 @@ def device_contradictions(settings: Settings) -> Iterator[str]:
 
 
 def attention_contradictions(settings: Settings) -> Iterator[str]:
-    """Sizes of heads, and what flash attention needs."""
+    """Sizes of attention heads, and the requirements of flash attention."""
     model = settings["model"]["model_config"]
     if model.get("num_attention_heads", 1) % model.get("multi_query_group_num", 1):
-        yield "num_attention_heads is no multiple of multi_query_group_num"
+        yield "num_attention_heads must be a multiple of multi_query_group_num"
     if not model.get("use_flash_attention"):
         return
     head = model.get("kv_channels", 16)
     if model["seq_length"] % 16:
-        yield "flash attention needs a seq_length that 16 divides"
+        yield "flash attention needs a seq_length that is a multiple of 16"
     if head % 16 or head > 512:
-        yield "flash attention needs kv_channels, the size of a head, to be a multiple of 16 up to 512"
+        yield "flash attention needs kv_channels, the head size, to be a multiple of 16 up to 512"
 
 
 def plan_contradictions(settings: Settings) -> Iterator[str]:
-    """How the model is sharded."""
+    """Sizes that the parallel plan cannot split."""
     model, plan = settings["model"]["model_config"], Plan.of(settings)
     parts = settings.get("parallel_config", {}).get("model_parallel", 1)
     if model.get("num_attention_heads", 1) % parts:
-        yield "model_parallel does not divide num_attention_heads"
+        yield "num_attention_heads must be a multiple of model_parallel"
     if model.get("use_flash_attention") and model.get("multi_query_group_num", 1) % parts:
-        yield ("model_parallel does not divide multi_query_group_num, and flash attention cannot split a "
-               "key-value head")
+        yield ("multi_query_group_num must be a multiple of model_parallel, because flash "
+               "attention cannot split a key-value head")
     if model.get("padded_vocab_size", 0) % plan.vocabulary_shards:
-        yield "padded_vocab_size is no multiple of data_parallel * model_parallel"
+        yield "padded_vocab_size must be a multiple of data_parallel * model_parallel"
     if not plan.is_sharded and parts > 1:
         yield "model_parallel needs parallel.parallel_mode 1"
 
 
 def mode_contradictions(settings: Settings) -> Iterator[str]:
-    """What each run_mode needs, and the key-value cache of prediction."""
+    """Requirements of each run_mode, and of the key-value cache of prediction."""
     mode, model = settings["run_mode"], settings["model"]["model_config"]
     arch = "ChatGLM2ForConditionalGeneration" if mode == "predict" else "Glm4DPO"
     if settings["model"]["arch"]["type"] != arch:
@@ -76,18 +77,20 @@ def mode_contradictions(settings: Settings) -> Iterator[str]:
         yield "use_past is for run_mode predict"
     jit_level = settings["context"].get("jit_config", {}).get("jit_level", "O0")
     if model.get("use_past") and jit_level != "O0":
-        yield "use_past needs context.jit_config.jit_level O0: PagedAttention has a kernel for it alone"
+        yield ("use_past needs context.jit_config.jit_level O0: PagedAttention has no kernel for "
+               "another level")
     if model.get("is_dynamic") and not model.get("use_past"):
         yield "is_dynamic needs use_past"
 
 
 def loss_contradictions(settings: Settings) -> Iterator[str]:
-    """The loss."""
+    """Options that a DPO loss does not support."""
     dpo = settings["dpo"]
-    if dpo.get("label_smoothing") and dpo.get("loss_type") in ("hinge", "ipo"):
-        yield f"dpo.label_smoothing has no effect on loss_type {dpo.get('loss_type')}: set it to 0.0"
-    if dpo.get("average_log_prob") and dpo.get("loss_type") == "ipo":
-        yield "dpo.loss_type ipo takes means already: set average_log_prob to False"
+    loss_type = dpo.get("loss_type")
+    if dpo.get("label_smoothing") and loss_type in ("hinge", "ipo"):
+        yield f"dpo.label_smoothing has no effect on loss_type {loss_type}: set it to 0.0"
+    if dpo.get("average_log_prob") and loss_type == "ipo":
+        yield "dpo.loss_type ipo averages log-probs already: set average_log_prob to False"
 
 
 class Group(NamedTuple):
@@ -106,11 +109,14 @@ GROUPS = {
 
 
 def find_contradictions(settings: Settings, unreadable: Collection[str] = ()) -> list[str]:
-    """Every contradiction, those of a group behind its subject.
+    """Find every contradiction.
 
     Args:
         settings: of a YAML, with all required keys.
-        unreadable: sections with values of a wrong kind; groups that read one are left out.
+        unreadable: sections with values of a wrong type; groups that read one are skipped.
+
+    Returns:
+        one line for each group: its subject and its contradictions.
     """
     found = []
     for subject, group in GROUPS.items():

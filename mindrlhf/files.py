@@ -1,59 +1,67 @@
-"""Files that appear under their name only when they are whole, and JSON that is what it says."""
+"""Atomic files, which get their name only when they are complete, and strict JSON."""
+from __future__ import annotations
+
 import glob
 import json
 import os
 import shutil
 import socket
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Generic, TypeVar
 
 from mindrlhf.cli import UserError
 
+Opened = TypeVar("Opened")
 
-def existing_parent(path):
+
+def existing_parent(path: str | Path) -> Path:
     """The nearest folder above a path that exists."""
     return next(parent for parent in Path(path).absolute().parents if parent.exists())
 
 
-def require_space(path, nbytes):
-    """Raise UserError where a disk has not the room for what is to be written.
-
-    Args:
-        path: where it goes.
-        nbytes: how much, bytes.
-    """
+def require_space(path: str | Path, nbytes: int) -> None:
+    """Raise UserError if the disk of a path has less than nbytes free."""
     free = shutil.disk_usage(existing_parent(path)).free
     if free < nbytes:
-        raise UserError(f"{path}: {nbytes / 1e9:.2f} GB do not fit, {free / 1e9:.2f} GB are free; choose "
+        raise UserError(f"{path}: {nbytes / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; choose "
                         "another disk")
 
 
-def _temporary(path):
-    """A name beside the final one that says who writes it; what dead processes of this machine left goes."""
+def _temporary(path: Path) -> Path:
+    """A name beside the final one that contains host and process.
+
+    Temporaries of this path that dead processes of this machine left are removed.
+    """
     stem = f".{path.name}.{socket.gethostname()}."
     for left in path.parent.glob(glob.escape(stem) + "*.tmp"):
         number = left.name[len(stem):-len(".tmp")]
-        if number.isdecimal() and not Path(f"/proc/{number}").exists() and Path("/proc/self").exists():
+        is_dead = number.isdecimal() and not Path(f"/proc/{number}").exists()
+        if is_dead and Path("/proc/self").exists():
             shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
     return path.with_name(f"{stem}{os.getpid()}.tmp")
 
 
-class _Atomic:
-    """Context manager around a temporary that takes its final name only when the block ends well."""
+class _Atomic(Generic[Opened]):
+    """A context manager around a temporary that takes its final name only if the block succeeds."""
 
-    def __init__(self, path):
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(os.path.abspath(path))
         self.shown = path
 
-    def __enter__(self):
+    def __enter__(self) -> Opened:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.temporary = _temporary(self.path)
             return self.open()
         except OSError as error:
-            raise UserError(f"{self.shown}: cannot be written ({error.strerror}); give another") from None
+            raise UserError(f"{self.shown}: cannot be written ({error.strerror}); choose another "
+                            "path") from None
 
-    def __exit__(self, kind, error, trace):
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
         try:
             self.close()
             if kind is None:
@@ -63,47 +71,63 @@ class _Atomic:
             error = failure
         self.remove()
         if isinstance(error, OSError):
-            raise UserError(f"{self.shown}: cannot be written ({error.strerror}); nothing was left") from None
+            raise UserError(f"{self.shown}: cannot be written ({error.strerror}); partial output "
+                            "was removed") from None
+
+    def open(self) -> Opened:
+        """Create the temporary."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Close the temporary."""
+        raise NotImplementedError
+
+    def remove(self) -> None:
+        """Delete the temporary."""
+        raise NotImplementedError
 
 
-class atomic_file(_Atomic):
+class atomic_file(_Atomic[BinaryIO]):
     """`with atomic_file(path) as file`: a binary file."""
 
-    def open(self):
+    def open(self) -> BinaryIO:
         """The file to write to."""
         self.file = open(self.temporary, "wb")  # noqa: SIM115  closed in close()
         return self.file
 
-    def close(self):
-        """End the file."""
+    def close(self) -> None:
+        """Close the file."""
         self.file.close()
 
-    def remove(self):
-        """Take back what was written."""
+    def remove(self) -> None:
+        """Delete the temporary file."""
         self.temporary.unlink(missing_ok=True)
 
 
-class atomic_folder(_Atomic):
-    """`with atomic_folder(path) as folder`: a new folder; one that holds something is not touched."""
+class atomic_folder(_Atomic[Path]):
+    """`with atomic_folder(path) as folder`: a new folder; an existing one must be empty."""
 
-    def open(self):
+    def open(self) -> Path:
         """The folder to write into."""
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise UserError(f"{self.shown}: exists; remove it, or give the name of a new folder")
         self.temporary.mkdir()
         return self.temporary
 
-    def close(self):
-        """Nothing is open."""
+    def close(self) -> None:
+        """A folder needs no closing."""
 
-    def remove(self):
-        """Take back what was written."""
+    def remove(self) -> None:
+        """Delete the temporary folder."""
         shutil.rmtree(self.temporary, ignore_errors=True)
 
 
 @contextmanager
-def staging_folder(path):
-    """`with workshop(path) as folder`: on the disk of a path, for what is made before it takes that name."""
+def staging_folder(path: str | Path) -> Iterator[Path]:
+    """`with staging_folder(path) as folder`: a temporary folder on the disk of a path.
+
+    Files are made there and moved to the path when they are complete.
+    """
     try:
         folder = _temporary(existing_parent(path) / Path(path).name)
         folder.mkdir()
@@ -112,35 +136,38 @@ def staging_folder(path):
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); nothing was left") from None
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); partial output "
+                        "was removed") from None
 
 
-def write_json(path, content):
+def write_json(path: str | Path, content: Any) -> None:
     """Write a JSON file, atomically."""
     with atomic_file(path) as file:
         file.write(json.dumps(content, ensure_ascii=False, indent=1).encode() + b"\n")
 
 
-def read_json(path):
-    """The object in a JSON file, as a dict.
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read the object in a JSON file.
 
     Raises:
-        UserError: it is no JSON object, or a key stands in it twice.
+        UserError: it is not a JSON object, or a key appears twice.
     """
-    def once(pairs):
+    def require_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         content = {}
         for key, value in pairs:
             if key in content:
-                raise ValueError(f"{key!r} stands twice")
+                raise ValueError(f"{key!r} appears twice")
             content[key] = value
         return content
 
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=once)
+        text = Path(path).read_text(encoding="utf-8")
+        content = json.loads(text, object_pairs_hook=require_unique_keys)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error}); fetch or write it again") from None
+        raise UserError(f"{path}: not JSON ({error}); download or write it again") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}, no JSON object; fetch it again")
+        raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}; download "
+                        "it again")
     return content

@@ -1,46 +1,57 @@
-"""Log-probabilities of answers from hidden states: all at once, in chunks, or with the vocabulary sharded over cards.
+"""Log-probabilities of answers from hidden states.
 
-Preprocessing, training, evaluation and score all call SequenceLogps. Everything is float32, in nats.
+There are three implementations: for the logits of all positions at once, in chunks, and for a
+vocabulary that is sharded over cards. Preprocessing, training, evaluation and scoring all call
+SequenceLogps. Log-probabilities are float32, in nats.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import mindspore as ms
-from mindspore import nn, ops
+from mindspore import Tensor, nn, ops
 
 from mindrlhf import runtime
 from mindrlhf.arithmetic import ceil_div
+from mindrlhf.parallel import MOST_CHUNKS
 
-MOST_CHUNKS = 64  # of SpreadLogps: each is a part of the compiled graph
+NONE: tuple[Tensor, ...] = ()  # tensors, before a loop collects them
 
 
 class SequenceLogps(nn.Cell):
-    """Log-probability of each answer: the sum over its tokens. Preprocessing and training both call this.
+    """Log-probability of each answer: the sum over its tokens.
 
     Args:
         output_layer: MindFormers' Linear, hidden (N, H) -> logits (N, V).
         vocab_size: V.
-        vocab_shards: over how many cards the vocabulary is spread.
-        chunk_size: of how many positions the logits may exist at a time; 0: of all.
-        trained: whether the output layer's weight is; no gradient is computed for it otherwise.
+        vocab_shards: number of cards that the vocabulary is sharded over.
+        chunk_size: positions whose logits exist at a time; 0: all positions.
+        trained: whether the output layer's weight is trained. If not, its gradient is not computed.
     """
 
-    def __init__(self, output_layer, vocab_size, *, vocab_shards=1, chunk_size=0, trained=True):
+    def __init__(self, output_layer: nn.Cell, vocab_size: int, *, vocab_shards: int = 1,
+                 chunk_size: int = 0, trained: bool = True):
         super().__init__(auto_prefix=False)
         if vocab_shards > 1 or runtime.is_sharded():
-            self.token_logps = SpreadLogps(output_layer, vocab_size, vocab_shards=vocab_shards, chunk_size=chunk_size,
-                                           trained=trained)
+            self.token_logps = ShardedVocabularyLogps(
+                output_layer, vocab_size, vocab_shards=vocab_shards, chunk_size=chunk_size,
+                trained=trained)
         else:
-            self.token_logps = LocalLogps(output_layer, vocab_size, chunk_size=chunk_size, trained=trained)
+            self.token_logps = FullVocabularyLogps(output_layer, vocab_size, chunk_size=chunk_size,
+                                                   trained=trained)
 
-    def construct(self, hidden, labels, loss_mask, segment_ids, pairs):
+    def construct(self, hidden: Tensor, labels: Tensor, loss_mask: Tensor, segment_ids: Tensor,
+                  pairs: int) -> tuple:
         """
         Args:
-            hidden: (B, S, H), what the output layer takes.
+            hidden: (B, S, H), the input of the output layer.
             labels, loss_mask, segment_ids: int32 (B, S), see features.row_columns.
-            pairs: int, P, the most segments of a row.
+            pairs: P, the largest number of segments in a row.
 
         Returns:
-            (log-probs float32 (B, P), numbers of scored tokens float32 (B, P)); 0 for segments that are not there.
+            (log-probs (B, P), numbers of scored tokens (B, P)), both float32. Entries of segments
+            that a row does not have are 0.
         """
         batch, length, width = hidden.shape
         logps = self.token_logps(hidden.reshape((-1, width)), labels.reshape((-1,)))
@@ -51,20 +62,25 @@ class SequenceLogps(nn.Cell):
         return (scored.expand_dims(2) * member).sum(1), (mask.expand_dims(2) * member).sum(1)
 
 
-class LocalLogps(nn.Cell):
-    """The same where each card holds the whole vocabulary.
+class FullVocabularyLogps(nn.Cell):
+    """log softmax of the logits, taken at the labels, where each card holds the full vocabulary.
 
-    With a chunk_size, logits exist for a block of the vocabulary at a time, chunk_size * V numbers, and are computed
-    again in the backward pass. Blocks of positions would need the same, but each would add its own gradient of the
-    whole weight; those of blocks of the vocabulary lie side by side. Arguments as in SpreadLogps.
+    With chunk_size > 0, logits are computed for one block of the vocabulary at a time, about
+    chunk_size * V values, and recomputed in the backward pass. Blocks of positions would take the
+    same memory, but each would add its own gradient of the full weight. The gradients of blocks of
+    the vocabulary are disjoint rows of the weight.
+
+    Args:
+        output_layer, vocab_size, chunk_size, trained: as in SequenceLogps.
     """
 
-    def __init__(self, output_layer, vocab_size, *, chunk_size, trained):
+    def __init__(self, output_layer: nn.Cell, vocab_size: int, *, chunk_size: int, trained: bool):
         super().__init__(auto_prefix=False)
         self.output_layer, self.vocab_size, self.chunk_size = output_layer, vocab_size, chunk_size
-        self.blocks, self.log_softmax, self.gather = _VocabularyBlocks(trained), ops.LogSoftmax(), ops.GatherD()
+        self.blocks = _VocabularyBlocks(trained)
+        self.log_softmax, self.gather = ops.LogSoftmax(), ops.GatherD()
 
-    def construct(self, hidden, labels):
+    def construct(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """hidden (N, H), labels int32 (N,) -> log-probs float32 (N,)."""
         if not self.chunk_size:
             logps = self.log_softmax(self.output_layer(hidden).astype(ms.float32))
@@ -75,41 +91,54 @@ class LocalLogps(nn.Cell):
 
 
 class _VocabularyBlocks(nn.Cell):
-    """LocalLogps in blocks, with its gradient. Block after block: ops.depend keeps them from overlapping.
+    """FullVocabularyLogps in blocks, with its gradient. ops.depend runs the blocks in sequence.
 
-    With p the softmax within a block, q the block's share of the whole, and g the gradient of a log-prob, that of a
-    logit is g (onehot - q p): factors of a row, applied to (N, H) instead of (N, V).
+    Let p be the softmax within a block, q the block's share of the total probability, and g the
+    gradient of a log-prob. The gradient of a logit is then g (onehot - q p). Both g and q belong to
+    a row, so they are applied to (N, H) tensors instead of (N, V) tensors.
     """
 
-    def __init__(self, trained):
+    def __init__(self, trained: bool):
         super().__init__(auto_prefix=False)
         self.trained = trained
         self.log_softmax, self.softmax = ops.LogSoftmax(), ops.Softmax()
-        self.matmul, self.left, self.right = ops.MatMul(), ops.MatMul(transpose_a=True), ops.MatMul(transpose_b=True)
+        self.matmul, self.left = ops.MatMul(), ops.MatMul(transpose_a=True)
+        self.right = ops.MatMul(transpose_b=True)
         self.segment_sum = ops.UnsortedSegmentSum()
 
-    def construct(self, hidden, weight, labels, size):
-        """hidden (N, H), weight (V, H), labels int32 (N,), size of a block
-        -> log-probs (N,), logs of the blocks' shares (N, blocks), float32."""
-        normalizers = ()
+    def construct(self, hidden: Tensor, weight: Tensor, labels: Tensor, size: int) -> tuple:
+        """
+        Args:
+            hidden: (N, H).
+            weight: (V, H), of hidden's dtype.
+            labels: int32 (N,).
+            size: rows of the weight in a block.
+
+        Returns:
+            (log-probs (N,), logs of the blocks' shares (N, blocks)), both float32.
+        """
+        normalizers = NONE
         for begin in range(0, weight.shape[0], size):
             logits = self.right(hidden, weight[begin:begin + size]).astype(ms.float32)
             normalizers += (logits[:, :1] - self.log_softmax(logits)[:, :1],)
-            hidden, weight = ops.depend(hidden, normalizers[-1]), ops.depend(weight, normalizers[-1])
+            hidden = ops.depend(hidden, normalizers[-1])
+            weight = ops.depend(weight, normalizers[-1])
         normalizers = ops.concat(normalizers, 1)
         normalizer = ops.logsumexp(normalizers, 1, True)
-        picked = (hidden.astype(ms.float32) * ops.gather(weight, labels, 0).astype(ms.float32)).sum(1)
+        label_rows = ops.gather(weight, labels, 0).astype(ms.float32)
+        picked = (hidden.astype(ms.float32) * label_rows).sum(1)
         return picked - normalizer.reshape((-1,)), normalizers - normalizer
 
-    def bprop(self, hidden, weight, labels, size, out, dout):
-        """Gradients of hidden and weight; zeros for a weight that is not trained."""
+    def bprop(self, hidden: Tensor, weight: Tensor, labels: Tensor, size: int, out: tuple,
+              dout: tuple) -> tuple:
+        """Gradients of hidden and weight. That of a weight that is not trained is zero."""
         width, dtype = hidden.shape[1], hidden.dtype
         factors = dout[0].reshape((-1, 1))
         hidden, weight = ops.depend(hidden, factors), ops.depend(weight, factors)
         mine = hidden * ops.tile(factors, (1, width))
         by_hidden = ops.gather(weight, labels, 0) * ops.tile(factors, (1, width))
         factors = factors * ops.exp(out[1])
-        by_weight = ()
+        by_weight = NONE
         for begin in range(0, weight.shape[0], size):
             block = weight[begin:begin + size]
             share = ops.tile(factors[:, begin // size:begin // size + 1], (1, width))
@@ -118,101 +147,121 @@ class _VocabularyBlocks(nn.Cell):
             done = by_hidden
             if self.trained:
                 inside = ops.logical_and(labels >= begin, labels < begin + block.shape[0])
-                place = ops.where(inside, labels - begin, block.shape[0])  # the last: labels of other blocks
+                # labels of other blocks go to an extra last segment
+                place = ops.where(inside, labels - begin, block.shape[0])
                 own = self.segment_sum(mine, place, block.shape[0] + 1)[:block.shape[0]]
-                by_weight += ((own - self.left(softmax, (hidden * share).astype(dtype))).astype(dtype),)
+                others = self.left(softmax, (hidden * share).astype(dtype))
+                by_weight += ((own - others).astype(dtype),)
                 done = ops.depend(by_weight[-1], by_hidden)
-            hidden, weight, mine = ops.depend(hidden, done), ops.depend(weight, done), ops.depend(mine, done)
+            hidden, weight = ops.depend(hidden, done), ops.depend(weight, done)
+            mine = ops.depend(mine, done)
         by_weight = ops.concat(by_weight) if self.trained else ops.zeros_like(weight)
         return by_hidden.astype(dtype), by_weight, ops.zeros_like(labels), 0
 
 
-class SpreadLogps(nn.Cell):
-    """log softmax of the output layer's logits, taken at the labels, where the vocabulary is spread over cards.
+class ShardedVocabularyLogps(nn.Cell):
+    """log softmax of the logits, taken at the labels, where cards share the vocabulary.
 
-    Each holds its part of the logits, and only a maximum and two sums per position cross between them. The backward
-    pass takes the chunks one after the other, the last one first, and adds to one gradient of the weight and one of
-    the hidden states.
+    Each card computes the logits of its part of the vocabulary. The cards exchange a maximum and
+    two sums per position. The backward pass handles the chunks one at a time, the last one first,
+    and accumulates one gradient of the weight and one of the hidden states.
 
     Args:
-        output_layer: Cell, hidden (N, H) -> logits (N, V), with its `weight` (V, H), `matmul` and, unless float32, the
-            `dtype` of the computation, which is that of hidden.
+        output_layer: hidden (N, H) -> logits (N, V). It has a `weight` (V, H), a `matmul` and,
+            unless it computes in float32, the compute `dtype`, which is hidden's.
         vocab_size: V.
-        vocab_shards: over how many cards the vocabulary is spread.
-        chunk_size: positions at a time, whose logits are computed again in the backward pass, more where these would
-            be over MOST_CHUNKS chunks; 0: all, and kept.
-        trained: whether the weight is.
+        vocab_shards: number of cards that the vocabulary is sharded over.
+        chunk_size: positions in a chunk, at least: chunks grow where there would be more than
+            MOST_CHUNKS. The backward pass recomputes a chunk's logits. 0: one chunk, whose logits
+            are kept.
+        trained: whether the weight is trained.
     """
 
-    def __init__(self, output_layer, vocab_size, *, vocab_shards, chunk_size, trained):
+    def __init__(self, output_layer: nn.Cell, vocab_size: int, *, vocab_shards: int,
+                 chunk_size: int, trained: bool):
         super().__init__(auto_prefix=False)
         self.output_layer, self.chunk_size, self.trained = output_layer, chunk_size, trained
-        self.chunk = _SpreadChunk(output_layer.matmul, vocab_size, vocab_shards)
-        # a cell for each use: MindSpore's parallel passes follow a chain of calls of one cell without end
+        self.chunk = _ShardedVocabularyChunk(output_layer.matmul, vocab_size, vocab_shards)
+        # A cell per use: MindSpore's parallel passes loop forever on a chain of calls of one cell.
         count = MOST_CHUNKS if chunk_size else 0
-        self.hidden_after = nn.CellList([_After() for _ in range(count)])
-        self.weight_after = nn.CellList([_After() for _ in range(count)])
-        self.typed = nn.CellList([_Typed(getattr(output_layer, "dtype", ms.float32)) for _ in range(count)])
+        compute_dtype = getattr(output_layer, "dtype", ms.float32)
+        self.hidden_after = nn.CellList([_ControlDependency() for _ in range(count)])
+        self.weight_after = nn.CellList([_ControlDependency() for _ in range(count)])
+        self.weight_cast = nn.CellList([_WeightCast(compute_dtype) for _ in range(count)])
         if chunk_size:
             self.chunk.recompute()
 
-    def construct(self, hidden, labels):
+    def construct(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """hidden (N, H), labels int32 (N,) -> log-probs float32 (N,)."""
         length, weight = hidden.shape[0], self.output_layer.weight
         step = max(self.chunk_size, ceil_div(length, MOST_CHUNKS)) if self.chunk_size else length
-        matrix, logps = weight.astype(hidden.dtype), ()
+        matrix, logps = weight.astype(hidden.dtype), NONE
         for begin in range(0, length, step):
             if begin:
                 hidden = self.hidden_after[begin // step](logps[-1], hidden)
                 if self.trained:
                     weight = self.weight_after[begin // step](logps[-1], weight)
-                    matrix = weight if weight.dtype == hidden.dtype else self.typed[begin // step](weight)
+                    matrix = (weight if weight.dtype == hidden.dtype
+                              else self.weight_cast[begin // step](weight))
             end = min(begin + step, length)
             logps += (self.chunk(hidden[begin:end], matrix, labels[begin:end]),)
         return ops.concat(logps)
 
 
-class _After(nn.Cell):
-    """A tensor, once a chunk's log-probs are there; in the backward pass, which takes the chunks in reverse, the
-    gradient of these once the tensor's is. Else chunks would overlap, and add up their gradients at the end only.
+class _ControlDependency(nn.Cell):
+    """Return a tensor unchanged, but only after a chunk's log-probs have been computed.
 
-    There is one output because MindSpore loses the layout of more in a parallel plan.
+    The backward pass runs in reverse: the gradient of the log-probs waits for that of the tensor.
+    Without this, chunks would overlap and their gradients would be added up only at the end.
+
+    The cell has one output because MindSpore loses the layout of a second one in a parallel plan.
     """
 
-    def construct(self, logps, tensor):
+    def construct(self, logps: Tensor, tensor: Tensor) -> Tensor:
         """logps (N,), tensor of any shape -> tensor."""
         return ops.depend(tensor, logps)
 
-    def bprop(self, logps, tensor, out, dout):  # noqa: ARG002  MindSpore's signature
-        """Gradients of both."""
+    def bprop(self, logps: Tensor, tensor: Tensor,  # noqa: ARG002  MindSpore's signature
+              out: Tensor, dout: Tensor) -> tuple:  # noqa: ARG002
+        """Gradients of both inputs."""
         return ops.depend(ops.zeros_like(logps), dout), dout
 
 
-class _Typed(nn.Cell):
-    """The weight in the type of the computation; its gradients are float32 when they are added up. A plain cast of
-    what _After returns stops MindSpore's parallel passes ("The pointer[prim] is null")."""
+class _WeightCast(nn.Cell):
+    """The weight in the compute dtype; its gradients are accumulated in float32.
 
-    def __init__(self, dtype):
+    A plain cast of _ControlDependency's output stops MindSpore's parallel passes with "The
+    pointer[prim] is null".
+    """
+
+    def __init__(self, dtype: Any):
         super().__init__(auto_prefix=False)
         self.dtype = dtype
 
-    def construct(self, weight):
-        """weight (V, H) -> the same in another type."""
+    def construct(self, weight: Tensor) -> Tensor:
+        """weight (V, H) -> the same shape in the compute dtype."""
         return weight.astype(self.dtype)
 
-    def bprop(self, weight, out, dout):  # noqa: ARG002  MindSpore's signature
-        """Its gradient."""
+    def bprop(self, weight: Tensor, out: Tensor, dout: Tensor) -> tuple:  # noqa: ARG002  MindSpore's
+        """Gradient of the weight, in its own dtype."""
         return (dout.astype(weight.dtype),)
 
 
-class _SpreadChunk(nn.Cell):
-    """SpreadLogps of one chunk."""
+class _ShardedVocabularyChunk(nn.Cell):
+    """ShardedVocabularyLogps of one chunk.
 
-    def __init__(self, product, vocab_size, vocab_shards):
+    Args:
+        matmul: the output layer's, (N, H), (V, H) -> (N, V).
+        vocab_size: V.
+        vocab_shards: number of cards that the vocabulary is sharded over.
+    """
+
+    def __init__(self, matmul: Callable[[Tensor, Tensor], Tensor], vocab_size: int,
+                 vocab_shards: int):
         super().__init__(auto_prefix=False)
         spread = vocab_shards if vocab_size % vocab_shards == 0 else 1
         wide, narrow = (1, spread), (1, 1)
-        self.product = product
+        self.product = matmul
         self.vocab_size = vocab_size
         self.max = ops.ReduceMax(keep_dims=True).shard((wide,))
         self.sub = ops.Sub().shard((wide, narrow))
@@ -222,10 +271,11 @@ class _SpreadChunk(nn.Cell):
         self.mul = ops.Mul().shard((wide, wide))
         self.on, self.off = ms.Tensor(1.0, ms.float32), ms.Tensor(0.0, ms.float32)
 
-    def construct(self, hidden, weight, labels):
+    def construct(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         """hidden (N, H), weight (V, H), labels int32 (N,) -> log-probs float32 (N,)."""
         logits = self.product(hidden, weight).astype(ms.float32)
         shifted = self.sub(logits, ops.stop_gradient(self.max(logits, 1)))
         log_normalizer = ops.log(self.sum(self.exp(shifted), 1))
-        picked = self.sum(self.mul(shifted, self.onehot(labels, self.vocab_size, self.on, self.off)), 1)
+        onehot = self.onehot(labels, self.vocab_size, self.on, self.off)
+        picked = self.sum(self.mul(shifted, onehot), 1)
         return picked - log_normalizer

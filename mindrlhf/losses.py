@@ -1,16 +1,17 @@
 """The losses of direct preference optimization, one function each.
 
-DPO: Rafailov et al., "Direct Preference Optimization", arXiv:2305.18290. With the policy pi, the frozen
-reference pi_ref, a prompt x, a chosen answer y_w and a rejected answer y_l, each pair has two log-ratios:
+DPO: Rafailov et al., "Direct Preference Optimization", arXiv:2305.18290. With the policy pi, the
+frozen reference pi_ref, a prompt x, a chosen answer y_w and a rejected answer y_l, each pair has
+two log-ratios:
 
     chosen_logratio   = log pi(y_w|x) - log pi_ref(y_w|x)
     rejected_logratio = log pi(y_l|x) - log pi_ref(y_l|x)
 
-beta times a log-ratio is an implicit reward, and the difference of a pair's two rewards is its margin.
-`logits` below is chosen_logratio - rejected_logratio: the margin is beta * logits.
+beta times a log-ratio is an implicit reward, and the difference between a pair's two rewards is its
+margin. `logits` below is chosen_logratio - rejected_logratio, so the margin is beta * logits.
 
-Every function takes Tensors of one shape, float32, in nats, and returns the loss of each pair in that shape.
-Log-probabilities are sums over the answer's tokens, except for ipo, which takes means, as in TRL.
+Every function takes float32 logits in nats, of any shape, and returns the loss of each pair in that
+shape. Log-probabilities are sums over the answer's tokens. For ipo they are means, as in TRL.
 """
 from __future__ import annotations
 
@@ -22,28 +23,43 @@ from mindspore import Tensor, ops
 def sigmoid(logits: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """DPO, equation 7: -log sigmoid(beta * logits).
 
-    With label_smoothing e > 0 it is conservative DPO, section 3 of https://ericmitchell.ai/cdpo.pdf:
-    -(1 - e) log sigmoid(beta * logits) - e log sigmoid(-beta * logits), and -log sigmoid(x) = softplus(-x).
+    label_smoothing e > 0 gives conservative DPO, section 3 of https://ericmitchell.ai/cdpo.pdf:
+    -(1 - e) log sigmoid(beta * logits) - e log sigmoid(-beta * logits). The code uses
+    -log sigmoid(x) = softplus(-x).
+
+    Args:
+        logits: chosen_logratio - rejected_logratio of each pair.
+        beta: strength of the KL constraint to the reference.
+        label_smoothing: assumed share of flipped labels, e.
     """
-    right_way_round = ops.softplus(-beta * logits)
-    wrong_way_round = ops.softplus(beta * logits)
-    return (1 - label_smoothing) * right_way_round + label_smoothing * wrong_way_round
+    as_labeled = ops.softplus(-beta * logits)
+    flipped = ops.softplus(beta * logits)
+    return (1 - label_smoothing) * as_labeled + label_smoothing * flipped
 
 
 def robust(logits: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """Robust DPO, arXiv:2403.00409, equation 12: unbiased if labels are flipped with probability e."""
-    wrong_way_round = label_smoothing * ops.softplus(beta * logits)
-    right_way_round = (1 - label_smoothing) * ops.softplus(-beta * logits)
-    return (right_way_round - wrong_way_round) / (1 - 2 * label_smoothing)
+    """Robust DPO, arXiv:2403.00409, equation 12: unbiased if labels are flipped with probability e.
+
+    Args: as in sigmoid(); label_smoothing is e.
+    """
+    flipped = label_smoothing * ops.softplus(beta * logits)
+    as_labeled = (1 - label_smoothing) * ops.softplus(-beta * logits)
+    return (as_labeled - flipped) / (1 - 2 * label_smoothing)
 
 
 def hinge(logits: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:  # noqa: ARG001
-    """SLiC-HF, arXiv:2305.10425, with the reference in the margin: max(0, 1 - beta * logits)."""
+    """SLiC-HF, arXiv:2305.10425, with the reference in the margin: max(0, 1 - beta * logits).
+
+    Args: as in sigmoid(); label_smoothing is not used.
+    """
     return ops.relu(1 - beta * logits)
 
 
 def ipo(logits: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:  # noqa: ARG001
-    """IPO, arXiv:2310.12036, equation 17: (logits - 1 / (2 beta))^2, of log-ratios per token."""
+    """IPO, arXiv:2310.12036, equation 17: (logits - 1 / (2 beta))^2, of log-ratios per token.
+
+    Args: as in sigmoid(); label_smoothing is not used.
+    """
     return ops.square(logits - 1 / (2 * beta))
 
 
@@ -52,10 +68,10 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 
 
 def get_loss(loss_type: str) -> Callable[..., Tensor]:
-    """The loss of this name, as a function of (logits, beta, label_smoothing).
+    """The loss function of this name; it takes (logits, beta, label_smoothing).
 
     Raises:
-        ValueError: there is none; the message lists the known ones.
+        ValueError: the name is unknown.
     """
     if loss_type not in LOSSES:
         raise ValueError(f"unknown loss_type {loss_type!r}; known: {', '.join(LOSSES)}")

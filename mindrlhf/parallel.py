@@ -1,21 +1,24 @@
-"""The parallel plan of a run: how its cards share the work."""
+"""The parallel plan of a run: how data and model are sharded over its cards."""
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+Settings = dict[str, Any]  # a YAML's section -> key -> value, as config.load_settings returns them
+# of a batch's log-probs in a sharded graph, which holds the operators of every chunk
+MOST_CHUNKS = 64
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How the cards share the work. In parallel mode 0 every card holds the whole model.
+    """How data and model are sharded. In parallel mode 0 every card holds the entire model.
 
     Attributes:
-        data: data_parallel, groups of cards that each take their own rows.
-        model: model_parallel, cards of a group, which share every matrix.
+        data: data_parallel, number of groups of cards; each group processes its own rows.
+        model: model_parallel, number of cards in a group; every matrix is split over them.
         is_sharded: parallel_mode 1: MindSpore shards one graph over all cards.
         keeps_vocabulary: vocab_emb_dp: embedding and output layer are not sharded.
-        shards_optimizer: enable_parallel_optimizer: the groups share the optimizer's state.
+        shards_optimizer: enable_parallel_optimizer: optimizer state is sharded over the groups.
     """
     data: int = 1
     model: int = 1
@@ -24,18 +27,22 @@ class Plan:
     shards_optimizer: bool = False
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any], cards: int = 1) -> Plan:
+    def of(cls, settings: Settings, cards: int = 1) -> Plan:
         """The plan of a YAML.
 
         Args:
-            settings: as config.load() returns them, or a MindFormerConfig.
-            cards: how many cards run in parallel mode 0, where the YAML does not say.
+            settings: as config.load_settings returns them, or a MindFormerConfig.
+            cards: number of cards in parallel mode 0, which the YAML does not contain.
         """
         if settings["parallel"]["parallel_mode"] != 1:
             return cls(data=cards)
         sizes = settings.get("parallel_config") or {}
-        return cls(sizes.get("data_parallel", 1), sizes.get("model_parallel", 1), True, sizes.get("vocab_emb_dp", False),
-                   settings["parallel"].get("enable_parallel_optimizer", False))
+        return cls(
+            data=sizes.get("data_parallel", 1),
+            model=sizes.get("model_parallel", 1),
+            is_sharded=True,
+            keeps_vocabulary=sizes.get("vocab_emb_dp", False),
+            shards_optimizer=settings["parallel"].get("enable_parallel_optimizer", False))
 
     @property
     def cards(self) -> int:
@@ -44,5 +51,5 @@ class Plan:
 
     @property
     def vocabulary_shards(self) -> int:
-        """Over how many cards the output layer's vocabulary is sharded."""
+        """Number of cards that the vocabulary of the output layer is sharded over."""
         return 1 if self.keeps_vocabulary else self.cards

@@ -1,6 +1,6 @@
-"""What passes between data, network and training step, each named once: columns, sums, and a step's outputs.
+"""Names of what passes between data, network and training step: columns, sums, a step's outputs.
 
-MindSpore hands tensors on by position. PLACE turns a column's name into its position, so that nothing else
+MindSpore passes tensors by position. PLACE maps a column's name to its position, so no other code
 depends on the order.
 """
 from __future__ import annotations
@@ -16,47 +16,57 @@ class Column(NamedTuple):
 
     Attributes:
         dtype: "int32" or "float32".
-        size: its one dimension: "seq_len" positions (S) or "pairs" (P), the most pairs in a row of the file.
+        size: its only dimension: "seq_len", the positions of a row (S), or "pairs", the most pairs
+            in a row of the file (P).
     """
     dtype: str
     size: str
 
 
 SIDES = ("chosen", "rejected")
-INPUTS = ("input_ids", "labels", "loss_mask", "segment_ids")  # columns of a side, int32 (S,); see data/features.py
+INPUTS = ("input_ids", "labels", "loss_mask", "segment_ids")  # int32 (S,) each; data/features.py
 COLUMNS = {
     "chosen_input_ids": Column("int32", "seq_len"),
     "chosen_labels": Column("int32", "seq_len"),
     "chosen_loss_mask": Column("int32", "seq_len"),
     "chosen_segment_ids": Column("int32", "seq_len"),
-    "chosen_ref_logps": Column("float32", "pairs"),  # nats, of the chosen answer under the reference
+    "chosen_ref_logps": Column("float32", "pairs"),  # reference log-probs of the answers, nats
     "rejected_input_ids": Column("int32", "seq_len"),
     "rejected_labels": Column("int32", "seq_len"),
     "rejected_loss_mask": Column("int32", "seq_len"),
     "rejected_segment_ids": Column("int32", "seq_len"),
     "rejected_ref_logps": Column("float32", "pairs"),
-    "pair_ids": Column("int32", "pairs")}  # numbers in the source, -1 where there is no pair
+    "pair_ids": Column("int32", "pairs")}  # row numbers in the source, -1 where there is no pair
 PLACE = {name: place for place, name in enumerate(COLUMNS)}
 
-# Over the pairs of a batch, as Glm4DPO returns them: counts of pairs, of tokens (both sides, prompts included) and of
-# scored tokens; then sums of losses, of -log pi(y_w|x), of log-probs, of rewards, of "chosen reward is larger", and of
-# |log pi - log pi_ref| over both answers.
-SUMS = ("pairs", "tokens", "chosen_tokens", "rejected_tokens", "dpo_loss", "sft_nll", "chosen_logps", "rejected_logps",
-        "chosen_reward", "rejected_reward", "correct", "logratio_size")
+# Sums over the pairs of a batch, as Glm4DPO returns them.
+SUMS = (
+    "pairs",  # number of pairs
+    "tokens",  # of both sides, prompts included
+    "chosen_tokens",  # scored tokens
+    "rejected_tokens",
+    "dpo_loss",
+    "sft_nll",  # -log pi(y_w|x)
+    "chosen_logps",
+    "rejected_logps",
+    "chosen_reward",
+    "rejected_reward",
+    "correct",  # pairs with a larger chosen reward
+    "logratio_size")  # |log pi - log pi_ref|, over both answers
 
 
 class StepOutput(NamedTuple):
-    """What a training step returns; MindSpore hands it to callbacks as a plain tuple.
+    """Outputs of a training step; MindSpore passes them to callbacks as a plain tuple.
 
     Attributes:
         loss: float32 (), of the global batch.
-        overflow: bool (), whether a gradient was not finite, and so no weight changed.
-        loss_scale: 1; MindFormers expects it in this place.
+        overflow: bool (), whether a gradient was not finite, so that no weight changed.
+        loss_scale: 1; MindFormers expects it at this position.
         learning_rate: float32 ().
         grad_norm: float32 (), before clipping.
         sums: float32 (len(SUMS),), over the global batch.
         pair_ids: int32 (rows, P), the column.
-        faulty: int32 (rows of this card, P): pair_ids where a pair's loss is not finite, else -1.
+        faulty: int32 (rows of this card, P): pair_ids of pairs whose loss is not finite, else -1.
     """
     loss: Tensor
     overflow: Tensor

@@ -4,24 +4,24 @@
 #   msrun_launcher.sh "script.py --option value ..." [WORKERS [PORT LOG_DIR JOIN TIMEOUT]]
 #   msrun_launcher.sh "script.py ..." WORKERS LOCAL_WORKERS MASTER_ADDR PORT NODE_RANK LOG_DIR JOIN TIMEOUT
 #
-# It sets what msrun sets (MindSpore's dynamic cluster), but does not keep a core busy while it waits, and hands
-# on the exit status of a worker that fails. With one worker there is no cluster: the command runs by itself.
-# Several machines each run it; launcher_link.py joins the launchers, so that all end when one does.
+# It sets the same environment as msrun (MindSpore's dynamic cluster), but it does not keep a core busy while it
+# waits, and it returns the exit status of a worker that fails. With one worker, the command runs without a cluster.
+# With several machines, run it on each; launcher_link.py connects the launchers, so that all end when one does.
 set -u
 
 usage() {
   cat >&2 <<EOF
 usage: msrun_launcher.sh "COMMAND" [WORKERS [PORT LOG_DIR JOIN TIMEOUT]]
        msrun_launcher.sh "COMMAND" WORKERS LOCAL_WORKERS MASTER_ADDR PORT NODE_RANK LOG_DIR JOIN TIMEOUT
-  COMMAND        a Python script and its options, in one pair of quotes
-  WORKERS        processes in all, one per NPU (default: 8)
-  LOCAL_WORKERS  processes on this machine
+  COMMAND        a Python script and its options, as one quoted argument
+  WORKERS        total number of processes, one per NPU (default: 8)
+  LOCAL_WORKERS  number of processes on this machine
   MASTER_ADDR    IP address of the machine with NODE_RANK 0
-  PORT           of the scheduler; 0: a free one (default). Several machines also use PORT + 1
+  PORT           of the scheduler; 0 (default): any free port. Several machines also use PORT + 1
   NODE_RANK      number of this machine, from 0
-  LOG_DIR        folder for worker_N.log (default: output/msrun_log/, a new folder for each launch)
+  LOG_DIR        folder for worker_N.log (default: a new folder in output/msrun_log/)
   JOIN           True: wait for the workers (default); False: leave them running in the background
-  TIMEOUT        seconds to wait until all workers have met (default: 600)
+  TIMEOUT        seconds to wait until all workers have connected (default: 600)
 example: bash ../../scripts/msrun_launcher.sh "run_dpo.py --config finetune_glm4_9b.yaml ..." 8
 EOF
   exit 2
@@ -47,26 +47,26 @@ done
 machines=$((workers / local_workers))
 [[ $((machines * local_workers)) == "$workers" && $node -lt $machines ]] ||
   fail "WORKERS $workers with LOCAL_WORKERS $local_workers and NODE_RANK $node: each machine must run as \
-many workers, and NODE_RANK be below the number of machines"
+many workers as the others, and NODE_RANK must be below the number of machines"
 [[ $machines == 1 || (${port:-0} -ge 1 && $port -lt 65535) ]] ||
-  fail "PORT is ${port:-0}; several machines need the same one, from 1 to 65534"
+  fail "PORT is ${port:-0}; several machines need the same port, from 1 to 65534"
 [[ $join == True || $join == False ]] || fail "JOIN is '$join'; True or False expected"
 python=${PYTHON:-python}
 command -v "$python" > /dev/null || fail "no $python on the PATH; activate the virtual environment first"
-eval "arguments=($command)" || fail "the quotes in the command do not match"
+eval "arguments=($command)" || fail "unbalanced quotes in the command"
 [[ ${#arguments[@]} -gt 0 ]] || usage
 [[ ${arguments[0]} != python && ${arguments[0]} != python3 ]] || arguments=("${arguments[@]:1}")
 [[ -f ${arguments[0]:-} ]] || fail "${arguments[0]:-}: no such script here"
 [[ $port == 0 ]] && port=
 port=${port:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
 log_dir=${log_dir:-output/msrun_log/$(date +%Y%m%d-%H%M%S)-$$}
-mkdir -p "$log_dir" || fail "$log_dir: cannot be made; give another LOG_DIR"
+mkdir -p "$log_dir" || fail "$log_dir: cannot be created; give another LOG_DIR"
 
 pids=() scheduler= link=
-tell() { # LINE: to the launchers of the other machines
+tell() { # LINE: send it to the launchers of the other machines
   [[ -z $link ]] || (trap '' PIPE; echo "$1" >&"$to_link") 2> /dev/null
 }
-stop_all() { # [SECONDS]: ask the workers to end; after so many seconds (default: 5) end those that have not
+stop_all() { # [SECONDS]: SIGTERM to all workers, and SIGKILL to those alive after so many seconds (default: 5)
   local pid alive
   for pid in "${pids[@]}"; do kill -TERM "$pid" 2> /dev/null; done
   for ((waited = 0; waited < ${1:-5} * 10; waited++)); do
@@ -79,7 +79,7 @@ stop_all() { # [SECONDS]: ask the workers to end; after so many seconds (default
   wait "${pids[@]}" $scheduler 2> /dev/null
 }
 trap 'tell "end 130 the launcher of machine $node was interrupted"; stop_all; exit 130' INT
-terminate() { # training saves its state first, which takes time
+terminate() { # allow time: training saves its state first
   tell "end 143 the launcher of machine $node was terminated"
   stop_all "$timeout"
   show
@@ -88,7 +88,7 @@ terminate() { # training saves its state first, which takes time
 trap terminate TERM HUP
 
 export MS_WORKER_NUM=$workers RANK_SIZE=$workers GLOG_v=${GLOG_v:-3}
-[[ -t 2 ]] && export MINDRLHF_TERMINAL=1 # a person watches: draw progress bars
+[[ -t 2 ]] && export MINDRLHF_TERMINAL=1 # interactive: draw progress bars
 if [[ $workers -gt 1 ]]; then
   export MS_SCHED_HOST=$address MS_SCHED_PORT=$port MS_TOPO_TIMEOUT=$timeout MS_NODE_RANK=$node
   if [[ $node == 0 ]]; then
@@ -116,7 +116,7 @@ if [[ $machines -gt 1 ]]; then
   link=$LINK_PID
   exec {to_link}>&"${LINK[1]}"
 fi
-heed_link() { # when another machine ended, or cannot be reached, its link has said so; end here too
+heed_link() { # end if the link has ended: another machine has ended, or cannot be reached, and the link said so
   [[ -n $link ]] && ! kill -0 "$link" 2> /dev/null || return
   wait "$link"
   local status=$?
@@ -126,7 +126,7 @@ heed_link() { # when another machine ended, or cannot be reached, its link has s
 }
 
 shown=0
-show() { # what the first worker's log has that was not shown yet
+show() { # print the new part of the first worker's log
   local size
   size=$(wc -c < "$log_dir/worker_$first.log")
   if [[ $size -gt $shown ]]; then
@@ -150,7 +150,7 @@ while [[ ${#left[@]} -gt 0 ]]; do
     status=$?
     [[ $status == 0 ]] && continue
     log=$log_dir/worker_$((first + i)).log
-    if [[ -n $link ]]; then # is it a cause, or does it follow from another machine's end?
+    if [[ -n $link ]]; then # did this worker fail, or was it stopped because another machine ended?
       sleep 1
       heed_link
       end=$(tail -n 1 "$log" | cut -c 1-300)
@@ -159,8 +159,8 @@ while [[ ${#left[@]} -gt 0 ]]; do
     stop_all
     show
     echo "worker $((first + i)) ended with status $status; the others were stopped. Its log: $log" >&2
-    if [[ $i -gt 0 ]]; then # the first worker's log was shown already
-      echo "the end of it:" >&2
+    if [[ $i -gt 0 ]]; then # the first worker's log is on the screen already
+      echo "its last lines:" >&2
       tail -n 20 "$log" >&2
     fi
     exit "$status"
@@ -175,7 +175,7 @@ if [[ -n $link ]]; then
   [[ $status == 0 ]] || { stop_all; exit "$status"; }
 fi
 if [[ -n $scheduler ]]; then
-  kill -TERM "$scheduler" 2> /dev/null # the workers have met for the last time: nobody is left to serve
+  kill -TERM "$scheduler" 2> /dev/null # all workers have ended
   wait "$scheduler" 2> /dev/null
 fi
 exit 0

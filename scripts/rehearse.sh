@@ -4,15 +4,16 @@
 #   bash scripts/rehearse.sh examples/glm4_dpo/finetune_glm4_9b.yaml 8 [FOLDER [PROCESS_YAML PREDICT_YAML]]
 #   DEVICE=Ascend bash scripts/rehearse.sh ...    the same on N NPUs, in bfloat16
 #
-# Everything is as in the YAMLs but sizes, bfloat16, the device, the number of steps and the learning rate: parallel plan,
-# flash attention, sink mode, recomputation, accumulation, LoRA, optimizer sharding, KV cache. scripts/rig/README.md lists
-# every key. It preprocesses, trains some steps on N processes, stops them by SIGTERM, resumes, merges, predicts, and
-# compares with one process that has no plan and cells of its own.
-# Status: 0 all agrees, 1 the plan is wrong, 2 it could not be tried.
-# Needs g++ and MindSpore 2.7. FOLDER (default: output/rehearsal) is written anew. Some minutes for 8 processes on 2 cores.
+# Only sizes, bfloat16, the device, the number of steps and the learning rate differ from the YAMLs. The rest is the same:
+# parallel plan, flash attention, sink mode, recomputation, accumulation, LoRA, optimizer sharding, KV cache.
+# scripts/rig/README.md lists every key. It preprocesses, trains some steps on N processes, stops them by SIGTERM,
+# resumes, merges, predicts, and compares with one process that has no plan and the CPU's own cells.
+# Exit status: 0 if the results agree, 1 if the plan is wrong, 2 if the rehearsal cannot run.
+# Needs g++ and MindSpore 2.7. FOLDER (default: output/rehearsal) is overwritten. Takes some minutes for 8 processes on
+# 2 cores.
 set -euo pipefail
 usage="usage: bash scripts/rehearse.sh CONFIG N [FOLDER [PROCESS_YAML PREDICT_YAML]]; CONFIG: YAML with run_mode finetune, \
-N: number of cards, PROCESS_YAML and PREDICT_YAML: those of the 9B model unless given"
+N: number of cards, PROCESS_YAML and PREDICT_YAML: default to those of the 9B model"
 fail() { echo "error: $1" >&2; exit "${2:-2}"; }
 [[ $# == 2 || $# == 3 || $# == 5 ]] || fail "$usage"
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -30,25 +31,25 @@ rm -rf "$out"/{hf,one,many,output,log,log_*,answer_*,*.yaml,*.ckpt*,*.mindrecord
 cd "$out"
 
 step() { printf '== %s\n' "$1"; }
-explain() { # NAME: why it failed
+explain() { # NAME: print why it failed
   python "$root/scripts/rehearse.py" explain "$1.txt" "log_$1"
   exit 1
 }
-quietly() { # NAME COMMAND...: its output goes to NAME.txt; where it fails, the reason is shown
+quietly() { # NAME COMMAND...: run it with its output in NAME.txt; print the reason if it fails
   local name=$1
   shift
   "$@" >"$name.txt" 2>&1 || explain "$name"
 }
-on_cards() { # NAME COMMAND: on N processes that form the plan
+on_cards() { # NAME COMMAND: run it on N processes that form the plan
   [[ $device == CPU ]] || exec bash "$root/scripts/msrun_launcher.sh" "$2" "$cards" 0 "log_$1" True 600
   LD_PRELOAD=$build/librig_hook.so exec bash "$root/scripts/msrun_launcher.sh" "$rig/on_cpu.py '$build' $2" \
     "$cards" 0 "log_$1" True 600
 }
-train() { # CONFIG OUTPUT_DIR: the command that trains
+train() { # CONFIG OUTPUT_DIR: print the training command
   echo "$example/run_dpo.py --config $1 --train_dataset train.mindrecord --vocab_file hf/tokenizer.model" \
     "--load_checkpoint tiny.ckpt --auto_trans_ckpt True --output_dir $2"
 }
-answer() { # NAME CONFIG CHECKPOINT [OPTIONS]: its stdout goes to answer_NAME
+answer() { # NAME CONFIG CHECKPOINT [OPTIONS]: predict, with stdout in answer_NAME
   quietly "predict_$1" bash -c '"$@" >answer_'"$1" - python "$example/run_dpo.py" --config "$2" --load_checkpoint "$3" \
     "${@:4}" --vocab_file hf/tokenizer.model --predict_data "How do I start running?"
 }

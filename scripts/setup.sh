@@ -1,4 +1,4 @@
-# Sourced by quickstart.sh and tests/run.sh, in the project's folder: .venv with the named requirements, activated.
+# Sourced by quickstart.sh and tests/run.sh in the project's folder: install the given requirements in .venv, and activate it.
 #   source scripts/setup.sh requirements.txt [more.txt]
 for python in python3.11 python3 python; do
   if "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2> /dev/null; then break; fi
@@ -14,6 +14,6 @@ wanted=$(cat "$@")
 if [[ "$(cat .venv/installed.txt 2> /dev/null)" != *"$wanted"* ]]; then
   echo "installing $* into .venv (about a minute)"
   pip install --quiet --disable-pip-version-check $(printf -- '-r %s ' "$@") || {
-    echo "error: the installation failed; its message is above" >&2; exit 2; }
+    echo "error: the installation failed; see the message above" >&2; exit 2; }
   echo "$wanted" > .venv/installed.txt
 fi

@@ -41,7 +41,7 @@ def write_overlay(path, command, more="", seq_len=SEQ_LEN):
 
 
 def run_script(script, *arguments, cwd=None):
-    """Run a command as a user would: CompletedProcess with text output."""
+    """Run a command as a user would; return the CompletedProcess with text output."""
     return subprocess.run(
         [sys.executable, str(script), *map(str, arguments)],
         capture_output=True,
@@ -52,7 +52,7 @@ def run_script(script, *arguments, cwd=None):
 
 
 def assert_one_error(result, *parts):
-    """The process ended with status 2 and one line on stderr that says each of the parts."""
+    """Assert that the process ended with status 2 and one line on stderr that has all the parts."""
     assert result.returncode == 2, result.stderr
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1, result.stderr

@@ -1,4 +1,4 @@
-"""The house: layers that depend downwards only, one meaning for each name, files and functions of a readable size."""
+"""The architecture: layers that depend downwards only, and one meaning for each name."""
 
 from __future__ import annotations
 

@@ -1,23 +1,19 @@
 """The check of a machine: it passes on this one, and fails where something is wrong."""
 
-import json
 import re
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import GOLDEN
 from mindspore import ops
 
 from mindrlhf import check, cli
-from mindrlhf.models.glm4 import model_config
 from mindrlhf.models.glm4.network import Glm4DPO
-from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
 
 
 def run(capsys, monkeypatch, *, training=False):
-    """Lines of the screen and the exit status. The training steps, which cost most, only if asked for."""
+    """Printed lines and the exit status. The training steps, the slowest part, are optional."""
     if not training:
         monkeypatch.setattr(check, "check_training", lambda *_: None)
         monkeypatch.setattr(check, "check_lora", lambda *_: None)
@@ -31,7 +27,7 @@ def run(capsys, monkeypatch, *, training=False):
 
 
 def failed(lines):
-    """What failed, without how far off it was."""
+    """Names of the failed checks, without their errors."""
     return [re.split("  +", line.strip())[1] for line in lines if line.strip().startswith("FAIL  ")]
 
 
@@ -41,7 +37,8 @@ def test_it_passes_here_in_the_settings_of_the_tiny_model(capsys, monkeypatch):
     assert lines[-1].startswith("PASS after")
     assert len([line for line in lines if line.startswith("  pass")]) == 1 + 2 * 12
     found = re.findall(
-        r"log-probs of 16 answers +off by (\S+) nats \(allowed: 0.0003\)", "\n".join(lines)
+        r"log-probs of 16 answers are PyTorch's +off by (\S+) nats \(allowed: 0.0003\)",
+        "\n".join(lines),
     )
     assert len(found) == 2
     assert all(0 < float(number) < 3e-4 for number in found)
@@ -58,15 +55,15 @@ def test_a_mask_that_hides_nothing_fails(capsys, monkeypatch):
     lines, status = run(capsys, monkeypatch)
     assert status == 1
     assert failed(lines) == [
-        "PyTorch's log-probs of 16 answers",
-        "attention does not see what comes later",
-        "attention does not see another pair of the row",
+        "log-probs of 16 answers are PyTorch's",
+        "attention does not see later tokens",
+        "attention does not see the other pair in the row",
     ]
     assert lines[-1].startswith("FAIL after")
 
 
 def test_wrong_weights_fail(capsys, monkeypatch):
-    load = check.build
+    load = check.build_and_load
 
     def build(settings, weights, **options):
         network = load(settings, weights, **options)
@@ -77,12 +74,12 @@ def test_wrong_weights_fail(capsys, monkeypatch):
     monkeypatch.setattr(check, "build_and_load", build)
     lines, status = run(capsys, monkeypatch)
     assert status == 1
-    assert failed(lines) == ["PyTorch's log-probs of 16 answers"]
+    assert failed(lines) == ["log-probs of 16 answers are PyTorch's"]
 
 
 @pytest.mark.parametrize("fault", ["float16", "no masks"])
 def test_lora_in_another_type_than_the_yaml_says_fails(capsys, monkeypatch, tmp_path, fault):
-    """MindFormers 1.3.0 takes float16 for adapters and the products that they are added to unless it is told."""
+    """MindFormers 1.3.0 defaults to float16 for adapters and the products they are added to."""
     from mindrlhf.models.glm4 import lora
 
     add = lora.add_adapters
@@ -96,24 +93,23 @@ def test_lora_in_another_type_than_the_yaml_says_fails(capsys, monkeypatch, tmp_
         )
     else:
         monkeypatch.setattr(Glm4DPO, "attention_mask", hide_nothing)
-    report, way = check.Checklist(), check.PRECISIONS["CPU"][0]
-    weights_file, numbers = check.convert(tmp_path)
-    tokenizer, expected = Glm4Tokenizer(GOLDEN / "tokenizer.model"), check.recorded()
-    settings = check.golden_settings(way, "finetune", "CPU", tokenizer, numbers)
-    check.check_lora(
-        report, way, settings, weights_file, expected, expected.logps, tokenizer.pad_id
-    )
+    report, precision = check.Checklist(), check.PRECISIONS["CPU"][0]
+    golden_case = check.open_golden(tmp_path)
+    settings = check.golden_settings(precision, "finetune", "CPU", golden_case)
+    check.check_lora(report, precision, settings, golden_case, golden_case.logps)
     assert not report.passed
     wrong = failed(capsys.readouterr().out.splitlines())
     assert wrong[0] == (
-        "LoRA: adapters float32, products as in the YAML"
+        "LoRA: adapters in float32, products in float32"
         if fault == "float16"
-        else "LoRA: a first step's loss is ln 2"
+        else "LoRA: loss of the first step is ln 2"
     )
 
 
 def test_two_workers_rehearse_the_commands(capsys, monkeypatch, tmp_path):
-    """The rehearsal itself: test_rig.py. Here: what it is given, and that its failure is one of the check."""
+    """What the rehearsal gets, and that its failure makes the check fail. test_rig.py tests the
+    rehearsal itself.
+    """
     seen = []
 
     def rehearse(command, **options):
@@ -135,15 +131,10 @@ def test_two_workers_rehearse_the_commands(capsys, monkeypatch, tmp_path):
     assert "FAIL  plan, sink mode, save, resume, merge, KV cache" in capsys.readouterr().out
 
 
-def test_what_an_npu_computes_is_what_9b_computes():
-    numbers = model_config.parse_hf_config(
-        json.loads((check.CASE / "hf_glm/config.json").read_text()), "config.json"
-    )
-    tokenizer = Glm4Tokenizer(GOLDEN / "tokenizer.model")
+def test_what_an_npu_computes_is_what_9b_computes(tmp_path):
+    golden_case = check.open_golden(tmp_path)
     for mode, kept in (("preprocess", "bfloat16"), ("finetune", "float32")):
-        settings = check.golden_settings(
-            check.PRECISIONS["Ascend"][1], mode, "Ascend", tokenizer, numbers
-        )
+        settings = check.golden_settings(check.PRECISIONS["Ascend"][1], mode, "Ascend", golden_case)
         model = settings["model"]["model_config"]
         assert model["compute_dtype"] == "bfloat16"
         assert model["param_init_type"] == kept

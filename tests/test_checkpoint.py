@@ -1,4 +1,4 @@
-"""Checkpoint files: MindSpore reads what is written and the reverse; identity, damage, atomic writing."""
+"""Checkpoint files: MindSpore reads ours and the reverse; identity, damage, atomic writing."""
 
 import hashlib
 import os
@@ -21,8 +21,8 @@ SUFFIXES = (".ckpt", ".safetensors")
 
 
 def items(arrays, dtype="F32"):
-    """What checkpoint.write takes, from a dict of arrays."""
-    return [(name, dtype, array.shape, lambda array=array: array) for name, array in arrays.items()]
+    """What containers.write_tensors takes, from a dict of arrays."""
+    return [tensors.TensorItem.of_array(name, dtype, array) for name, array in arrays.items()]
 
 
 def small():
@@ -35,12 +35,12 @@ def small():
 
 
 def one_line(error):
-    """Fail unless an error takes one line."""
+    """Assert that an error takes one line."""
     assert "\n" not in str(error)
 
 
 def rewrite(path, content):
-    """Write a file anew: faster than writing over it, which waits for the disk."""
+    """Replace a file: faster than overwriting it, which waits for the disk."""
     path.unlink()
     path.write_bytes(content)
 
@@ -51,7 +51,9 @@ def rewrite(path, content):
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
 def test_mindspore_reads_what_is_written(tmp_path, monkeypatch, suffix, dtype):
-    """Also where a tensor takes several records of a .ckpt: 12 elements of 2 or 4 bytes in records of 16."""
+    """Also where a tensor takes several records of a .ckpt: 12 elements of 2 or 4 bytes, 16 a
+    record.
+    """
     import mindspore as ms
 
     monkeypatch.setattr(containers, "RECORD", 16)
@@ -115,8 +117,9 @@ def test_empty_tensors_and_many_pieces_survive(tmp_path, monkeypatch):
 
 
 def test_bfloat16_rounds_to_nearest_and_ties_to_even():
-    """A bfloat16 near 1 has steps of 2**-7: 1 + 2**-8 lies halfway, the even neighbour is 1; 1 + 3 * 2**-8
-    goes up."""
+    """Near 1, bfloat16 has steps of 2**-7: 1 + 2**-8 lies halfway and rounds to the even neighbour
+    1; 1 + 3 * 2**-8 rounds up.
+    """
     step = 2.0**-7
     pairs = [
         (1.0, 1.0),
@@ -230,7 +233,8 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
     for suffix in SUFFIXES:
         with pytest.raises(KeyboardInterrupt):
             containers.write_tensors(
-                tmp_path / f"x{suffix}", [*items(small()), ("late", "F32", (1,), fail)]
+                tmp_path / f"x{suffix}",
+                [*items(small()), tensors.TensorItem("late", "F32", (1,), fail)],
             )
     with (
         pytest.raises(UserError, match="cannot be written"),
@@ -244,7 +248,8 @@ def test_pieces_that_do_not_fill_the_shape_are_an_error(tmp_path):
     for pieces in ([], [np.zeros(2, np.float32)], [np.zeros(3, np.float32)] * 2):
         with pytest.raises(ValueError, match="piece"):
             containers.write_tensors(
-                tmp_path / "x.ckpt", [("a", "F32", (3,), lambda pieces=pieces: pieces)]
+                tmp_path / "x.ckpt",
+                [tensors.TensorItem("a", "F32", (3,), lambda pieces=pieces: pieces)],
             )
     assert list(tmp_path.iterdir()) == []
 
@@ -285,22 +290,22 @@ def test_wrong_places_are_refused(tmp_path):
     for path, said in (
         ("file/x.ckpt", "cannot be written"),
         ("x.ckpt", "is a folder"),
-        ("x.bin", "ends in .ckpt or"),
+        ("x.bin", "must end in .ckpt or"),
     ):
         with pytest.raises(UserError, match=said):
             containers.write_tensors(tmp_path / path, items(small()))
     with pytest.raises(UserError, match="exists"), files.atomic_folder(tmp_path / "full"):
         pass
-    with pytest.raises(UserError, match="do not fit"):
+    with pytest.raises(UserError, match="GB needed"):
         files.require_space(tmp_path / "new" / "x.ckpt", 1 << 60)
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("[1]", "holds a list"),
+        ("[1]", "got list"),
         ("{", "not JSON"),
-        ('{"a": 1, "b": {"c": 1, "c": 2}}', "'c' stands twice"),
+        ('{"a": 1, "b": {"c": 1, "c": 2}}', "'c' appears twice"),
         ("[" * 100_000, "not JSON"),
     ],
 )
@@ -356,7 +361,7 @@ def _mutate(content, places, choose):
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_2000_damaged_headers_never_give_other_values(tmp_path, suffix):
-    """Whatever is read under a name of the original is the original, or of another dtype or shape."""
+    """A name of the original is read with its value, or with another dtype or shape."""
     path, choose = tmp_path / f"x{suffix}", random.Random(1)
     containers.write_tensors(path, items(small()))
     whole, original = path.read_bytes(), containers.open_tensors(path)
@@ -387,7 +392,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path):
     containers.write_tensors(path, items(small()))
     read = containers.open_tensors(path)
     os.truncate(path, 100)
-    with pytest.raises(UserError, match=r"x\.safetensors: became shorter"):
+    with pytest.raises(UserError, match=r"x\.safetensors: shrank while"):
         [tensor.array() for tensor in read.values()]
 
 

@@ -19,7 +19,17 @@ COMMANDS = {
     "run_dpo.py": "run_dpo",
     "make_tiny_glm4.py": "make_tiny_glm4",
 }
-DOCUMENTS = ["README.md", "README_CN.md", "examples/glm4_dpo/README.md"]
+DOCUMENTS = [
+    "README.md",
+    "README_CN.md",
+    "examples/glm4_dpo/README.md",
+    "examples/glm4_dpo/README_CN.md",
+    "docs/several_machines.md",
+    "docs/several_machines_CN.md",
+    "docs/operators.md",
+    "scripts/rig/README.md",
+]
+COMPLETE = DOCUMENTS[:4]  # these have every command
 MODULES = sorted(
     str(path.relative_to(ROOT)).removesuffix(".py").replace("/", ".").removesuffix(".__init__")
     for path in (ROOT / "mindrlhf").rglob("*.py")
@@ -55,8 +65,9 @@ def test_every_module_imports_and_says_what_it_is(name):
 
 def test_plain_modules_import_without_mindspore():
     code = (
-        "import sys; sys.modules['mindspore'] = sys.modules['mindformers'] = None; sys.path[:0] = sys.argv[1:3]; "
-        "import importlib; [importlib.import_module(name) for name in sys.argv[3:]]"
+        "import sys; sys.modules['mindspore'] = sys.modules['mindformers'] = None; "
+        "sys.path[:0] = sys.argv[1:3]; import importlib; "
+        "[importlib.import_module(name) for name in sys.argv[3:]]"
     )
     subprocess.run(
         [sys.executable, "-c", code, str(ROOT), str(EXAMPLE), *WITHOUT_MINDSPORE],
@@ -99,7 +110,7 @@ def commands(text):
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_commands_of_the_documents_parse(document):
     lines = commands((ROOT / document).read_text(encoding="utf-8"))
-    assert {
+    assert document not in COMPLETE or {
         "convert_weight.py",
         "transform_checkpoint.py",
         "dpo_preprocess_glm4_parallel.py",

@@ -33,7 +33,9 @@ def test_both_sets_of_yaml_are_there():
 
 
 def test_9b_numbers_are_those_of_the_published_model():
-    """config.json of glm-4-9b-chat: 40 layers, hidden 4096, ffn 13696, 32 heads, 2 groups, 151552 ids, eps 1.5625e-07."""
+    """config.json of glm-4-9b-chat: 40 layers, hidden 4096, ffn 13696, 32 heads, 2 groups, 151552
+    ids, eps 1.5625e-07.
+    """
     model = load(EXAMPLE / "finetune_glm4_9b.yaml")["model"]["model_config"]
     found = [
         model[key]
@@ -93,24 +95,27 @@ def test_overrides_win_and_none_leaves_the_yaml(tmp_path):
             ["callbacks", "DPOMonitor.every: unknown key"],
         ),
         ("callbacks: [{type: Elsewhere}]", ["callbacks", "not Elsewhere"]),
-        ("dpo: {beta: 0}", ["dpo.beta: a number above 0 expected, got 0"]),
-        ("dpo: {beta: '0.1'}", ["dpo.beta: a number above 0 expected, got '0.1'"]),
+        ("dpo: {beta: 0}", ["dpo.beta: expected a number above 0, got 0"]),
+        ("dpo: {beta: '0.1'}", ["dpo.beta: expected a number above 0, got '0.1'"]),
         (
             "dpo: {check_reference: 'False'}",
-            ["dpo.check_reference: True or False expected, got 'False'"],
+            ["dpo.check_reference: expected True or False, got 'False'"],
         ),
         (
             "runner_config: {batch_size: '4'}",
-            ["runner_config.batch_size: a whole number from 1 expected, got '4'"],
+            ["runner_config.batch_size: expected an integer of at least 1, got '4'"],
         ),
         ("runner_config: {batch_size: True}", ["runner_config.batch_size"]),
-        ("dpo: 3", ["dpo: a section expected, got 3"]),
-        ("optimizer: {betas: [0.9]}", ["optimizer.betas: a list of 2"]),
+        ("dpo: 3", ["dpo: expected a section, got 3"]),
+        ("optimizer: {betas: [0.9]}", ["optimizer.betas: expected a list of 2"]),
         (
             "run_mode: train",
-            ["run_mode: one of preprocess, finetune, predict expected, got 'train'"],
+            ["run_mode: expected one of preprocess, finetune, predict, got 'train'"],
         ),
-        ("dpo: {label_smoothing: 0.5}", ["dpo.label_smoothing: a number from 0, below 0.5"]),
+        (
+            "dpo: {label_smoothing: 0.5}",
+            ["dpo.label_smoothing: expected a number of at least 0 and below 0.5"],
+        ),
     ],
 )
 def test_wrong_keys_and_values_are_named(tmp_path, text, parts):
@@ -136,7 +141,7 @@ def test_all_problems_come_at_once(tmp_path):
         ),
         (
             "model: {model_config: {use_flash_attention: True, seq_length: 40}}",
-            "a seq_length that 16 divides",
+            "a seq_length that is a multiple of 16",
         ),
         (
             "context: {device_target: Ascend}\nmodel: {model_config: {use_flash_attention: True}}",
@@ -149,7 +154,7 @@ def test_all_problems_come_at_once(tmp_path):
         ("model: {model_config: {compute_dtype: bfloat16}}", "bfloat16 needs an NPU"),
         (
             "model: {model_config: {multi_query_group_num: 3}}",
-            "no multiple of multi_query_group_num",
+            "must be a multiple of multi_query_group_num",
         ),
         ("dpo: {loss_type: ipo, label_smoothing: 0.1}", "has no effect on loss_type ipo"),
         (
@@ -166,7 +171,8 @@ def test_contradictions_are_named(tmp_path, text, part):
 
 
 def test_contradictions_come_at_once(tmp_path):
-    text = "model: {model_config: {use_flash_attention: True, kv_channels: 8, compute_dtype: bfloat16}}"
+    changes = "use_flash_attention: True, kv_channels: 8, compute_dtype: bfloat16"
+    text = f"model: {{model_config: {{{changes}}}}}"
     with pytest.raises(UserError) as error:
         load(overlay(tmp_path, text))
     assert all(part in str(error.value) for part in ("kv_channels", "bfloat16"))
@@ -176,8 +182,8 @@ def test_contradictions_come_at_once(tmp_path):
     ("content", "part"),
     [
         ("a: [1", "not YAML"),
-        ("- 1", "keys and values expected"),
-        ("a: 1\na: 2", ":2: not YAML ('a' stands twice)"),
+        ("- 1", "expected keys and values"),
+        ("a: 1\na: 2", ":2: not YAML ('a' appears twice)"),
         ("x: !!python/object/apply:os.getcwd []", "not YAML"),
         ("", "is empty"),
         ("base_config: overlay.yaml", "leads back to it"),
@@ -195,7 +201,7 @@ def test_broken_files_are_named(tmp_path, content, part):
 
 
 def test_yaml_of_another_command_is_refused():
-    with pytest.raises(UserError, match="run_mode is predict; this command needs preprocess"):
+    with pytest.raises(UserError, match="run_mode is predict, but this command needs preprocess"):
         config.load_settings(EXAMPLE / "predict_glm4_tiny.yaml", run_mode="preprocess")
 
 

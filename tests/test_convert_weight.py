@@ -1,4 +1,6 @@
-"""Converting weights both ways, against the golden files' own bytes; damaged input, kills, and memory."""
+"""Weight conversion in both directions, against the golden files' own bytes; damaged input, kills,
+and memory.
+"""
 
 import json
 import os
@@ -33,7 +35,7 @@ def convert(source, target, *options):
 
 
 def raw(path):
-    """Tensors of a .safetensors or of a folder, read without the project's code: name -> (dtype, array)."""
+    """Tensors of a .safetensors or a folder, read without the project: name -> (dtype, array)."""
     if path.is_dir():
         return {
             name: found
@@ -62,7 +64,7 @@ def same(one, two):
 
 
 def by_hand():
-    """The golden model as MindFormers names it, float32: the table of shared facts written out once more."""
+    """The golden model in float32 and MindFormers' names: an independent copy of the name table."""
     source = {name: array for name, (_, array) in raw(GOLDEN / "hf_glm").items()}
     made = {
         "transformer.embedding.embedding_weight": source["model.embed_tokens.weight"],
@@ -172,9 +174,9 @@ def test_one_spelling_to_the_other(tmp_path, source, target, dtype):
 @pytest.mark.parametrize("layout", ["glm", "chatglm"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_trained_checkpoint_there_and_back_is_bit_exact(tmp_path, layout, dtype):
-    """Any bits but NaN and inf; the frequencies of the source are given back, whatever they were."""
+    """Any bits but NaN and inf; the source's frequencies come back, whatever they were."""
     convert(GOLDEN / "hf_chatglm", tmp_path / "source.ckpt")
-    numbers, _ = sidecar.read_config_of(tmp_path / "source.ckpt")
+    numbers = sidecar.read_config_of(tmp_path / "source.ckpt").config
     choose = np.random.default_rng(0)
 
     def values(shape):
@@ -191,7 +193,7 @@ def test_a_trained_checkpoint_there_and_back_is_bit_exact(tmp_path, layout, dtyp
     containers.write_tensors(
         tmp_path / "trained.ckpt",
         [
-            (name, DTYPES[dtype], array.shape, lambda array=array: array)
+            tensors.TensorItem.of_array(name, DTYPES[dtype], array)
             for name, array in trained.items()
         ],
     )
@@ -211,7 +213,7 @@ def test_a_trained_checkpoint_there_and_back_is_bit_exact(tmp_path, layout, dtyp
     assert all(again[name].array().tobytes() == array.tobytes() for name, array in trained.items())
 
 
-# numbers for the way back
+# config for the reverse conversion
 
 
 def test_the_way_back_needs_numbers(tmp_path):
@@ -225,7 +227,7 @@ def test_the_way_back_needs_numbers(tmp_path):
     ):
         convert(path, tmp_path / "back", "--reversed", "--config", str(config))
     kept = sidecar.path_beside(path).rename(tmp_path / "kept.json")
-    with pytest.raises(UserError, match=r"x\.ckpt: has no x\.ckpt\.json beside it; .*--config"):
+    with pytest.raises(UserError, match=r"x\.ckpt: has no x\.ckpt\.json next to it; .*--config"):
         convert(path, tmp_path / "back", "--reversed")
     assert not (tmp_path / "back").exists()
     convert(path, tmp_path / "one", "--reversed", "--config", str(kept))
@@ -238,7 +240,8 @@ def test_the_way_back_needs_numbers(tmp_path):
     config.write_text(json.dumps({**other, "num_layers": 2}))
     with pytest.raises(
         UserError,
-        match=r"do not have the shapes that its numbers imply\. not in the model: transformer\.encoder\.layers\.2",
+        match=r"do not have the shapes that its config implies\. not in the model: "
+        r"transformer\.encoder\.layers\.2",
     ):
         convert(path, tmp_path / "back", "--reversed", "--config", str(config))
 
@@ -260,7 +263,7 @@ def test_an_old_sidecar_does_not_outlive_its_checkpoint(tmp_path, folder):
 
 
 def set_last(folder, bits):
-    """Give the last value of the first shard other bits; returns the tensor's name."""
+    """Set the last value of the first shard to other bits; return the tensor's name."""
     shard = folder / "model-00001-of-00002.safetensors"
     content = bytearray(shard.read_bytes())
     content[-2:] = bits.to_bytes(2, "little")
@@ -391,7 +394,7 @@ BAD = {
         lambda folder: (folder / SECOND).unlink(),
         f"lists {SECOND}, not in the folder",
     ),
-    "index list": (lambda folder: (folder / INDEX).write_text("[]"), "holds a list"),
+    "index list": (lambda folder: (folder / INDEX).write_text("[]"), "got list"),
     "index empty": (lambda folder: (folder / INDEX).write_text("{}"), "has no weight_map"),
     "index leads out": (
         lambda folder: edit_json(folder / INDEX, lambda c: c["weight_map"].update({NORM: "../x"})),
@@ -399,26 +402,26 @@ BAD = {
     ),
     "index wrong": (
         lambda folder: edit_json(folder / INDEX, lambda c: c["weight_map"].update({NORM: SECOND})),
-        f"puts {NORM} into {SECOND}",
+        f"lists {NORM} in {SECOND}",
     ),
-    "index twice": (twice_in_the_index, f"'{NORM}' stands twice"),
+    "index twice": (twice_in_the_index, f"'{NORM}' appears twice"),
     "truncated": (
         lambda folder: os.truncate(folder / FIRST, 200_000),
-        f"{FIRST}: not a whole safetensors file",
+        f"{FIRST}: incomplete or damaged safetensors file",
     ),
     "empty": (lambda folder: os.truncate(folder / FIRST, 0), f"{FIRST}: is empty"),
     "no safetensors": (
         lambda folder: (folder / FIRST).write_bytes(b"\0" * 300),
-        "not a whole safetensors file",
+        "incomplete or damaged safetensors file",
     ),
-    "twice": (twice, "stands in both"),
+    "twice": (twice, "is in both"),
     "pickles": (pickles, "pickles, which can run code"),
     "renamed": (rename, "not in the model: other"),
     "shape": (swap_shape, f"of another shape: {EMBEDDING}"),
     "tensors missing": (drop_second, "missing: transformer."),
     "kind": (
         lambda folder: edit_header(folder / FIRST, lambda h: h[NORM].update(dtype="I16")),
-        f"{NORM} is I16",
+        f"{NORM} has dtype I16",
     ),
 }
 
@@ -438,7 +441,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, folder, case):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--output_path", "x.bin"], "ends in .ckpt or .safetensors"),
+        (["--output_path", "x.bin"], "must end in .ckpt or .safetensors"),
         (["--hf_layout", "glm", "--output_path", "x.ckpt"], "--reversed"),
         (["--reversed", "--output_path", "x"], "is a folder"),
         (["--output_path", f"{__file__}/x.ckpt"], "cannot be written"),
@@ -466,7 +469,7 @@ def test_a_folder_that_holds_something_is_not_touched(tmp_path):
 def test_a_full_disk_is_seen_before_writing(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(UserError, match=r"0\.00 GB do not fit"):
+    with pytest.raises(UserError, match=r"0\.00 GB needed"):
         convert(GOLDEN / "hf_glm", tmp_path / "x.ckpt")
     assert list(tmp_path.iterdir()) == []
 
@@ -485,8 +488,9 @@ def test_the_command_ends_with_status_2_and_one_line(tmp_path):
 
 
 def test_2000_damaged_shards_never_give_other_values(tmp_path):
-    """A one-layer model; what is damaged is the length and the header of its only shard: dtypes, shapes,
-    offsets, names. What is read all the same must be what the whole file holds."""
+    """A one-layer model. Damage hits the length and the header of its only shard: dtypes, shapes,
+    offsets, names. Whatever can still be read must equal the original.
+    """
     numbers = model_config.ModelConfig(1, 4, 4, 4, 2, 1, 2, 1e-5, 1, (1,), 1)
     source, choose = tmp_path / "hf", random.Random(0)
     values = np.random.default_rng(0)
@@ -496,7 +500,9 @@ def test_2000_damaged_shards_never_give_other_values(tmp_path):
         "glm",
         "F32",
         [
-            (name, "F32", shape, lambda shape=shape: values.normal(size=shape).astype(np.float32))
+            tensors.TensorItem(
+                name, "F32", shape, lambda shape=shape: values.normal(size=shape).astype(np.float32)
+            )
             for name, shape in weight_names.hf_shapes(numbers, "glm").items()
         ],
     )
@@ -505,7 +511,7 @@ def test_2000_damaged_shards_never_give_other_values(tmp_path):
     whole = shard.read_bytes()
     start = 8 + int.from_bytes(whole[:8], "little")
     wanted = {
-        name: tensor.array().tobytes() for name, tensor in hf.read_hf_folder(source)[2].items()
+        name: tensor.array().tobytes() for name, tensor in hf.read_hf_folder(source).tensors.items()
     }
     refused, harmless = 0, 0
     for _ in range(2000):
@@ -523,7 +529,7 @@ def test_2000_damaged_shards_never_give_other_values(tmp_path):
         shard.unlink()
         shard.write_bytes(content)
         try:
-            found = hf.read_hf_folder(source)[2]
+            found = hf.read_hf_folder(source).tensors
         except UserError as error:
             refused += "\n" not in str(error)
             continue
@@ -538,7 +544,9 @@ def test_2000_damaged_shards_never_give_other_values(tmp_path):
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """A folder of 430 MB that takes no room: the shard is a hole behind its header, all zeros."""
+    """A folder of 430 MB that takes no disk space: after its header, the shard is a sparse file of
+    zeros.
+    """
     numbers = model_config.ModelConfig(4, 65536, 1024, 3072, 8, 2, 128, 1e-5, 1, (1,), 1)
     folder, header, offset = tmp_path_factory.mktemp("large") / "hf", {}, 0
     folder.mkdir()
@@ -582,7 +590,7 @@ def test_a_kill_in_the_middle_leaves_nothing_under_the_name(tmp_path, large, kil
         assert [path.suffix for path in left] == [".tmp"]
     else:
         assert process.returncode == 2, errors
-        assert errors.splitlines() == [f"error: {target}: stopped; nothing was left there"]
+        assert errors.splitlines() == [f"error: {target}: stopped; nothing was written there"]
         assert left == []
     convert(GOLDEN / "hf_glm", target)
     assert sorted(path.name for path in tmp_path.iterdir()) == [

@@ -1,4 +1,4 @@
-"""Shift, loss mask, segments and truncation: against arithmetic by hand and properties of any pairs."""
+"""Shift, loss mask, segments and truncation: hand-made values, and properties of any pairs."""
 
 from collections import Counter
 
@@ -53,7 +53,7 @@ def test_two_pairs_by_hand():
 
 @st.composite
 def rows(draw):
-    """(pairs, S): every token of the row is another number, so that it can be traced."""
+    """(pairs, S); all tokens of the row differ, so that each can be traced."""
     sizes = draw(st.lists(st.tuples(*[st.integers(1, 9)] * 3), max_size=6))
     numbers = iter(range(10_000))
     pairs = [
@@ -76,7 +76,7 @@ def test_every_response_token_is_scored_once_and_nothing_else(drawn, side):
     scored = labels[mask == 1].tolist()
     assert Counter(scored) == Counter(token for pair in pairs for token in getattr(pair, side))
     assert set(mask.tolist()) <= {0, 1}
-    for place in np.flatnonzero(mask):  # shift: what is predicted stands one position further on
+    for place in np.flatnonzero(mask):  # shift: the predicted token is one position later
         assert labels[place] == ids[place + 1]
         assert columns["segment_ids"][place] == columns["segment_ids"][place + 1]
     for number, pair in enumerate(pairs, 1):

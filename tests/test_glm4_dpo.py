@@ -1,4 +1,4 @@
-"""Glm4DPO and MindFormers' predict network on the golden case, and the corrections without which they are wrong."""
+"""Glm4DPO and MindFormers' predict network on the golden case, and corrections they need."""
 
 import json
 
@@ -36,7 +36,9 @@ class Logits(nn.Cell):
 
 
 def move_last(logits_of, length, vocabulary=330):
-    """How far any logit before the last position moves when the last token changes, and how far the last ones do."""
+    """Largest changes when the last token changes: of the logits before the last position, and of
+    the last ones.
+    """
     ids = np.random.default_rng(0).integers(0, vocabulary, (1, length)).astype(np.int32)
     before = logits_of(ids)
     ids[0, -1] = (ids[0, -1] + 1) % vocabulary
@@ -88,7 +90,7 @@ def test_greedy_decoding_is_pytorchs(predict_model, expected):
 
 @pytest.mark.parametrize("stop", [316, 323, 325])
 def test_generation_ends_at_each_stop_token(predict_model, stop):
-    """With the stop token's logit above all others by its bias-free row, the first new token ends the answer."""
+    """Raise the stop token's logit above all others: the first new token then ends the answer."""
     weight = predict_model.transformer.output_layer.weight
     kept = weight.asnumpy()
     prompt = [318, 320, 323, 10, 65, 324]
@@ -114,7 +116,7 @@ def test_generation_ends_at_each_stop_token(predict_model, stop):
 
 
 def columns(rows, ref=None, width=None):
-    """Columns of a batch of rows (lists of TokenPair), with reference log-probs of zero unless given."""
+    """Columns of a batch of rows (lists of TokenPair); reference log-probs default to zero."""
     width = width or max(map(len, rows))
     result = []
     for side in ("chosen", "rejected"):
@@ -138,8 +140,9 @@ def token_pairs(expected):
 
 
 def test_loss_and_metrics_by_hand(training_model, expected):
-    """sums of a batch, from PyTorch's log-probs: against references of those + 1 and - 2, log-ratios are -1 and +2,
-    rewards -0.1 and 0.2, the margin -0.3, each loss softplus(0.3) = 0.854355."""
+    """Sums of a batch from PyTorch's log-probs: against references of those + 1 and - 2, log-ratios
+    are -1 and +2, rewards -0.1 and 0.2, the margin -0.3, each loss softplus(0.3) = 0.854355.
+    """
     from mindrlhf.training import metrics
 
     pairs = token_pairs(expected)
@@ -185,7 +188,7 @@ def test_loss_and_metrics_by_hand(training_model, expected):
 
 @pytest.fixture
 def small():
-    """A one-layer network of MindFormers, as it comes, ready to be built again and again."""
+    """A function that builds a one-layer network of MindFormers, without our corrections."""
     from mindformers import ChatGLM2Config, ChatGLM2ForConditionalGeneration
 
     config = json.loads((GOLDEN / "hf_chatglm/config.json").read_text())

@@ -1,4 +1,4 @@
-"""Gradients of the loss with respect to every parameter, against PyTorch's (tests/golden/make_gradients.py)."""
+"""Gradients of the loss for every parameter, against PyTorch's (tests/golden/make_gradients.py)."""
 
 import json
 
@@ -22,7 +22,9 @@ def pytorch():
 
 
 def batch(expected, pytorch):
-    """Columns of all 8 pairs, packed, with the file's references, and the weights of a mean over pairs and tokens."""
+    """Columns of all 8 pairs, packed, with the file's references, and the weights of a mean over
+    pairs and tokens.
+    """
     pairs = token_pairs(expected)
     references = {}
     for side in ("chosen", "rejected"):

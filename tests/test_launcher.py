@@ -1,4 +1,4 @@
-"""The launcher, with scripts that need no MindSpore: they print what they were given, fail, or wait."""
+"""The launcher, with scripts that need no MindSpore: they print their arguments, fail, or wait."""
 
 import os
 import signal
@@ -15,7 +15,8 @@ import os, sys, time
 role, rank = os.environ.get("MS_ROLE", "none"), os.environ["RANK_ID"]
 if role == "MS_SCHED":
     time.sleep(1000)
-print("rank", rank, "of", os.environ["MS_WORKER_NUM"], "device", os.environ["DEVICE_ID"], role, sys.argv[1:], flush=True)
+print("rank", rank, "of", os.environ["MS_WORKER_NUM"], "device", os.environ["DEVICE_ID"], role,
+      sys.argv[1:], flush=True)
 if "--fail" in sys.argv and rank == sys.argv[sys.argv.index("--fail") + 1]:
     print("reason of rank", rank, file=sys.stderr)
     sys.exit(7)

@@ -1,4 +1,7 @@
-"""The list of operators: its document, and what scripts/list_operators.py makes of a graph. Nothing is compiled."""
+"""The list of operators: its document, and what scripts/list_operators.py makes of a graph.
+
+Nothing is compiled.
+"""
 
 import importlib.util
 import re
@@ -19,7 +22,8 @@ subgraph @1_construct(%para1_x) {
   %0(CNode_1) = Load(%para1_x, UMonad[U])
       : (<Ref[Tensor[BFloat16]], (4, 8)>, <UMonad, NoShape>) -> (<Tensor[BFloat16], (4, 8)>)
   %1(CNode_2) = PrimFunc_FlashAttentionScore(%0, %0, None) {instance name: flash_attention}
-      : (<Tensor[BFloat16], (4, 8)>, <Tensor[UInt8], (4, 4)>, <None, NoShape>) -> (<Tuple[Tensor[Float32]*2,Tensor[BFloat16]]>)
+      : (<Tensor[BFloat16], (4, 8)>, <Tensor[UInt8], (4, 4)>, <None, NoShape>) \
+-> (<Tuple[Tensor[Float32]*2,Tensor[BFloat16]]>)
       # In file dpo.py:57, 17~33/        hidden = self.transformer(input_ids)/
   %2(CNode_3) = %1[@FuncUnion(@2, @3)](%0)
       : (<Tensor[BFloat16], (4, 8)>) -> (<Tensor[BFloat16], (4, 8)>)

@@ -46,7 +46,7 @@ def test_it_starts_at_the_reference_and_learns(trained):
 
 
 def test_only_adapters_are_saved(trained, golden):
-    """3 layers of A (4, in) and B (out, 4): qkv 96 -> 160, dense 96 -> 96, mlp 96 -> 320 and 160 -> 96."""
+    """3 layers of A (4, in), B (out, 4): qkv 96 -> 160, dense 96 -> 96, mlp 96 -> 320, 160 -> 96"""
     stored = containers.open_tensors(adapter_file(trained[0]))
     adapters = {name: tensor for name, tensor in stored.items() if weight_names.is_adapter(name)}
     assert set(stored) - set(adapters) == {"lora_rank", "lora_alpha"}
@@ -173,7 +173,7 @@ def test_files_that_do_not_belong_together_are_refused(golden, trained, tmp_path
         for name, tensor in stored.items()
         if not name.endswith("layers.0.mlp.dense_4h_to_h" + weight_names.LORA_B)
     }
-    with pytest.raises(UserError, match="lacks its other half"):
+    with pytest.raises(UserError, match="lacks its other matrix"):
         lora.merge_adapters(base, half, "x")
     with pytest.raises(UserError, match="holds full weights, no adapters"):
         transform_checkpoint.main(
@@ -206,7 +206,7 @@ def test_one_adapter_file_says_what_the_folder_says(golden, trained, tmp_path, c
 
 
 def test_adapters_and_what_they_are_added_to_are_computed_in_the_type_of_the_yaml(golden):
-    """MindFormers 1.3.0 would take float16 for both, which no CPU test of float32 log-probs would pass."""
+    """MindFormers 1.3.0 would use float16 for both; CPU tests of float32 log-probs would fail."""
     network = load_model(golden, "finetune")
     lora.add_adapters(network, LORA, compute_dtype="float32", seed=1)
     cell = network.transformer.encoder.layers[0].mlp.dense_4h_to_h
@@ -239,7 +239,7 @@ def test_adapters_start_alike_whatever_the_plan():
         ("lora: {rank: 4}", "lora needs rank, alpha, dropout and target_modules"),
         (
             "lora: {rank: 4, alpha: 8, dropout: 0.0, target_modules: []}",
-            "names none of qkv, dense, mlp",
+            "needs at least one of qkv, dense, mlp",
         ),
         ("lora: {rank: 0, alpha: 8, dropout: 0.0, target_modules: [qkv]}", "lora.rank"),
         ("lora: {rank: 4, alpha: 8, dropout: 0.0, target_modules: [head]}", "lora.target_modules"),

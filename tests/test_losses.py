@@ -18,7 +18,7 @@ BETA = TRL["beta"]
 
 @pytest.fixture(autouse=True)
 def _pynative():
-    """Functions are called as they are written; other tests may have left graph mode on."""
+    """Run operators one by one; other tests may have left graph mode on."""
     mode = ms.get_context("mode")
     ms.set_context(mode=ms.PYNATIVE_MODE)
     yield

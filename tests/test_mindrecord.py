@@ -1,4 +1,4 @@
-"""The training file: what is written is read, whole or not at all, and no row gets lost on the way to a batch."""
+"""The training file: rows are read as written, writes are atomic, batching loses no row."""
 
 import json
 

@@ -1,4 +1,7 @@
-"""What replaces MindFormers' cells and optimizer on the CPU. Their results against PyTorch's: test_gradients.py."""
+"""Cells and optimizer that replace MindFormers' on the CPU.
+
+test_gradients.py compares their results with PyTorch's.
+"""
 
 from types import SimpleNamespace
 
@@ -13,7 +16,7 @@ from mindrlhf.models.glm4 import build
 
 
 def test_adamw_is_the_formula():
-    """Three steps of AdamW (arXiv:1711.05101, algorithm 2) in float64, with and without weight decay."""
+    """Three steps of AdamW (arXiv:1711.05101, algorithm 2) in float64, with and without decay."""
     from mindformers.core.optim import AdamW
 
     patches._fuse_adamw()
@@ -44,7 +47,9 @@ def test_adamw_is_the_formula():
 
 
 def test_queries_see_what_the_mask_leaves_them():
-    """One head of one channel without rotation, scores all 0: context is the mean of the values that are not masked."""
+    """One head of one channel without rotation, all scores 0: the context is the mean of the values
+    that are not masked.
+    """
     values = np.array([3.0, 5.0, 10.0])
     qkv = ms.Tensor(np.stack([np.zeros(3), np.zeros(3), values], 1)[None], ms.float32)
     bias = ms.Tensor(np.triu(np.full((3, 3), -10000.0), 1)[None, None], ms.float32)
@@ -56,7 +61,9 @@ def test_queries_see_what_the_mask_leaves_them():
 
 
 def test_rotation_turns_pairs_and_leaves_the_rest():
-    """(1, 2) turned by 90 degrees is (-2, 1); the channels after the first R stay. Queries are halved: width 4."""
+    """(1, 2) rotated by 90 degrees is (-2, 1); the channels after the first R do not change.
+    Queries are halved: width 4.
+    """
     own, swapped, swap = cells.rotation(
         np.array([[0.0]]), np.array([[1.0]]), heads=1, groups=1, width=4
     )

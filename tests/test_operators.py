@@ -1,4 +1,6 @@
-"""Stand-ins for the NPU's operators: their contracts in NumPy, and prediction with a KV cache on the golden case."""
+"""Stand-ins for the NPU's operators: their contracts in NumPy, and prediction with a KV cache on
+the golden case.
+"""
 
 import mindspore as ms
 import numpy as np
@@ -33,7 +35,7 @@ def plain(golden):
 
 
 def answers(network, prompts, **options):
-    """What follows each prompt, without padding: list of lists."""
+    """Tokens after each prompt, without padding: list of lists."""
     longest = max(map(len, prompts))
     padded = [prompt + [PAD] * (longest - len(prompt)) for prompt in prompts]
     outputs = network.generate(
@@ -94,7 +96,7 @@ def qkv():
 
 
 def attention(qkv, hidden):
-    """The formula: hidden is a boolean (B, 1, S, S), True where not to look."""
+    """The formula; hidden is boolean (B, 1, S, S), True at masked positions."""
     query, key, value = (x.astype(np.float64) for x in qkv)
     key, value = (np.repeat(x, HEADS // GROUPS, 1) for x in (key, value))
     scores = np.where(hidden, -np.inf, query @ key.transpose(0, 1, 3, 2) / np.sqrt(D))
@@ -170,7 +172,7 @@ def test_attention_has_no_dropout_and_no_compressed_mask(options):
 
 
 class Normed(nn.Cell):
-    """Sum of what RmsNorm gives, to differentiate."""
+    """Sum of RmsNorm's output, to differentiate."""
 
     def __init__(self, norm):
         super().__init__()
@@ -202,7 +204,9 @@ def test_rms_norm_is_the_formula_with_its_gradient():
 
 
 def test_rotation_turns_neighbours():
-    """Two tokens, two heads of four channels: the first pair turned by 90 degrees, the second left as it is."""
+    """Two tokens, two heads of four channels: the first pair rotates by 90 degrees, the second
+    stays.
+    """
     cos = ms.Tensor([[0, 0, 1, 1]] * 2, ms.float32)
     sin = ms.Tensor([[1, 1, 0, 0]] * 2, ms.float32)
     x = ms.Tensor(np.arange(1, 17).reshape(1, 2, 8), ms.float32)
@@ -218,7 +222,9 @@ def test_rotation_turns_neighbours():
 
 
 class Cached(nn.Cell):
-    """Write tokens into a cache of six blocks of four slots, then let one query of each sequence look at them."""
+    """Write tokens into a cache of six blocks of four slots, then let one query of each sequence
+    attend to them.
+    """
 
     def __init__(self):
         super().__init__()
@@ -238,7 +244,9 @@ class Cached(nn.Cell):
 
 
 def test_paged_attention_looks_at_the_tokens_of_its_own_sequence():
-    """Sequences of 7 and 5 tokens in blocks 3, 1 and 0, 5, whose slots come in any order; the rest is padding."""
+    """Sequences of 7 and 5 tokens in blocks 3, 1 and 0, 5, with slots in any order; the rest is
+    padding.
+    """
     random = np.random.default_rng(0)
     tables, lengths = np.array([[3, 1, -1], [0, 5, -1]], np.int32), np.array([7, 5], np.int32)
     slots = [

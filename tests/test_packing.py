@@ -41,7 +41,9 @@ def test_rows_are_a_permutation_of_the_pairs_and_fit(case):
 
 @given(cases())
 def test_no_row_could_have_taken_a_pair_of_a_later_row(case):
-    """Each row is filled before the next begins: what fits no more is all that is left. (64 tries suffice here.)"""
+    """Each row is filled before the next begins: no pair that is left fits. (64 tries suffice
+    here.)
+    """
     lengths, seq_len = case
     rows = pack_pairs(lengths, seq_len)
     for number, row in enumerate(rows):
@@ -52,7 +54,7 @@ def test_no_row_could_have_taken_a_pair_of_a_later_row(case):
 
 
 def test_by_hand():
-    """Longest first: (9, 9) has room for (1, 1) only, (6, 2) takes (2, 6), and (5, 5) takes (5, 5)."""
+    """Longest first: (9, 9) has room only for (1, 1), (6, 2) takes (2, 6), (5, 5) takes (5, 5)."""
     lengths = np.array([(5, 5), (6, 2), (9, 9), (1, 1), (2, 6), (5, 5)])
     scaled = pack_pairs(lengths * MIN_TOKENS_PER_PAIR, 10 * MIN_TOKENS_PER_PAIR)
     assert sorted(map(sorted, scaled)) == [[0, 5], [1, 4], [2, 3]]
@@ -67,7 +69,7 @@ def test_the_longer_side_is_at_least_95_percent_full():
 
 
 def test_rows_hold_about_as_many_pairs_so_that_pairs_weigh_alike():
-    """First-fit decreasing puts 12 to 116 pairs into a row here, with a standard deviation of 17."""
+    """First-fit decreasing puts 12 to 116 pairs into a row here (standard deviation 17)."""
     sizes = np.array([len(row) for row in pack_pairs(cvalues_like(20_000), 8192)])[:-5]
     assert sizes.std() < 0.15 * sizes.mean()
 

@@ -1,11 +1,12 @@
-"""The plan tool against what compiled plans hold and move.
+"""The plan tool, compared with memory and traffic of compiled plans.
 
 The record below was read off MindSpore 2.7 with scripts/rig: each YAML was compiled on 4 or 8 CPU
-processes as run_dpo.py compiles it (Glm4DPO, DPOTrainOneStepCell, AdamW, semi_auto_parallel). Shapes are
-those of the parameters on every rank after compilation (all ranks alike); traffic is the sum over the
-AllGather, ReduceScatter and AllReduce of rank 0's graph before the backend, without those of a few
-numbers; kept bytes are the outputs of forward operators that backward operators read. The model unless
-said otherwise: 1 layer, vocabulary 1000, hidden 256, ffn 512, 8 heads of 32, 2 groups, S = 64, 1 row.
+processes as run_dpo.py compiles it (Glm4DPO, DPOTrainOneStepCell, AdamW, semi_auto_parallel).
+Shapes are those of the parameters after compilation, the same on every rank. Traffic is the sum
+over the AllGather, ReduceScatter and AllReduce of rank 0's graph before the backend, without
+those of a few numbers. Kept bytes are the outputs of forward operators that backward operators
+read. The model, unless stated otherwise: 1 layer, vocabulary 1000, hidden 256, ffn 512, 8 heads
+of 32, 2 groups, S = 64, 1 row.
 """
 
 import json
@@ -14,7 +15,7 @@ import math
 import pytest
 from conftest import EXAMPLE
 
-from mindrlhf import cli, config, logps
+from mindrlhf import cli, config
 from mindrlhf.plan import __main__ as tool
 from mindrlhf.plan import hours, memory, parameters, traffic
 
@@ -28,7 +29,8 @@ NAMES = {
     "transformer.encoder.layers.0.mlp.dense_4h_to_h.weight": 6,
     "transformer.output_layer.weight": 7,
 }
-# (data, model) parallel, other settings, bytes of weights and moments on a card, shapes in the order of NAMES
+# (data, model) parallel, other settings, bytes of weights and moments on a card,
+# shapes in the order of NAMES
 HELD = {
     "2x2": (
         2,
@@ -56,7 +58,7 @@ HELD = {
         2,
         "vocab 1002",
         7838976,
-        (  # 1002 is no multiple of 4: both stay whole
+        (  # 1002 is no multiple of 4: neither is split
             (1002, 256),
             (256,),
             (96, 256),
@@ -186,7 +188,9 @@ def test_weights_gradients_and_moments_are_those_of_the_ranks(tmp_path, plan):
 
 
 def test_adapters_are_split_like_the_matrices_beside_them(tmp_path):
-    """The 2x2 ranks hold A whole and half of B; of the last, half of A and B whole. All too small to share."""
+    """The 2x2 ranks hold all of A and half of B; of the last matrix, half of A and all of B. All
+    are too small for optimizer sharding.
+    """
     table = parameters.held(settings_of(tmp_path, 2, 2, "lora"), 4)
     shapes = {
         name.split("layers.0.")[1].replace(".mindpet_delta_lora_", " "): part.slice
@@ -207,9 +211,12 @@ def test_adapters_are_split_like_the_matrices_beside_them(tmp_path):
 
 def test_the_9b_weights_by_hand():
     """Parameters: 2 x 151552 x 4096 + 40 x (2 x 4096 + 4608 x 4097 + 4096^2 + 27392 x 4096 + 4096 x
-    13696) + 4096 = 9,399,951,360. On one card of 4 x 2, all matrices are a part of 8; norms (4096) stand
-    whole, biases (4608) in halves: 81 x 4096 + 40 x 2304 = 423,936 numbers instead of 1/8 of 81 x 4096 +
-    40 x 4608 = 516,096."""
+    13696) + 4096 = 9,399,951,360.
+
+    On one card of 4 x 2, every matrix is one of 8 parts; norms (4096) are not split, biases (4608)
+    are halved: 81 x 4096 + 40 x 2304 = 423,936 numbers instead of 1/8 of 81 x 4096 + 40 x 4608 =
+    516,096.
+    """
     settings = config.load_settings(EXAMPLE / "finetune_glm4_9b.yaml", run_mode="finetune")
     assert (
         sum(math.prod(shape) for shape in parameters.all_shapes(settings).values()) == 9_399_951_360
@@ -221,8 +228,10 @@ def test_the_9b_weights_by_hand():
 
 @pytest.mark.parametrize("plan", MOVED)
 def test_traffic_is_that_of_the_compiled_graphs(tmp_path, plan):
-    """To one part in 10,000 (which is loss and norm), but for 1x4, where one all-reduce is a
-    reduce-scatter, and 16 bits, where the scores of plain attention are float32 on one way."""
+    """Within 1e-4 (the rest is loss and norm), except for 1x4, where one all-reduce is a
+    reduce-scatter, and for 16 bits, where the scores of plain attention are float32 in one
+    direction.
+    """
     data, model, layers, dtype = plan
     found = traffic.traffic_volumes(
         settings_of(tmp_path, data, model, layers=layers, dtype=dtype), data * model
@@ -232,7 +241,9 @@ def test_traffic_is_that_of_the_compiled_graphs(tmp_path, plan):
 
 
 def test_traffic_and_kept_bytes_with_flash_attention(tmp_path):
-    """2x2, compiled but not run: keys and values wander unrepeated, no scores, no masks."""
+    """2x2, compiled but not run: keys and values are sent before they are repeated, and neither
+    scores nor masks are sent.
+    """
     settings = settings_of(tmp_path, 2, 2)
     settings["model"]["model_config"]["use_flash_attention"] = True
     assert sum(traffic.traffic_volumes(settings, 4).values()) == pytest.approx(4613446, rel=1e-4)
@@ -250,8 +261,9 @@ def test_a_layer_keeps_what_the_compiled_graphs_keep(tmp_path, plan):
 
 
 def test_a_sharded_step_adds_up_the_gradients_of_chunks_one_by_one(tmp_path):
-    """2x2: 4 rows of 64 are 8 chunks of 32. The graph has 7 sums of two (256, 256) and 7 of two (250, 256),
-    each of which the next chunk's logits wait for: two terms and their sum at once."""
+    """2x2: 4 rows of 64 are 8 chunks of 32. The graph has 7 sums of two (256, 256) and 7 of two
+    (250, 256), and the next chunk's logits wait for each: two terms and their sum exist at once.
+    """
     settings = settings_of(tmp_path, 2, 2)
     assert (
         memory.chunk_gradients(settings, memory.shares_of(settings, 4)) == 3 * (256 + 250) * 256 * 4
@@ -262,17 +274,17 @@ def test_chunks_are_as_many_as_in_the_graph(tmp_path):
     settings = settings_of(tmp_path, 4, 2)
     settings["dpo"]["logps_chunk_size"] = 1  # 512 positions in at most 64 chunks
     assert memory.chunks(settings, memory.shares_of(settings, 8)) == (8, 64)
-    assert memory.MOST_CHUNKS == logps.MOST_CHUNKS
 
 
 def test_published_throughput():
-    """GLM-4-9B, SFT at 8192 on 8 cards: 2339 tokens/s/card; MindFormers' YAML computes 6 + 3 + 2 + 3 = 14
-    of 40 layers again.
+    """GLM-4-9B, SFT at 8192 on 8 cards: 2339 tokens/s/card; MindFormers' YAML recomputes 6 + 3 + 2
+    + 3 = 14 of 40 layers.
 
-    By hand, a position's forward pass: 40 layers of 2 x (4096 x 4608 + 4096^2 + 3 x 4096 x 13696) + 4 x
-    8192 x 4096, that is 40 x 542,113,792 = 21.68e9, and the output layer's 2 x 4096 x 151552 = 1.24e9. A
-    step: 21.68e9 x 3.35 + 1.24e9 x 3 = 76.4e9. At 45 % of 376e12: 2216 a second. The smaller variant's
-    313e12: 1845."""
+    By hand, a position's forward pass: 40 layers of 2 x (4096 x 4608 + 4096^2 + 3 x 4096 x 13696) +
+    4 x 8192 x 4096, that is 40 x 542,113,792 = 21.68e9, and the output layer's 2 x 4096 x 151552 =
+    1.24e9. A step: 21.68e9 x 3.35 + 1.24e9 x 3 = 76.4e9. At 45 % of 376e12: 2216 a second. The
+    smaller variant's 313e12: 1845.
+    """
     settings = config.load_settings(
         EXAMPLE / "finetune_glm4_9b.yaml",
         run_mode="finetune",
@@ -288,8 +300,10 @@ def test_published_throughput():
 
 
 def test_hours_by_hand(tmp_path):
-    """8 cards alone, 4000 rows: preprocessing scores 500 rows a card of 2 x 8192 positions, one forward
-    pass of 22.93e9 operations each, at 169.2e12 a second: 500 x 16384 x 22.93e9 / 169.2e12 = 1110 s."""
+    """8 independent cards, 4000 rows: preprocessing scores 500 rows a card of 2 x 8192 positions,
+    one forward pass of 22.93e9 operations each, at 169.2e12 a second: 500 x 16384 x 22.93e9 /
+    169.2e12 = 1110 s.
+    """
     settings = config.load_settings(EXAMPLE / "process_glm4_9b.yaml", run_mode="preprocess")
     least, most = hours.run_hours(settings, 8, 4000)
     assert least == most == pytest.approx(1110 / 3600, rel=0.005)
@@ -348,8 +362,12 @@ def test_rows_come_from_the_sidecar(tmp_path, golden, capsys):
 
 
 def test_flash_attention_needs_a_key_value_head_on_each_card():
-    """Compiled with scripts/rig, 1x4 ends with "operator FlashAttentionScore init failed": 2 heads in 4."""
-    with pytest.raises(cli.UserError, match="does not divide multi_query_group_num"):
+    """Compiled with scripts/rig, 1x4 ends with "operator FlashAttentionScore init failed": 2 groups
+    cannot be split over 4 cards.
+    """
+    with pytest.raises(
+        cli.UserError, match="multi_query_group_num must be a multiple of model_parallel"
+    ):
         config.load_settings(
             EXAMPLE / "finetune_glm4_9b.yaml",
             run_mode="finetune",

@@ -1,4 +1,4 @@
-"""Preference files: every format, every kind of bad row, repeated pairs and the evaluation split."""
+"""Preference files: all formats, all kinds of bad rows, repeated pairs and the evaluation split."""
 
 import gzip
 import json
@@ -133,12 +133,16 @@ BAD = [
     ("cvalues", {**CVALUES, "neg_resp": " \n"}, "'neg_resp' is empty"),
     ("cvalues", {**CVALUES, "prompt": None}, "'prompt' is NoneType"),
     ("cvalues", '{"prompt": ' + "9" * 5000 + "}", "not JSON"),
-    ("auto", {"a": 1}, "auto tells a row by its fields .*; this one has: a"),
-    ("auto", "3", "this one has: int"),
-    ("pairs", {"prompt": "Q", "chosen": 1, "rejected": "bad"}, "different kinds"),
-    ("pairs", {"prompt": 3, **ANSWER}, "'prompt' is no list of messages"),
-    ("pairs", {"chosen": "same", "rejected": "same"}, "none can be told"),
-    ("pairs", {"chosen": "Q good", "rejected": "Q"}, "none can be told"),
+    ("auto", {"a": 1}, "auto needs the fields of one type .*; this row has: a"),
+    ("auto", "3", "this row has: int"),
+    (
+        "pairs",
+        {"prompt": "Q", "chosen": 1, "rejected": "bad"},
+        "'chosen' is int but 'rejected' is str",
+    ),
+    ("pairs", {"prompt": 3, **ANSWER}, "'prompt' is not a list of messages"),
+    ("pairs", {"chosen": "same", "rejected": "same"}, "one answer is a prefix"),
+    ("pairs", {"chosen": "Q good", "rejected": "Q"}, "one answer is a prefix"),
     ("pairs", {"chosen": [USER], "rejected": [USER]}, "'prompt' holds no message"),
     (
         "pairs",
@@ -248,7 +252,7 @@ def test_paths_without_data(tmp_path):
         with pytest.raises(UserError, match=why):
             read_pairs([tmp_path / "pairs.json"])
     (tmp_path / "pairs.json.gz").write_bytes(gzip.compress(b"{}" * 999)[:-9])
-    with pytest.raises(UserError, match="not a whole gzip file"):
+    with pytest.raises(UserError, match="not a complete gzip file"):
         read_pairs([tmp_path / "pairs.json.gz"])
     (tmp_path / "pairs.json").write_text("{}\n")
     with pytest.raises(UserError, match="holds no pairs .*1 x bad row.*pairs.json:1: "):

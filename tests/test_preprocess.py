@@ -1,9 +1,13 @@
-"""Preprocessing through its command: PyTorch's numbers, no pair lost, any number of workers, kills, bad input."""
+"""Preprocessing through its command.
+
+PyTorch's values, no pair lost, any number of workers, kills, bad input.
+"""
 
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -28,7 +32,7 @@ ROWS = [
 
 @pytest.fixture(autouse=True)
 def one_model(monkeypatch, made={}):  # noqa: B006  shared by all tests on purpose
-    """Build each model once; a run asks for it only when it has something to score."""
+    """Build each model once; a run asks for it only when it has pairs to score."""
     build = preprocess.open_scorer
 
     def cached(settings, tokenizer, *, packed):
@@ -104,7 +108,7 @@ def tokens_of(path):
 
 
 def assert_whole(golden, path):
-    """Every row of a file is as it should be, and its sidecar balances."""
+    """Assert that every row of a file is correct and that its sidecar's counts add up."""
     sidecar, special = mindrecord.read_data_sidecar(path), Glm4Tokenizer(golden.tokenizer).special
     assert [validation.check_row(row, sidecar, special) for row in mindrecord.read_rows(path)] == [
         []
@@ -377,11 +381,12 @@ def test_killed_and_started_again_it_gives_the_same_rows(
     done = {part.name: part.stat().st_mtime_ns for part in folder.glob("part-*.safetensors")}
     assert len(done) < 38
 
-    with pytest.raises(UserError, match="other options"):
+    with pytest.raises(UserError, match="different options"):
         run(golden, many, path, "--truncation", "drop")
-    with pytest.raises(UserError, match="other seq_len, model"):
+    with pytest.raises(UserError, match="different seq_len, model"):
         run(golden, many, path, "--seq_len", "256")
-    (tmp_path / ".a.mindrecord.writing").mkdir()  # as a kill during the merge leaves it
+    left = tmp_path / f".a.mindrecord.{socket.gethostname()}.{process.pid}.tmp"
+    left.mkdir()  # as a kill during the merge leaves it
     rank(monkeypatch, 1, 2)
     run(golden, many, path)
     assert (
@@ -393,6 +398,7 @@ def test_killed_and_started_again_it_gives_the_same_rows(
     rank(monkeypatch, 0, 2)
     run(golden, many, path)
     assert rows(path) == rows(quiet)
+    assert not left.exists()
     rank(monkeypatch, 1, 2)  # a worker that comes late finds nothing to do
     monkeypatch.setattr(preprocess, "score_parts", None)
     run(golden, many, path)
@@ -400,7 +406,7 @@ def test_killed_and_started_again_it_gives_the_same_rows(
     rank(monkeypatch, 0, 1)
     capsys.readouterr()
     run(golden, many, path)
-    assert "there already" in capsys.readouterr().out
+    assert "exists already" in capsys.readouterr().out
 
 
 def test_a_kill_while_the_file_is_written_leaves_the_parts(golden, tmp_path, monkeypatch):
@@ -429,8 +435,8 @@ def test_progress_is_shown_with_its_speed(golden, many, tmp_path, monkeypatch, c
 # one model over all cards
 
 PLAN = (
-    "parallel: {parallel_mode: 1, full_batch: FULL}\nparallel_config: {data_parallel: 1, model_parallel: 2, "
-    "vocab_emb_dp: False}"
+    "parallel: {parallel_mode: 1, full_batch: FULL}\n"
+    "parallel_config: {data_parallel: 1, model_parallel: 2, vocab_emb_dp: False}"
 )
 
 
@@ -483,11 +489,11 @@ BAD = [
     (["--tokenizer", "none"], "no such file"),
     (["--load_checkpoint", "none.ckpt"], "no such file"),
     (["--load_checkpoint", "folder"], "is a folder"),
-    (["--load_checkpoint", "junk.ckpt"], "not a whole MindSpore checkpoint"),
+    (["--load_checkpoint", "junk.ckpt"], "incomplete or damaged MindSpore checkpoint"),
     (["--config", "typo.yaml"], "did you mean"),
-    (["--seq_len", "0"], "expected a whole number above 0"),
+    (["--seq_len", "0"], "expected a positive integer"),
     (["--seq_len", "16"], "no pair for it fits into 16 tokens"),
-    (["--eval_ratio", "1"], "from 0 to below 1"),
+    (["--eval_ratio", "1"], "at least 0 and below 1"),
     (["--dataset_type", "dpo"], "missing 'conversations'"),
     (["--pack", "maybe"], "expected True or False"),
     (["--dest", "x"], "unrecognized"),

@@ -101,8 +101,9 @@ def test_pairs_are_enough_and_disjoint():
 
 
 def test_tokenizer_joins_the_most_frequent_pair_first():
-    """By hand: in "ab ab abc" the pair (a, b) stands 3 times, then (space, ab) twice; GLM-4's split gives "ab",
-    " ab", " abc"."""
+    """By hand: "ab ab abc" has the pair (a, b) 3 times, then (space, ab) twice; GLM-4's split gives
+    "ab", " ab", " abc".
+    """
     tokens = tiny.train_tokenizer("ab ab abc", 258)
     assert tokens[:256] == [bytes([byte]) for byte in range(256)]
     assert tokens[256:] == [b"ab", b" ab"]

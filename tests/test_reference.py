@@ -1,4 +1,4 @@
-"""The reference pass: log-probs that do not depend on the company they are computed in, and parts that survive kills."""
+"""The reference pass: log-probs that do not depend on the batch, and parts that survive kills."""
 
 import inspect
 import json
@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from mindrlhf import config
 from mindrlhf.cli import UserError
 from mindrlhf.data import reference
 from mindrlhf.data.features import TokenPair
-from mindrlhf.data.parts import LARGEST, SMALLEST
+from mindrlhf.data.parts import LARGEST, SMALLEST, Part
 from mindrlhf.data.reference import Parts, Scorer, make_part, part_size
 from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
 
@@ -54,7 +55,9 @@ def wanted(expected):
 
 
 def test_log_probs_are_pytorch_s_in_any_company(scorer, pairs, wanted):
-    """Packed, alone in a row, in another order, in larger batches: within 1e-4 of each other, 3e-4 of PyTorch."""
+    """Packed, alone in a row, in another order, in larger batches: within 1e-4 of each other and
+    3e-4 of PyTorch.
+    """
     packed = scorer(pairs)
     assert packed.dtype == np.float32
     assert np.abs(packed - wanted).max() < 3e-4
@@ -133,34 +136,34 @@ def test_a_part_holds_every_pair_or_says_that_it_dropped_it():
     part = make_part(
         Words(), pairs, 100, seq_len=30, score=lambda tokens: np.zeros((len(tokens), 2), np.float32)
     )
-    assert part["pairs"].tolist() == [100, 101, 103]
-    assert part["dropped"].tolist() == [102]
-    # 5 tokens of tags and newline round the prompt, 2 round an answer: 50 + 5 + 3 + 2 = 60, 30 too many
-    assert part["cut"].tolist() == [0, 30, 0]
-    assert part["lengths"].tolist() == [[10, 5, 3], [25, 5, 3], [10, 5, 3]]
-    assert len(part["tokens"]) == part["lengths"].sum()
+    assert part.pairs.tolist() == [100, 101, 103]
+    assert part.dropped.tolist() == [102]
+    # tags and newline add 5 tokens to a prompt and 2 to an answer: 50 + 5 + 3 + 2 = 60, 30 too many
+    assert part.cut.tolist() == [0, 30, 0]
+    assert part.lengths.tolist() == [[10, 5, 3], [25, 5, 3], [10, 5, 3]]
+    assert len(part.tokens) == part.lengths.sum()
 
 
-def arrays(numbers):
+def part_of(numbers):
     """A part of pairs with recognizable tokens."""
-    return {
-        "pairs": np.array(numbers, np.int32),
-        "lengths": np.array([[1, 2, 3]] * len(numbers), np.int32),
-        "tokens": np.array([10 * n + k for n in numbers for k in range(6)], np.int32),
-        "logps": np.array([[-n, -n - 0.5] for n in numbers], np.float32),
-        "cut": np.zeros(len(numbers), np.int32),
-        "dropped": np.zeros(0, np.int32),
-    }
+    return Part(
+        pairs=np.array(numbers, np.int32),
+        lengths=np.array([[1, 2, 3]] * len(numbers), np.int32),
+        tokens=np.array([10 * n + k for n in numbers for k in range(6)], np.int32),
+        logps=np.array([[-n, -n - 0.5] for n in numbers], np.float32),
+        cut=np.zeros(len(numbers), np.int32),
+        dropped=np.zeros(0, np.int32),
+    )
 
 
 def test_parts_are_read_back_pair_by_pair(tmp_path):
     parts = Parts(tmp_path / "a.mindrecord", 2, {"data": "x"})
-    parts.write(1, arrays([2, 3]))
+    parts.write(1, part_of([2, 3]))
     assert [parts.is_done(number) for number in (0, 1)] == [False, True]
     parts.report(0, 1, 9)
-    assert parts.progress() == [3, 2 * 7 + 9]
-    parts.write(0, {**arrays([0]), "dropped": np.array([1], np.int32)})
-    assert parts.progress() == [4, 3 * 7]
+    assert parts.progress() == (3, 2 * 7 + 9)
+    parts.write(0, replace(part_of([0]), dropped=np.array([1], np.int32)))
+    assert parts.progress() == (4, 3 * 7)
     parts.wait()
     scored = parts.read()
     assert scored.pairs.tolist() == [0, 2, 3]
@@ -174,13 +177,13 @@ def test_parts_are_read_back_pair_by_pair(tmp_path):
 
 
 def test_parts_of_another_run_are_refused_and_the_difference_named(tmp_path):
-    Parts(tmp_path / "a", 2, {"data": "x", "seq_len": 8, "same": 1}).write(0, arrays([0]))
+    Parts(tmp_path / "a", 2, {"data": "x", "seq_len": 8, "same": 1}).write(0, part_of([0]))
     other = Parts(tmp_path / "a", 2, {"data": "y", "seq_len": 9, "same": 1})
     for look in (other.check, lambda: other.is_done(0), other.read):
-        with pytest.raises(UserError, match=r"other data, seq_len; remove .*a\.parts"):
+        with pytest.raises(UserError, match=r"different data, seq_len; remove .*a\.parts"):
             look()
     other.path(0).write_bytes(b"junk")
-    with pytest.raises(UserError, match="no part"):
+    with pytest.raises(UserError, match="not a part file"):
         other.check()
 
 
@@ -192,7 +195,9 @@ from mindrlhf.data.preference import Pair
 from mindrlhf.data.reference import Parts, make_part
 from words import Words
 
-pairs = [Pair((("user", "q" * (n % 17)),), "a" * (n % 23 + 1), "b" * (n % 19 + 1)) for n in range(320)]
+pairs = [
+    Pair((("user", "q" * (n % 17)),), "a" * (n % 23 + 1), "b" * (n % 19 + 1)) for n in range(320)
+]
 parts = Parts(sys.argv[1], 40, {{"data": "x"}})
 parts.check()
 print("ready", flush=True)
@@ -204,7 +209,8 @@ def score(tokens):
 for number in range(40):
     if not parts.is_done(number):
         parts.report(number, 1, 1)
-        parts.write(number, make_part(Words(), pairs[number * 8:][:8], number * 8, seq_len=64, score=score))
+        some = pairs[number * 8:][:8]
+        parts.write(number, make_part(Words(), some, number * 8, seq_len=64, score=score))
 print("done", flush=True)
 """
 
@@ -250,8 +256,8 @@ def test_killed_20_times_at_random_moments_the_parts_are_those_of_a_quiet_run(tm
 
 
 def test_part_identity_survives_json(tmp_path):
-    """Tuples become lists in a file; that makes no other run."""
+    """Tuples become lists in a file; it must still count as the same run."""
     identity = {"eos": (1, 2), "nested": {"a": None, "b": 1e-8}}
-    Parts(tmp_path / "a", 1, identity).write(0, arrays([0]))
+    Parts(tmp_path / "a", 1, identity).write(0, part_of([0]))
     Parts(tmp_path / "a", 1, json.loads(json.dumps(identity))).check()
     assert reference.Parts is Parts

@@ -1,4 +1,4 @@
-"""Kills, signals, damage and full disks: what a run leaves behind, and how it goes on."""
+"""Kills, signals, damage and full disks: what a run leaves behind, and how it resumes."""
 
 import json
 import os
@@ -81,8 +81,9 @@ def unbroken(golden, config):
 def test_killed_damaged_and_terminated_it_ends_as_the_unbroken_run(
     golden, config, sinking, unbroken, tmp_path
 ):
-    """kill -9 after step 3; the newest state is cut short, so it goes on from the one before, in sink mode; SIGTERM after
-    step 7 saves a state and ends with 143; the last run goes to the end."""
+    """kill -9 after step 3; the newest state is truncated, so the run resumes from the one before,
+    in sink mode; SIGTERM after step 7 saves a state and ends with 143; the last run finishes.
+    """
     process = start(golden, config, tmp_path)
     wait_for(lambda: steps_written(tmp_path) >= 3, process)
     process.kill()
@@ -136,7 +137,7 @@ def test_a_flipped_bit_is_found(golden, unbroken, tmp_path):
     content = bytearray(source.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UserError, match="its checksum does not fit"):
+    with pytest.raises(UserError, match="checksum mismatch"):
         state.require_intact_state(path)
     state.require_intact_state(source)
 
@@ -230,7 +231,7 @@ def test_a_full_disk_is_told_before_it_costs_anything(tmp_path, capsys):
 
 
 def test_two_workers_stop_after_the_same_step(tmp_path, monkeypatch):
-    """One is told to stop after its step 5, while the other may be one step ahead: both stop after step 7."""
+    """One stops after step 5, when the other may be a step ahead: both stop after step 7."""
     from mindspore import nn
 
     monkeypatch.setenv("MS_WORKER_NUM", "2")

@@ -1,6 +1,5 @@
 """Parallel plans, run for real on CPU processes (scripts/rig), against one process."""
 
-import importlib.util
 import json
 import os
 import re
@@ -14,6 +13,8 @@ import pytest
 import yaml
 from conftest import EXAMPLE, ROOT
 
+from mindrlhf import config as yaml_config
+from mindrlhf import rehearsal as rehearse
 from mindrlhf import schema
 from mindrlhf.data import mindrecord
 
@@ -26,9 +27,6 @@ if not mindspore.__version__.startswith("2.7."):
         "the rig for parallel plans on the CPU fits MindSpore 2.7 only", allow_module_level=True
     )
 
-spec = importlib.util.spec_from_file_location("rehearse", ROOT / "scripts/rehearse.py")
-rehearse = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(rehearse)
 ENVIRONMENT = {
     **os.environ,
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -38,7 +36,7 @@ CONFIG = EXAMPLE / "finetune_glm4_9b.yaml"
 
 
 def run(*command, environment=None):
-    """A command that must succeed: its output."""
+    """Output of a command that must succeed."""
     result = subprocess.run(
         [*map(str, command)],
         capture_output=True,
@@ -52,15 +50,18 @@ def run(*command, environment=None):
 
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory):
-    """(folder, screen) of a rehearsal of the 9B YAML: 4 x 2 with optimizer sharding, and one process without flash
-    attention and sink mode."""
+    """(folder, screen) of a rehearsal of the 9B YAML: 4 x 2 with optimizer sharding, and one
+    process without flash attention and sink mode.
+    """
     folder = tmp_path_factory.mktemp("rehearsal")
     return folder, run("bash", ROOT / "scripts/rehearse.sh", CONFIG, 8, folder)
 
 
 @pytest.fixture(scope="module")
 def launch(rehearsal):
-    """Function that runs a script of the example on some processes of a plan, with the rehearsal's files."""
+    """Function that runs one of the example's scripts on the processes of a plan, with the
+    rehearsal's files.
+    """
     build = run("bash", ROOT / "scripts/rig/build.sh").strip()
     folder = rehearsal[0]
 
@@ -93,9 +94,11 @@ def training(folder, name):
 
 
 def assert_as_one_process(folder, name):
-    one = rehearse.steps(folder / "one")
+    one = rehearse.training_steps(folder / "one")
     assert len(one) == rehearse.STEPS
-    for metric, value in rehearse.differences(one, rehearse.steps(folder / name)).items():
+    for metric, value in rehearse.metric_differences(
+        one, rehearse.training_steps(folder / name)
+    ).items():
         assert value <= 1e-4, metric
 
 
@@ -103,8 +106,8 @@ def test_the_9b_yaml_agrees_with_one_process_to_the_end(rehearsal):
     folder, screen = rehearsal
     assert "8 cards compute what one process computes" in screen
     assert (
-        "data_parallel 4 x model_parallel 2, optimizer sharding True, 32 heads, 2 groups, flash attention True, "
-        "sink mode True, LoRA False"
+        "data_parallel 4 x model_parallel 2, optimizer sharding True, 32 heads, 2 groups, "
+        "flash attention True, sink mode True, LoRA False"
     ) in screen
     assert "stopped by SIGTERM after step" in screen
     assert "resuming from many/checkpoint/rank_0" in screen
@@ -126,17 +129,19 @@ def test_the_rehearsal_changes_only_what_it_says(rehearsal):
         "model.model_config.max_decode_length",
     }
     for name, base in (("many", "finetune"), ("process", "process"), ("predict", "predict")):
-        settings = rehearse.config.load(EXAMPLE / f"{base}_glm4_9b.yaml", run_mode=schema.RUN_MODES)
+        settings = yaml_config.load_settings(
+            EXAMPLE / f"{base}_glm4_9b.yaml", run_mode=schema.RUN_MODES
+        )
         found = yaml.safe_load((rehearsal[0] / f"{name}.yaml").read_text())
         changed = {
             key
             for key in {*flat(settings), *flat(found)}
-            if rehearse.config.get(settings, key) != rehearse.config.get(found, key)
+            if yaml_config.get_setting(settings, key) != yaml_config.get_setting(found, key)
         }
         assert changed <= said
     assert [{**entry, "save_checkpoint_steps": 0} for entry in many_callbacks(rehearsal[0])] == [
         {**entry, "save_checkpoint_steps": 0}
-        for entry in rehearse.config.load(CONFIG, run_mode="finetune")["callbacks"]
+        for entry in yaml_config.load_settings(CONFIG, run_mode="finetune")["callbacks"]
     ]
 
 
@@ -156,7 +161,7 @@ def many_callbacks(folder):
 def test_every_key_of_the_9b_yamls_stands_in_the_rigs_table():
     table = (ROOT / "scripts/rig/README.md").read_text()
     for name in ("finetune_glm4_9b", "finetune_glm4_9b_lora", "process_glm4_9b", "predict_glm4_9b"):
-        settings = rehearse.config.load(EXAMPLE / f"{name}.yaml", run_mode=schema.RUN_MODES)
+        settings = yaml_config.load_settings(EXAMPLE / f"{name}.yaml", run_mode=schema.RUN_MODES)
         entries = [
             f"callbacks.{entry['type']}.{key}"
             for entry in settings.pop("callbacks", [])
@@ -168,7 +173,9 @@ def test_every_key_of_the_9b_yamls_stands_in_the_rigs_table():
 
 
 def test_lora_in_a_plan_agrees_with_one_process_to_the_end(tmp_path):
-    """Adapters start alike, are resumed from their cards' parts, merged, and taken sharded by predict. Two processes."""
+    """Adapters start equal, resume from their cards' parts, are merged, and are read as shards by
+    predict. Two processes.
+    """
     config = tmp_path / "lora.yaml"
     config.write_text(
         yaml.safe_dump(
@@ -236,13 +243,15 @@ def test_heads_spread_over_all_cards(rehearsal, launch):
 
 
 def logits(folder, vocabulary):
-    """Shapes of the tensors in rank 0's compiled graph whose last, not only, dimension is `vocabulary`: set of strings."""
+    """Shapes, as strings, of the tensors in rank 0's compiled graph that have several dimensions
+    and whose last one is `vocabulary`.
+    """
     (graph,) = Path(folder).rglob("*validate*.ir")
     return set(re.findall(rf"Tensor\[\w+\], \((\d+(?:, \d+)*, {vocabulary})\)", graph.read_text()))
 
 
 def test_no_card_ever_holds_logits_of_the_whole_vocabulary(rehearsal, launch):
-    """2 x 2, no optimizer sharding. 528 ids, which is no other size of the model; chunks of 256 positions."""
+    """2 x 2, no optimizer sharding. No other size of the model is 528; chunks of 256 positions."""
     folder, cards, whole = rehearsal[0], 4, rehearse.VOCABULARY
     changes = {
         "parallel_config": {"data_parallel": 2, "model_parallel": 2},
@@ -296,8 +305,8 @@ def test_preprocessing_on_a_plan_gives_the_same_log_probs(rehearsal, launch):
             "parallel_config": {"data_parallel": 1, "model_parallel": 2},
             "output_dir": f"{folder}/scored",
         },
-        f"--src {folder}/train.jsonl --dst {folder}/scored.mindrecord --tokenizer {folder}/hf/tokenizer.model "
-        f"--load_checkpoint {folder}/tiny.ckpt",
+        f"--src {folder}/train.jsonl --dst {folder}/scored.mindrecord "
+        f"--tokenizer {folder}/hf/tokenizer.model --load_checkpoint {folder}/tiny.ckpt",
         workers=2,
     )
     expected, found = (
@@ -332,11 +341,11 @@ def test_what_cannot_be_rehearsed_is_said(arguments, status, part, tmp_path):
 
 
 def test_a_number_that_the_cards_cannot_share_is_named(tmp_path):
-    """13696 = 2^7 x 107: three cards cannot share it, nor the 32 heads."""
-    settings = rehearse.config.load(
+    """13696 = 2^7 x 107: neither it nor the 32 heads can be split over three cards."""
+    settings = yaml_config.load_settings(
         CONFIG, run_mode="finetune", overrides={"parallel_config.data_parallel": 1}
     )
     settings["parallel_config"]["model_parallel"] = 3
-    problems = " ".join(rehearse.illegal(settings, 3))
+    problems = " ".join(rehearse.plan_problems(settings, 3))
     assert "ffn_hidden_size is 13696" in problems
     assert "num_attention_heads is 32" in problems

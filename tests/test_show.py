@@ -44,9 +44,7 @@ def test_rows_are_printed_pair_by_pair_with_the_scored_tokens_marked(golden, exp
         in out
     )
     assert (
-        out.rstrip()
-        .splitlines()[-1]
-        .startswith(f"{golden.data}: 3 rows with 8 pairs, all as it should be")
+        out.rstrip().splitlines()[-1].startswith(f"{golden.data}: 3 rows with 8 pairs are valid: ")
     )
 
 
@@ -165,7 +163,7 @@ def test_a_file_with_a_wrong_count_or_a_pair_twice_is_found(
     assert problems == [
         "2 rows, 3 in the sidecar",
         f"{pairs} pairs, 8 in the sidecar",
-        "a pair stands in the file twice",
+        "a pair occurs twice in the file",
     ]
     path = tmp_path / "damaged.mindrecord"
     shift_mask(row)

@@ -1,4 +1,4 @@
-"""Weights into a running plan: each card reads its part of one file, or of the shards of another plan."""
+"""Weights for a running plan: each card reads its part of one file, or of another plan's shards."""
 
 import dpo_preprocess_glm4_parallel as preprocess
 import mindspore as ms
@@ -24,9 +24,11 @@ PLANS = ("2x2", "1x4", "4x1", "1x2")
 
 @pytest.mark.parametrize("shape", [(5, 7), (10, 7)])
 def test_block_of_a_card_by_hand(shape):
-    """A (30, 14) tensor, 12 cards: model parallelism makes 3 x 2 parts of (10, 7); part 3 is row 1, column
-    1, so rows 10..19 and columns 7..13. Two cards hold it and share its rows: the second has 15..19.
-    MindSpore adds 12 cards and place 1 to the number, and gives the shape with or without the sharing."""
+    """A (30, 14) tensor on 12 cards: model parallelism makes 3 x 2 parts of (10, 7); part 3 is row
+    1, column 1, so rows 10..19 and columns 7..13. Two cards hold it and split its rows: the second
+    has 15..19. MindSpore adds 12 cards and place 1 to the number, and passes the shape before or
+    after that split.
+    """
     block = slices.find_block((30, 14), shape, 3 + 12 + 1, cards=12, group=(2, 1))
     assert block == (slice(15, 20), slice(7, 14))
     assert slices.find_block((30, 14), (10, 7), 3, cards=6) == (slice(10, 20), slice(7, 14))
@@ -36,7 +38,9 @@ def test_block_of_a_card_by_hand(shape):
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("source", ["file", "shards"])
 def test_every_card_reads_its_part(tmp_path, monkeypatch, plan, source):
-    """As MindSpore asks for it when it compiles; the questions follow by hand from the plan's definition."""
+    """Calls as MindSpore makes them when it compiles; they follow by hand from the plan's
+    definition.
+    """
     arrays = whole()
     if source == "file":
         write(tmp_path / "one.safetensors", arrays)
@@ -67,7 +71,7 @@ def test_every_card_reads_its_part(tmp_path, monkeypatch, plan, source):
             assert np.array_equal(part.asnumpy(), held), (name, rank)
 
 
-# whole commands
+# complete commands
 
 
 def strategy_of_three_layers(folder):
@@ -158,9 +162,9 @@ def test_training_from_shards_knows_the_weights_of_the_preprocessing(golden, sha
     ("change", "said"),
     [
         ({"--auto_trans_ckpt": "False"}, "need --auto_trans_ckpt True and --src_strategy"),
-        ({"--src_strategy": None}, "is no whole GLM-4.*--src_strategy"),
+        ({"--src_strategy": None}, "is not a complete GLM-4.*--src_strategy"),
         ({"--src_strategy": str(STRATEGIES / "1x2.ckpt")}, "is of another model"),
-        ({"--src_strategy": str(STRATEGIES / "2x2.ckpt")}, r"on 4 card\(s\).*holds 2"),
+        ({"--src_strategy": str(STRATEGIES / "2x2.ckpt")}, r"on 4 card\(s\).*contains 2"),
         ({"--load_checkpoint": "whole"}, "is one file; --src_strategy"),
     ],
 )
@@ -215,5 +219,5 @@ def test_shards_of_another_model_do_not_load(golden, shared, tmp_path):
 def test_a_strategy_file_of_a_run_is_found_in_its_folder(tmp_path, shared):
     assert layouts.find_strategy(shared[1]) == shared[1] / "ckpt_strategy_rank_0.ckpt"
     assert layouts.find_strategy(None) is None
-    numbers = sidecar.read_config_of(shared[0])[0]
+    numbers = sidecar.read_config_of(shared[0]).config
     assert weight_names.parameter_shapes(numbers)["transformer.output_layer.weight"] == (330, 96)

@@ -40,7 +40,8 @@ def test_a_system_message_and_earlier_turns_are_rendered_as_glm4_does(tokenizer,
     ]
     ids = template.prompt_ids(tokenizer, messages)
     assert tokenizer.decode(ids, show_special=True) == (
-        "[gMASK]<sop><|system|>\nBe kind.<|user|>\nHi<|assistant|>\nHello<|observation|>\n3<|user|>\nSo?<|assistant|>"
+        "[gMASK]<sop><|system|>\nBe kind.<|user|>\nHi<|assistant|>\nHello"
+        "<|observation|>\n3<|user|>\nSo?<|assistant|>"
     )
     tags = [token for token in ids if token >= 316]  # the vocabulary of the file has 316 tokens
     special = expected["special_ids"]

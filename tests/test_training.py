@@ -13,6 +13,7 @@ from conftest import EXAMPLE, GOLDEN, ROOT, assert_one_error, load_model, run_sc
 from mindspore import nn, ops
 
 from mindrlhf.checkpoints import containers, fingerprints
+from mindrlhf.checkpoints.tensors import TensorItem
 from mindrlhf.cli import UserError
 from mindrlhf.records import COLUMNS
 
@@ -25,7 +26,8 @@ train_dataset: {{data_loader: {{shuffle: {shuffle}}}}}
 callbacks:
   - {{type: DPOMonitor, per_print_times: 1}}
   - {{type: EvalMonitor, eval_step_interval: 0}}
-  - {{type: DPOCheckpointMonitor, prefix: glm4_dpo, save_checkpoint_steps: 1, keep_checkpoint_max: 9}}
+  - {{type: DPOCheckpointMonitor, prefix: glm4_dpo, save_checkpoint_steps: 1,
+      keep_checkpoint_max: 9}}
 """
 
 
@@ -103,7 +105,9 @@ def test_the_console_tells_it_in_one_line_a_step(run):
 
 @pytest.fixture(scope="module")
 def two_workers(golden):
-    """The same rows with two workers (a global batch of 2, the last one filled up), against one worker with batches of 2."""
+    """The same rows with two workers (a global batch of 2, the last one filled up), compared with
+    one worker and batches of 2.
+    """
     outputs = {}
     config = training_yaml(golden.folder, "two", shuffle=False, sft_weight=1.0)
     outputs["two"] = golden.folder / "run_two"
@@ -220,12 +224,7 @@ def other_weights(golden, path):
     containers.write_tensors(
         path,
         [
-            (
-                name,
-                t.dtype,
-                t.shape,
-                lambda t=t, name=name: t.array() * (1.5 if name == scaled else 1),
-            )
+            TensorItem(*t.spec, lambda t=t, name=name: t.array() * (1.5 if name == scaled else 1))
             for name, t in tensors.items()
         ],
     )
@@ -245,7 +244,7 @@ def test_weights_other_than_the_preprocessings_stop_before_the_first_step(golden
 
 
 def test_policy_that_is_not_the_reference_stops_at_the_first_step(golden, tmp_path):
-    """The sidecar is made to agree, so that only the step itself can tell."""
+    """The sidecar agrees, so only the step itself can detect the difference."""
     weights = other_weights(golden, tmp_path / "other.ckpt")
     data = copy_data(
         golden,
@@ -269,7 +268,7 @@ def test_policy_that_is_not_the_reference_stops_at_the_first_step(golden, tmp_pa
 
 
 def copy_data(golden, folder, **changes):
-    """The golden data, with other entries in the sidecar. MindSpore wants the file to keep its name."""
+    """The golden data with another sidecar. MindSpore needs the file's original name."""
     for suffix in ("", ".db", ".json"):
         shutil.copy(f"{golden.data}{suffix}", folder / f"{golden.data.name}{suffix}")
     sidecar = folder / f"{golden.data.name}.json"
@@ -332,16 +331,17 @@ def test_data_that_are_not_whole_are_refused(golden, tmp_path, lacking):
 @pytest.fixture
 def damaged(golden, tmp_path, request):
     tensors = list(containers.open_tensors(golden.checkpoint).values())
-    items = [(t.name, t.dtype, t.shape, t.array) for t in tensors]
+    items = [TensorItem(*t.spec, t.array) for t in tensors]
     name = "transformer.encoder.layers.1.mlp.dense_h_to_4h.weight"
     if request.param == "missing":
-        items = [item for item in items if item[0] != name]
+        items = [item for item in items if item.name != name]
     elif request.param == "not in the model":
-        items.append((name := "transformer.extra.weight", "F32", (2,), lambda: np.zeros(2, "f4")))
+        name = "transformer.extra.weight"
+        items.append(TensorItem(name, "F32", (2,), lambda: np.zeros(2, "f4")))
     else:
         items = [
-            (n, d, (3,), lambda: np.zeros(3, "f4")) if n == name else (n, d, s, m)
-            for n, d, s, m in items
+            item._replace(shape=(3,), make=lambda: np.zeros(3, "f4")) if item.name == name else item
+            for item in items
         ]
     containers.write_tensors(tmp_path / "damaged.ckpt", items)
     return tmp_path / "damaged.ckpt", request.param, name
@@ -468,7 +468,7 @@ def unpacked_columns(golden, expected):
 
 
 class Recorder(nn.Optimizer):
-    """An optimizer that keeps the gradients it is given, as the weights' values."""
+    """An optimizer that stores the gradients it gets as the weights' values."""
 
     def __init__(self, parameters):
         super().__init__(1.0, parameters)
@@ -492,7 +492,7 @@ def gradients_of(golden, columns, *, accumulation):
 
 
 def test_accumulation_gives_the_gradients_of_the_whole_batch(golden, unpacked_columns):
-    """8 rows at once, and 4 parts of 2 rows, whose pairs have other numbers of tokens."""
+    """8 rows at once, and 4 parts of 2 rows; the pairs' numbers of tokens differ between parts."""
     whole, outputs = gradients_of(golden, unpacked_columns, accumulation=1)
     parts, part_outputs = gradients_of(golden, unpacked_columns, accumulation=4)
     for name, gradient in whole.items():
@@ -527,8 +527,9 @@ def test_packed_rows_give_the_gradients_of_unpacked_ones(golden, expected, unpac
 
 @pytest.fixture(scope="module")
 def first_moments(golden, two_workers):
-    """Adam's first moment after one step, a tenth of the gradient: of two workers with a row each, one with two rows,
-    and one with a row and accumulation 2."""
+    """Adam's first moment after one step, a tenth of the gradient: of two workers with a row each,
+    one with two rows, and one with a row and accumulation 2.
+    """
     config = training_yaml(golden.folder, "accumulated", shuffle=False, sft_weight=1.0)
     config.write_text(
         config.read_text().replace(
@@ -575,7 +576,7 @@ def test_weight_decay_leaves_norms_and_biases(golden):
 
 
 def test_pairs_without_a_finite_loss_stop_the_run_and_are_named(golden, tmp_path):
-    """Pair 5's reference log-prob is infinite. Each epoch its batch comes once, so all rows are one batch."""
+    """Pair 5's reference log-prob is infinite. All rows are one batch, one per epoch."""
     from mindspore.mindrecord import FileReader
 
     from mindrlhf.data import mindrecord
@@ -598,7 +599,7 @@ def test_pairs_without_a_finite_loss_stop_the_run_and_are_named(golden, tmp_path
     result = run_script(RUN_DPO, *arguments(golden, config, tmp_path / "out", data=data))
     assert_one_error(
         result,
-        "step 3: the loss of pair(s) 5 (numbers in the source, from 0) is not finite, for 3 step(s)",
+        "step 3: the loss of pair(s) 5 (counted from 0 in the source) is not finite, for 3 step(s)",
     )
     assert result.stdout.count("OVERFLOW, step skipped") == 3
     steps = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
@@ -618,7 +619,9 @@ def test_max_steps_ends_training_and_the_schedule(golden, tmp_path):
 
 
 def test_the_best_weights_are_kept_by_the_named_metric(golden, tmp_path):
-    """Evaluated after each step by margin; the file is that of the best one, as its state says."""
+    """Evaluation after each step, best by margin; the file is that of the best step, as its state
+    says.
+    """
     config = training_yaml(golden.folder, "best")
     config.write_text(
         config.read_text().replace(

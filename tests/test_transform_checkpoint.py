@@ -1,4 +1,6 @@
-"""Shards to one file, one file to shards, shards to other shards: cut by hand, strategies of real runs."""
+"""Shards to one file, one file to shards, shards to other shards: hand-made shards, and strategies
+of real runs.
+"""
 
 import shutil
 from pathlib import Path
@@ -48,9 +50,9 @@ def part(array, axis, count, number):
 def by_hand(plan, name, array, rank):
     """What a card holds: card = data-parallel place x model_parallel + model-parallel place.
 
-    Model parallelism splits the rows, of the second matrix of the MLP the columns; the vocabulary's output
-    layer is split over all cards. Optimizer sharding splits the rows of what remains over the cards that
-    would hold the same, but leaves the small bias of the attention whole.
+    Model parallelism splits the rows, but the columns of the MLP's second matrix. The output layer
+    is split over all cards. Optimizer sharding splits the rows of each part over the cards that
+    would hold copies of it, except for the small bias of the attention.
     """
     data, model = map(int, plan.split("x"))
     data_place, model_place = divmod(rank, model)
@@ -69,10 +71,8 @@ def cards(plan):
 
 def write(path, arrays, dtype="F32"):
     path.parent.mkdir(parents=True, exist_ok=True)
-    containers.write_tensors(
-        path,
-        [(name, dtype, array.shape, lambda array=array: array) for name, array in arrays.items()],
-    )
+    items = [tensors.TensorItem.of_array(name, dtype, array) for name, array in arrays.items()]
+    containers.write_tensors(path, items)
 
 
 def write_shards(folder, plan, arrays, *, dtype="F32", file="x.ckpt", more=None):
@@ -119,9 +119,11 @@ def assert_shards(folder, plan, arrays, dtype="F32", suffix=".ckpt"):
 
 
 def test_layout_of_a_card_by_hand():
-    """12 cards as a matrix of 3 rows and 4 columns; card 7 is in row 1, column 3. The tensor's second
-    dimension is split by the rows: 3 parts, of which card 7 has part 1. Its first dimension is not split by
-    the plan, so the 4 columns hold the same, and optimizer sharding by 2 gives them parts 0, 1, 0, 1."""
+    """12 cards as a matrix of 3 rows and 4 columns; card 7 is in row 1, column 3. The rows split
+    the tensor's second dimension: 3 parts, of which card 7 has part 1. The plan does not split its
+    first dimension, so the 4 columns hold copies, and optimizer sharding by 2 gives them parts 0,
+    1, 0, 1.
+    """
     layout = layouts.TensorLayout((3, 4), ((), (0,)), 2)
     assert (layout.cards, layout.splits, layout.index(7)) == (12, (2, 3), (1, 1))
     assert layout.whole((5, 7)) == (10, 21)
@@ -207,8 +209,8 @@ def test_the_numbers_of_the_model_travel_with_shards_and_back(tmp_path):
     run(tmp_path / "one.ckpt", tmp_path / "shards", dst_strategy=STRATEGIES / "2x2.ckpt")
     run(tmp_path / "shards", tmp_path / "back.ckpt", src_strategy=tmp_path / "shards/strategy")
     for place in ("shards", "shards/rank_3/sharded.ckpt", "back.ckpt"):
-        assert sidecar.read_config_of(tmp_path / place)[0] == NUMBERS
-    assert sidecar.read_sidecar(tmp_path / "back.ckpt.json")[1]["fingerprint"] == identity
+        assert sidecar.read_config_of(tmp_path / place).config == NUMBERS
+    assert sidecar.read_sidecar(tmp_path / "back.ckpt.json").about["fingerprint"] == identity
 
 
 # training states, steps
@@ -358,22 +360,22 @@ def two_files(source):
     ("damage", "said"),
     [
         (lose_rank, "rank_1 is missing"),
-        (lose_last_rank, r"on 4 card\(s\).*holds 3.*copy rank_3 too"),
-        (empty_rank, "rank_1: holds no"),
+        (lose_last_rank, r"on 4 card\(s\).*contains 3.*copy rank_3 too"),
+        (empty_rank, "rank_1: contains no"),
         (other_step, "differs from its copy.*different runs or steps"),
         (steps_apart, "no checkpoint of step 2; steps found: 1, 2"),
-        (cut, "rank_2/x.ckpt: not a whole"),
-        (renamed, "holds step 3; rename it back"),
+        (cut, "rank_2/x.ckpt: incomplete or damaged"),
+        (renamed, "contains step 3; give the file its original name"),
         (other_step_beside, "rank_1: has no checkpoint of step 60; steps found: 40, 60"),
-        (fewer_tensors, "rank_2/x.ckpt: transformer.output_layer.weight is there otherwise"),
-        (strategy_of_other_plan, "no whole GLM-4.*src_strategy"),
-        (strategy_of_fewer_cards, r"on 2 card\(s\).*holds 4"),
+        (fewer_tensors, "rank_2/x.ckpt: transformer.output_layer.weight does not match"),
+        (strategy_of_other_plan, "not a complete GLM-4.*src_strategy"),
+        (strategy_of_fewer_cards, r"on 2 card\(s\).*contains 4"),
         (two_strategies, "rank_2.ckpt: differs from"),
-        (strategy_is_none, "no strategy file"),
-        (cut_strategy, "no strategy file"),
+        (strategy_is_none, "not a strategy file"),
+        (cut_strategy, "not a strategy file"),
         (strategy_lost, "strategy: no such folder"),
         (no_strategies, "--src_strategy"),
-        (two_files, "say no step; leave one"),
+        (two_files, "have no step number; keep one"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, damage, said):
@@ -388,7 +390,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, damage, said):
 def test_one_rank_of_a_parallel_run_is_not_taken_for_the_whole(tmp_path):
     source = write_shards(tmp_path / "source", "1x2", whole())
     shutil.rmtree(source / "rank_1")
-    with pytest.raises(UserError, match="no whole GLM-4"):
+    with pytest.raises(UserError, match="not a complete GLM-4"):
         run(source, tmp_path / "out.ckpt")
 
 
@@ -406,7 +408,7 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
     source = write_shards(tmp_path / "source", "2x2", whole())
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(UserError, match="do not fit, 0.00 GB are free"):
+    with pytest.raises(UserError, match="GB needed, 0.00 GB free"):
         run(source, tmp_path / "out.ckpt", src_strategy=source / "strategy")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
@@ -422,7 +424,7 @@ def test_values_that_are_no_numbers_are_refused(tmp_path):
 
 @pytest.mark.parametrize("fault", ["value", "place"])
 def test_a_wrong_transformation_is_found(tmp_path, monkeypatch, fault):
-    """One bit of one value is other than in the shards, or two cards' files change places."""
+    """One bit of one value differs from the shards, or two cards' files are swapped."""
     import mindspore as ms
 
     transform = ms.transform_checkpoint_by_rank
@@ -436,7 +438,7 @@ def test_a_wrong_transformation_is_found(tmp_path, monkeypatch, fault):
 
     monkeypatch.setattr(ms, "transform_checkpoint_by_rank", wrong)
     write(tmp_path / "one.ckpt", whole())
-    with pytest.raises(UserError, match="is not what was to be written|differs from its copy"):
+    with pytest.raises(UserError, match="differ from the source|differs from its copy"):
         run(tmp_path / "one.ckpt", tmp_path / "out", dst_strategy=STRATEGIES / "2x2.ckpt")
     assert not (tmp_path / "out").exists()
 

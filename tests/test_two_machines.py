@@ -1,4 +1,4 @@
-"""A job on two machines: two network namespaces joined by a virtual cable, each with its own host name.
+"""A job on two machines: two network namespaces with a virtual cable and their own host names.
 
 They share the file system, as two machines share a network disk. `ip netns` needs root.
 """
@@ -59,7 +59,9 @@ class Network:
             subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
 
     def start(self, folder, command, *, timeout=300, workers=2, nodes=(0, 1)):
-        """Run the launcher on each machine: list of processes. Logs go to folder/logs0 and logs1."""
+        """Run the launcher on each machine and return the processes. Logs go to folder/logs0 and
+        logs1.
+        """
         processes = []
         for node in nodes:
             machine = [
@@ -129,7 +131,7 @@ def ends(processes, seconds=60):
 
 
 def running(folder):
-    """Command lines of the processes that were started in a folder, or work for them: dict, pid -> words."""
+    """Command lines, pid -> words, of processes that were started in a folder or work for them."""
     found = {}
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
@@ -148,7 +150,7 @@ def wait_for(condition, seconds=60):
 
 
 def wait_until_met(folder):
-    """Until both workers run, and the launchers' links have found each other."""
+    """Wait until both workers run and the launchers' links have found each other."""
     logs = [folder / f"logs{node}/worker_{node}.log" for node in range(2)]
     wait_for(lambda: all(log.exists() and log.read_text() for log in logs))
     wait_for(
@@ -158,7 +160,7 @@ def wait_until_met(folder):
 
 
 def gone(folder):
-    """Whether nothing of a job is left, a moment after its launchers ended."""
+    """Whether no process of a job is left, a moment after its launchers ended."""
     wait_for(lambda: not running(folder), 10)
     return True
 
@@ -206,7 +208,10 @@ def test_a_cut_cable_ends_both(network, folder):
 
 
 def test_a_machine_that_never_comes_is_named(network, folder):
-    for node, sentence in ((0, "machine 1 did not come"), (1, "this machine, 1, did not come")):
+    for node, sentence in (
+        (0, "machine 1 did not connect"),
+        (1, "this machine, 1, did not connect"),
+    ):
         ((status, out),) = ends(network.start(folder, "script.py --wait", timeout=3, nodes=[node]))
         assert status == 1
         assert f"{sentence} to 10.77.0.1:{PORT + 1}" in out

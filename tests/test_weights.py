@@ -1,4 +1,6 @@
-"""GLM-4's numbers and names: config.json in all spellings, the table of the 9B model, sidecars and YAMLs."""
+"""GLM-4's config and names: config.json in all spellings, the table of the 9B model, sidecars and
+YAMLs.
+"""
 
 import json
 import subprocess
@@ -11,6 +13,7 @@ from conftest import EXAMPLE, GOLDEN, ROOT, write_overlay
 
 from mindrlhf import config
 from mindrlhf.checkpoints import containers, fingerprints
+from mindrlhf.checkpoints.tensors import TensorItem
 from mindrlhf.cli import UserError
 from mindrlhf.models.glm4 import hf, model_config, sidecar, weight_names
 
@@ -43,7 +46,7 @@ def without(config_json, *keys):
 
 
 def test_both_spellings_say_the_same():
-    """Read off the golden files by eye."""
+    """Values read from the golden files by eye."""
     assert (
         NUMBERS
         == model_config.parse_hf_config(BASE["chatglm"], "config.json")
@@ -189,8 +192,9 @@ def test_names_and_shapes_are_those_of_the_golden_files(layout):
 
 
 def test_the_9b_model_has_its_published_size():
-    """2 * 151552 * 4096 for the vocabulary; a layer: norms 2 * 4096, qkv (4096 + 2 * 256) * (4096 + 1),
-    dense 4096 ** 2, mlp 3 * 4096 * 13696; 40 of them, and a norm."""
+    """2 * 151552 * 4096 for the vocabulary; a layer: norms 2 * 4096, qkv (4096 + 2 * 256) * (4096 +
+    1), dense 4096 ** 2, mlp 3 * 4096 * 13696; 40 layers, and a norm.
+    """
     by_hand = 2 * 151552 * 4096 + 4096 + 40 * (2 * 4096 + 4608 * 4097 + 4096**2 + 3 * 4096 * 13696)
     assert by_hand == 9_399_951_360
     for shapes in (
@@ -207,12 +211,12 @@ sys.path.insert(0, sys.argv[1])
 from mindrlhf import config, runtime
 from mindrlhf.models.glm4 import build
 from mindspore.nn.utils import no_init_parameters
-settings = config.load(sys.argv[2], run_mode="preprocess", overrides={
+settings = config.load_settings(sys.argv[2], run_mode="preprocess", overrides={
     "context": {"mode": 0, "device_target": "CPU"}, "model.model_config.use_flash_attention": False,
     "model.model_config.seq_length": 16, "model.model_config.compute_dtype": "float32",
     "model.model_config.param_init_type": "float32"})
 run = config.to_mindformers(settings)
-runtime.start(run, parallel=False)
+runtime.start_device(run, parallel=False)
 memory = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 before = memory()
 with no_init_parameters():
@@ -223,7 +227,7 @@ print(json.dumps([type(network).__name__, memory() - before, shapes]))
 
 
 def test_the_9b_table_is_that_of_glm4dpo():
-    """The network of the 9B YAML; its 37.6 GB are never allocated. Only what a CPU lacks is changed."""
+    """The network of the 9B YAML, changed only for the CPU; its 37.6 GB are never allocated."""
     result = subprocess.run(
         [sys.executable, "-c", CHILD, str(ROOT), str(EXAMPLE / "process_glm4_9b.yaml")],
         capture_output=True,
@@ -244,7 +248,7 @@ def test_the_9b_table_is_that_of_glm4dpo():
 
 @pytest.fixture
 def tiny():
-    """Settings of predict_glm4_tiny.yaml, and the Numbers that fit them."""
+    """Settings of predict_glm4_tiny.yaml, and the ModelConfig that fits them."""
     settings = config.load_settings(EXAMPLE / "predict_glm4_tiny.yaml", run_mode="predict")
     model = settings["model"]["model_config"]
     return settings, replace(NUMBERS, **{name: model[name] for name in sidecar.IN_YAML})
@@ -256,7 +260,9 @@ def write_weights(path, numbers, described=True, seed=0):
     identity = containers.write_tensors(
         path,
         [
-            (name, "F32", shape, lambda shape=shape: random.normal(size=shape).astype(np.float32))
+            TensorItem(
+                name, "F32", shape, lambda shape=shape: random.normal(size=shape).astype(np.float32)
+            )
             for name, shape in weight_names.parameter_shapes(numbers).items()
         ],
     )
@@ -271,9 +277,9 @@ def test_what_fits_passes_in_silence(tmp_path, tiny, capsys, suffix):
     path = write_weights(tmp_path / f"x{suffix}", numbers)
     sidecar.require_same_model(path, settings)
     assert capsys.readouterr() == ("", "")
-    found, place = sidecar.read_config_of(path)
-    assert found == numbers
-    assert json.loads(place.read_text())["fingerprint"] == fingerprints.fingerprint(
+    found = sidecar.read_config_of(path)
+    assert found.config == numbers
+    assert json.loads(found.path.read_text())["fingerprint"] == fingerprints.fingerprint(
         containers.open_tensors(path)
     )
 
@@ -296,7 +302,7 @@ def test_every_difference_is_named_with_both_values(tmp_path, tiny):
 
 
 def test_a_number_that_the_yaml_leaves_out_is_a_difference(tmp_path, tiny):
-    """MindFormers would take its own default in silence: 1 for rope_ratio."""
+    """MindFormers would silently use its own default: 1 for rope_ratio."""
     settings, numbers = tiny
     del settings["model"]["model_config"]["rope_ratio"]
     with pytest.raises(UserError, match="rope_ratio is not set in the YAML, 500 in the checkpoint"):
@@ -369,7 +375,7 @@ def test_numbers_go_through_training_to_the_merged_checkpoint(tmp_path, tiny, ca
     assert sidecar.copy_to_result(
         output / "checkpoint_network", merged, dtype="F32", fingerprint="f"
     )
-    assert sidecar.read_config_of(merged)[0] == numbers
+    assert sidecar.read_config_of(merged).config == numbers
     plain = write_weights(tmp_path / "plain.ckpt", numbers, described=False)
     sidecar.copy_to_run(
         plain, output
@@ -377,7 +383,7 @@ def test_numbers_go_through_training_to_the_merged_checkpoint(tmp_path, tiny, ca
     assert not sidecar.copy_to_result(
         f"{output}/checkpoint_network/", merged, dtype="F32", fingerprint="f"
     )
-    assert sidecar.read_config_of(merged) == (None, None)
+    assert sidecar.read_config_of(merged) is None
 
 
 @pytest.mark.parametrize("command", ["process", "finetune", "predict"])

@@ -1,7 +1,7 @@
-"""Make a tiny GLM-4 with random weights, its tokenizer and harmless sample pairs: all that a rehearsal on a CPU needs.
+"""Make a tiny GLM-4 with random weights, its tokenizer and sample pairs for a rehearsal on a CPU.
 
-The files are of the kinds that a user of GLM-4-9B has: a Hugging Face folder (config.json, safetensors,
-tokenizer.model) and pairs with the fields of CValues-Comparison.
+The files have the formats that users of GLM-4-9B have: a Hugging Face folder (config.json,
+safetensors, tokenizer.model) and pairs with the fields of CValues-Comparison.
 """
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Train GLM-4 with DPO, or ask the trained model: the YAML's run_mode says which, finetune or predict."""
+"""Train GLM-4 with DPO, or ask the trained model; run_mode of the YAML is finetune or predict."""
 from __future__ import annotations
 
 import sys
@@ -9,32 +9,42 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mindrlhf import cli, config
 
-EXAMPLE = """  bash ../../scripts/msrun_launcher.sh "run_dpo.py --config finetune_glm4_9b.yaml --train_dataset dpo.mindrecord \\
-    --vocab_file tokenizer.model --load_checkpoint glm4_9b.ckpt --auto_trans_ckpt True" 8
-  python run_dpo.py --config predict_glm4_9b.yaml --load_checkpoint merged.ckpt --auto_trans_ckpt False \\
-    --vocab_file tokenizer.model --predict_data "How do I apologize?\""""
+EXAMPLE = """\
+  bash ../../scripts/msrun_launcher.sh "run_dpo.py --config finetune_glm4_9b.yaml \\
+    --train_dataset dpo.mindrecord --vocab_file tokenizer.model \\
+    --load_checkpoint glm4_9b.ckpt --auto_trans_ckpt True" 8
+  python run_dpo.py --config predict_glm4_9b.yaml --load_checkpoint merged.ckpt \\
+    --auto_trans_ckpt False --vocab_file tokenizer.model --predict_data "How do I apologize?\""""
 
 
 def parser() -> cli.Parser:
     """The command line."""
     parse = cli.Parser(__doc__, EXAMPLE)
     parse.add_argument("--config", required=True, help="YAML with run_mode finetune or predict")
-    parse.add_argument("--train_dataset", help="finetune: training data, the .mindrecord from preprocessing")
-    parse.add_argument("--eval_dataset", help="finetune: .mindrecord of held-out pairs, evaluated before, during and "
-                                              "after training")
-    parse.add_argument("--vocab_file", help="tokenizer.model of the model")
-    parse.add_argument("--load_checkpoint", help="finetune: the weights that preprocessing used as the reference; "
-                                                 "predict: any weights")
+    parse.add_argument("--train_dataset", metavar="FILE",
+                       help="finetune: training data, the .mindrecord from preprocessing")
+    parse.add_argument("--eval_dataset", metavar="FILE",
+                       help="finetune: .mindrecord of held-out pairs, evaluated before, during and "
+                            "after training")
+    parse.add_argument("--vocab_file", metavar="FILE", help="tokenizer.model of the model")
+    parse.add_argument("--load_checkpoint", metavar="PATH",
+                       help="finetune: the weights that preprocessing used as the reference; "
+                            "predict: any weights")
     parse.add_argument("--auto_trans_ckpt", type=cli.boolean, metavar="True|False",
-                       help="load the checkpoint, a whole file or shards of any plan, into the shards of this plan")
-    parse.add_argument("--src_strategy", help="if load_checkpoint or adapter_checkpoint is a folder of shards (rank_0, "
-                                              "rank_1, ...): output/strategy of the run that saved them")
-    parse.add_argument("--adapter_checkpoint", help="predict: LoRA adapters to add to load_checkpoint: "
-                                                    "output/checkpoint_network of their training, or one file")
-    parse.add_argument("--predict_data", metavar="TEXT", help="predict: what the user says")
-    parse.add_argument("--resume", metavar="auto|FILE", help="finetune: resume from the newest intact state in "
-                                                             "output_dir, or from a file of output/checkpoint/rank_0")
-    parse.add_argument("--output_dir", help="folder for checkpoints, strategies and metrics (default: ./output)")
+                       help="load the checkpoint, one file or shards of any plan, into the shards "
+                            "of this plan")
+    parse.add_argument("--src_strategy", metavar="FOLDER",
+                       help="if load_checkpoint or adapter_checkpoint is a folder of shards "
+                            "(rank_0, rank_1, ...): output/strategy of the run that saved them")
+    parse.add_argument("--adapter_checkpoint", metavar="PATH",
+                       help="predict: LoRA adapters to add to load_checkpoint: "
+                            "output/checkpoint_network of their training, or one file")
+    parse.add_argument("--predict_data", metavar="TEXT", help="predict: the user's message")
+    parse.add_argument("--resume", metavar="auto|FILE",
+                       help="finetune: resume from the newest intact state in output_dir, or from "
+                            "a file of output/checkpoint/rank_0")
+    parse.add_argument("--output_dir", metavar="FOLDER",
+                       help="for checkpoints, strategies and metrics (default: ./output)")
     return parse
 
 
@@ -42,8 +52,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train, or print the answer."""
     arguments = parser().parse_args(argv)
     settings = config.load_settings(arguments.config, run_mode=("finetune", "predict"), overrides={
-        "load_checkpoint": arguments.load_checkpoint, "auto_trans_ckpt": arguments.auto_trans_ckpt,
-        "src_strategy": arguments.src_strategy, "resume_training": arguments.resume, "output_dir": arguments.output_dir,
+        "load_checkpoint": arguments.load_checkpoint,
+        "auto_trans_ckpt": arguments.auto_trans_ckpt,
+        "src_strategy": arguments.src_strategy,
+        "resume_training": arguments.resume,
+        "output_dir": arguments.output_dir,
         "train_dataset.data_loader.dataset_dir": arguments.train_dataset,
         "eval_dataset.data_loader.dataset_dir": arguments.eval_dataset,
         "processor.tokenizer.vocab_file": arguments.vocab_file})
@@ -52,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         run.finetune(settings)
     else:
         from mindrlhf.inference import generate
-        print(generate.predict(settings, arguments.predict_data, arguments.adapter_checkpoint), flush=True)
+        answer = generate.predict(settings, arguments.predict_data, arguments.adapter_checkpoint)
+        print(answer, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,36 @@
-"""The formats of a checkpoint, .ckpt (MindSpore's) and .safetensors: read without loading, written in pieces.
+"""The two container formats of a checkpoint, .ckpt (MindSpore) and .safetensors.
 
-A .ckpt is a protobuf message of repeated records {tag, tensor {dims, type, content}}; a large tensor takes
-several records of one tag. A .safetensors is the size of a JSON header, the header, and the tensors.
+Files are opened without loading their values, and written piece by piece.
+
+A .ckpt is a protobuf message of repeated records {tag, tensor {dims, type, content}}; a large
+tensor takes several records with the same tag. A .safetensors is the size of a JSON header, the
+header, and the tensors.
 """
+from __future__ import annotations
+
 import json
 import math
 import mmap
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from mindrlhf.checkpoints import fingerprints
-from mindrlhf.checkpoints.tensors import DTYPES, WORKERS, StoredTensor, count_bytes, pieces
+from mindrlhf.checkpoints.tensors import (
+    DTYPES,
+    WORKERS,
+    StoredTensor,
+    TensorItem,
+    TensorSpec,
+    Values,
+    pieces,
+)
 from mindrlhf.cli import UserError, existing_file
 from mindrlhf.files import atomic_file
 
@@ -26,106 +42,150 @@ CLOSING = b"crc_num"  # MindSpore may end a .ckpt with this word and ten bytes
 
 # reading
 
-def open_tensors(path):
-    """Find the tensors of a checkpoint file; their values stay there until they are asked for.
+def open_tensors(path: str | Path) -> dict[str, StoredTensor]:
+    """Find the tensors of a checkpoint file; their values are read later, on request.
 
     Returns:
-        dict, name -> StoredTensor, in the order of the file.
+        name -> tensor, in the order of the file.
 
     Raises:
-        UserError: the file is missing, of another kind, cut short or damaged.
+        UserError: the file is missing, of another format, truncated or damaged.
     """
-    path = existing_file(path, "a checkpoint")
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"{path}: a checkpoint ends in .ckpt or .safetensors; convert_weight.py makes one")
+    place = existing_file(path, "a checkpoint")
+    if place.suffix not in SUFFIXES:
+        raise UserError(f"{place}: not a .ckpt or .safetensors file; convert_weight.py writes both")
+    read = _read_safetensors if place.suffix == ".safetensors" else _read_ckpt
     try:
-        file = open(path, "rb")  # noqa: SIM115  open as long as its tensors are
-        tensors = _read_safetensors(path, file) if path.suffix == ".safetensors" else _read_ckpt(path, file)
+        file = open(place, "rb")  # noqa: SIM115  stays open as long as its tensors are in use
+        tensors = read(place, file)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     if not tensors:
-        raise UserError(f"{path}: holds no tensors")
+        raise UserError(f"{path}: contains no tensors")
     return tensors
 
 
-def _read_safetensors(path, file):
+def _read_safetensors(path: Path, file: BinaryIO) -> dict[str, StoredTensor]:
     try:
-        with safe_open(path, "np"):  # checks the header: offsets, sizes, overlaps, gaps, length of the file
+        # safe_open checks the header: offsets, sizes, overlaps, gaps, length of the file
+        with safe_open(path, "np"):
             pass
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error}); fetch or copy it again") from None
+        raise UserError(f"{path}: incomplete or damaged safetensors file ({error}); "
+                        "download or copy it again") from None
     tensors = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
         if entry["dtype"] not in DTYPES:
-            raise UserError(f"{path}: {name} is {entry['dtype']}; weights are one of {', '.join(DTYPES)}")
+            raise UserError(f"{path}: {name} has dtype {entry['dtype']}; "
+                            f"supported: {', '.join(DTYPES)}")
         begin, end = entry["data_offsets"]
         span = (8 + size + begin, end - begin)
         tensors[name] = StoredTensor(name, entry["dtype"], tuple(entry["shape"]), file, (span,))
     return tensors
 
 
-def _read_ckpt(path, file):
-    tensors = {}
+def _read_ckpt(path: Path, file: BinaryIO) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
     try:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            end = len(content)
-            if content[-len(CLOSING) - 10:-10] == CLOSING:
-                end -= len(CLOSING) + 10
-            for number, (start, stop) in _fields(content, 0, end):
-                if number != 1:
-                    raise ValueError(f"unknown record before byte {stop}")
-                name, dtype, shape, span = _record(content, start, stop)
-                if dtype is None:
-                    continue
-                before = tensors.get(name, StoredTensor(name, dtype, shape, file, ()))
-                if (before.dtype, before.shape) != (dtype, shape):
-                    raise ValueError(f"{name} stands twice")
-                tensors[name] = StoredTensor(name, dtype, shape, file, (*before.spans, span))
+            for record in _records(content):
+                known = tensors.get(record.spec.name)
+                if known and known.spec != record.spec:
+                    raise ValueError(f"{record.spec.name} appears twice")
+                spans = (*known.spans, record.span) if known else (record.span,)
+                tensors[record.spec.name] = StoredTensor(*record.spec, file, spans)
         for tensor in tensors.values():
-            if tensor.nbytes != count_bytes(tensor.dtype, tensor.shape):
-                raise ValueError(f"{tensor.name} is cut short")
+            if tensor.nbytes != tensor.spec.nbytes:
+                raise ValueError(f"{tensor.name} is truncated")
     except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise UserError(f"{path}: not a whole MindSpore checkpoint ({error}); copy it again") from None
+        raise UserError(f"{path}: incomplete or damaged MindSpore checkpoint ({error}); "
+                        "copy it again") from None
     return tensors
 
 
-def _record(content, start, stop):
-    """One record: (name, dtype or None for a remark of the trainer, shape, span of its bytes)."""
-    parts = dict(_fields(content, start, stop))
-    name = content[slice(*parts[1])].decode()
-    dims, kind, span = [], "", None
-    for number, value in _fields(content, *parts[2]):
+class _Extent(NamedTuple):
+    """The bytes of a length-delimited protobuf field: from start to stop."""
+    start: int
+    stop: int
+
+
+class _Record(NamedTuple):
+    """A record of a .ckpt.
+
+    Attributes:
+        spec: of the tensor.
+        span: (offset, size) in bytes of the part of the tensor that the record contains.
+    """
+    spec: TensorSpec
+    span: tuple[int, int]
+
+
+def _records(content: mmap.mmap) -> Iterator[_Record]:
+    """The records of a .ckpt that contain tensors."""
+    end = len(content)
+    if content[-len(CLOSING) - 10:-10] == CLOSING:
+        end -= len(CLOSING) + 10
+    for number, value in _fields(content, 0, end):
+        extent = _extent(value)
+        if number != 1:
+            raise ValueError(f"unknown record before byte {extent.stop}")
+        record = _parse_record(content, extent)
+        if record:
+            yield record
+
+
+def _parse_record(content: mmap.mmap, extent: _Extent) -> _Record | None:
+    """Parse a record; None if it is a string that the training script added."""
+    parts = dict(_fields(content, *extent))
+    name = content[slice(*_extent(parts[1]))].decode()
+    dims, kind, span = [], "", (extent.start, 0)
+    for number, value in _fields(content, *_extent(parts[2])):
         if number == 1:
-            dims.append(int(value))
+            dims.append(_integer(value))
         elif number == 2:
-            kind = content[slice(*value)].decode()
+            kind = content[slice(*_extent(value))].decode()
         elif number == 3:
-            span = (value[0], value[1] - value[0])
+            start, stop = _extent(value)
+            span = (start, stop - start)
     if kind == "str":
-        return name, None, (), None
-    return name, FROM_CKPT[kind], () if dims == [0] else tuple(dims), span or (start, 0)
+        return None
+    return _Record(TensorSpec(name, FROM_CKPT[kind], () if dims == [0] else tuple(dims)), span)
 
 
-def _fields(content, position, end):
-    """The fields of a protobuf message: (number, int, or (start, stop) of its bytes)."""
+def _extent(value: int | _Extent) -> _Extent:
+    if isinstance(value, int):
+        raise ValueError("an integer where bytes are expected")
+    return value
+
+
+def _integer(value: int | _Extent) -> int:
+    if not isinstance(value, int):
+        raise ValueError(f"bytes where an integer is expected, before byte {value.stop}")
+    return value
+
+
+def _fields(content: mmap.mmap, position: int, end: int) -> Iterator[tuple[int, int | _Extent]]:
+    """The fields of a protobuf message: (field number, value)."""
     while position < end:
         key, position = _varint(content, position)
-        value, position = _varint(content, position)
+        integer, position = _varint(content, position)
+        value: int | _Extent = integer
         if key & 7 == 2:
-            start, position = position, position + value
-            value = (start, position)
+            value = _Extent(position, position + integer)
+            position += integer
         elif key & 7:
-            raise ValueError(f"unknown kind of record before byte {position}")
+            raise ValueError(f"unknown wire type before byte {position}")
         if position > end:
-            raise ValueError("it ends too early")
+            raise ValueError("unexpected end of a record")
         yield key >> 3, value
 
 
-def _varint(content, position):
+def _varint(content: mmap.mmap, position: int) -> tuple[int, int]:
+    """An integer at a position, and the position after it."""
     value = shift = 0
     while True:
         byte = content[position]
@@ -134,11 +194,11 @@ def _varint(content, position):
         if byte < 0x80:
             return value, position
         if shift > 63:
-            raise ValueError("a number does not end")
+            raise ValueError("an integer of more than 64 bits")
 
 
-def require_intact(path):
-    """Raise UserError unless a checkpoint file is whole: structure and, where MindSpore left one, checksum."""
+def require_intact(path: str | Path) -> None:
+    """Raise UserError unless a checkpoint file is intact: structure and, if present, checksum."""
     open_tensors(path)
     if Path(path).suffix != ".ckpt":
         return
@@ -154,111 +214,126 @@ def require_intact(path):
             block = file.read(min(left, RECORD))
             found, left = zlib.crc32(block, found), left - len(block)
     if found != int.from_bytes(tail[-10:], "big"):
-        raise UserError(f"{path}: its checksum does not fit; it was damaged after it was written")
+        raise UserError(f"{path}: checksum mismatch, the file was damaged after it was written; "
+                        "copy it again")
 
-
-# identity
 
 # writing
 
-def require_suffix(path):
-    """Raise UserError where a path cannot be that of a checkpoint."""
+def require_suffix(path: str | Path) -> None:
+    """Raise UserError unless a path can be that of a checkpoint file."""
     if Path(path).is_dir():
-        raise UserError(f"{path}: is a folder; give the name of a file that ends in .ckpt or .safetensors")
+        raise UserError(f"{path}: is a folder; give the name of a .ckpt or .safetensors file")
     if Path(path).suffix not in SUFFIXES:
-        raise UserError(f"{path}: the name of a checkpoint ends in .ckpt or .safetensors")
+        raise UserError(f"{path}: the name of a checkpoint must end in .ckpt or .safetensors")
 
 
-def write_tensors(path, tensors, progress=None, *, framework="np", hashed=True):
+def write_tensors(path: str | Path, tensors: Sequence[TensorItem],
+                  progress: Callable[[int], object] | None = None, *,
+                  framework: str = "np", hashed: bool = True) -> str:
     """Write a checkpoint, piece by piece.
 
     Args:
         path: a name that ends in .ckpt or .safetensors.
-        tensors: list of (name, dtype, shape, make); make() returns the stored array, or an iterable of
-            its pieces (flat arrays, as tensors.pieces cuts them).
-        progress: called with the number of bytes after each piece.
-        framework: what a .safetensors says it is for; transformers wants "pt".
-        hashed: False where nobody wants the fingerprint.
+        tensors: in the order of the file; a tensor is made when it is written.
+        progress: called after each piece with its size in bytes.
+        framework: named in the metadata of a .safetensors; transformers requires "pt".
+        hashed: whether to compute the fingerprint.
 
     Returns:
-        the fingerprint of what was written, 64 hex digits; None without hashed.
+        the fingerprint of what was written, 64 hex digits; empty without hashed.
 
     Raises:
-        UserError: the file cannot be written. Nothing is left under its name.
+        UserError: the file cannot be written; an earlier file of that name is unchanged.
     """
     path = Path(path)
     require_suffix(path)
-    with atomic_file(path) as file, TensorWriter(file, path.suffix, [item[:3] for item in tensors],
-                                           framework=framework, hashed=hashed) as writer:
-        for *_, make in tensors:
-            writer.add(make(), progress)
-    return writer.identity.hexdigest() if hashed else None
+    specs = [item.spec for item in tensors]
+    with atomic_file(path) as file, TensorWriter(file, path.suffix, specs, framework=framework,
+                                                 hashed=hashed) as writer:
+        for item in tensors:
+            writer.add(item.make(), progress)
+    return writer.identity.hexdigest() if hashed else ""
+
+
+class _Sink(Protocol):
+    """What bytes can be written to."""
+
+    def write(self, data: memoryview) -> object:
+        """Write all bytes."""
 
 
 class TensorWriter:
-    """Writes the tensors of a checkpoint into an open file, one add() after another.
+    """A context manager that writes the tensors of a checkpoint into an open file, in order.
 
     Args:
-        file: binary, empty.
+        file: an empty binary file.
         suffix: ".ckpt" or ".safetensors".
-        tensors: list of (name, dtype, shape), in the order in which they are added.
-        framework, hashed: as in write().
+        tensors: the tensors to come, in the order of the calls of add().
+        framework: as in write_tensors().
+        hashed: as in write_tensors().
     """
 
-    def __init__(self, file, suffix, tensors, *, framework="np", hashed=True):
+    def __init__(self, file: BinaryIO, suffix: str, tensors: Sequence[TensorSpec], *,
+                 framework: str = "np", hashed: bool = True) -> None:
         self.file, self.suffix, self.hashed = file, suffix, hashed
         self.left, self.identity = list(reversed(tensors)), fingerprints.Fingerprint()
         if suffix == ".safetensors":
             file.write(_safetensors_header(tensors, framework))
 
-    def __enter__(self):
+    def __enter__(self) -> TensorWriter:
         self.pool = ThreadPoolExecutor(WORKERS)
         return self
 
-    def __exit__(self, kind, error, trace):
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
         self.pool.shutdown()
         if kind is None and self.left:
             raise ValueError(f"{len(self.left)} tensors were not added")
 
-    def add(self, made, progress=None):
+    def add(self, made: Values, progress: Callable[[int], object] | None = None) -> None:
         """Write the next tensor.
 
         Args:
-            made: the stored array, or an iterable of its pieces, as in write().
-            progress: called with the number of bytes after each piece.
+            made: the stored array, or an iterable of its pieces.
+            progress: called after each piece with its size in bytes.
         """
-        name, dtype, shape = self.left.pop()
-        sink = self.file if self.suffix == ".safetensors" else _RecordWriter(self.file, name, dtype, shape)
-        digests = []
-        for data in _data(made, dtype, math.prod(shape)):
+        spec = self.left.pop()
+        sink: _Sink = self.file if self.suffix == ".safetensors" else _RecordWriter(self.file, spec)
+        digests: list[Future[bytes]] = []
+        for data in _data(made, spec):
             if self.hashed:
-                digests.append(self.pool.submit(fingerprints.digest, data))  # beside the writing
-                digests[max(len(digests) - 2 * WORKERS, 0)].result()  # no more pieces in memory than that
+                digests.append(self.pool.submit(fingerprints.digest, data))  # while it is written
+                digests[max(len(digests) - 2 * WORKERS, 0)].result()  # limits the pieces in memory
             sink.write(data)
             if progress:
                 progress(len(data))
-        self.identity.add(name, dtype, shape, [future.result() for future in digests])
+        self.identity.add(spec, [future.result() for future in digests])
 
 
-def _data(made, dtype, elements):
+def _data(made: Values, spec: TensorSpec) -> Iterator[memoryview]:
     """The bytes of each piece of an array, or of pieces that are made one after another."""
+    elements = math.prod(spec.shape)
     if isinstance(made, (np.ndarray, np.generic)):
         flat = made.reshape(-1)
         made = (flat[first:first + count] for first, count in pieces(elements))
     sizes = [count for _, count in reversed(pieces(elements))]
     for piece in made:
         if not sizes or piece.size != sizes.pop():
-            raise ValueError(f"a piece of {piece.size} elements is not as tensors.pieces cuts {elements}")
-        yield memoryview(np.ascontiguousarray(piece, DTYPES[dtype][1]).view(np.uint8))
+            raise ValueError(f"{spec.name}: a piece of {piece.size} elements; tensors.pieces cuts "
+                             f"{elements} elements otherwise")
+        yield np.ascontiguousarray(piece, DTYPES[spec.dtype][1]).view(np.uint8).data
     if sizes:
-        raise ValueError(f"{len(sizes)} pieces of {elements} elements were not made")
+        raise ValueError(f"{spec.name}: {len(sizes)} pieces of {elements} elements are missing")
 
 
-def _safetensors_header(tensors, framework):
-    header, offset = {"__metadata__": {"format": framework}}, 0
-    for name, dtype, shape in tensors:
-        end = offset + count_bytes(dtype, shape)
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+def _safetensors_header(tensors: Sequence[TensorSpec], framework: str) -> bytes:
+    header: dict[str, dict[str, object]] = {"__metadata__": {"format": framework}}
+    offset = 0
+    for spec in tensors:
+        end = offset + spec.nbytes
+        header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape),
+                             "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -268,30 +343,35 @@ def _safetensors_header(tensors, framework):
 class _RecordWriter:
     """Writes one tensor as records of a .ckpt."""
 
-    def __init__(self, file, name, dtype, shape):
-        self.file, self.left, self.room = file, count_bytes(dtype, shape), 0
-        self.tag = _text(1, name)
-        self.start = b"".join(b"\x08" + _number(size) for size in shape) + _text(2, DTYPES[dtype][0])
+    def __init__(self, file: BinaryIO, spec: TensorSpec) -> None:
+        self.file, self.left, self.room = file, spec.nbytes, 0
+        self.tag = _text(1, spec.name)
+        dims = b"".join(b"\x08" + _encode(size) for size in spec.shape)
+        self.start = dims + _text(2, DTYPES[spec.dtype][0])
         if not self.left:
             self._begin()
 
-    def _begin(self):
+    def _begin(self) -> None:
+        """Write what comes before the bytes of a record."""
         self.room = min(self.left, RECORD)
-        head = self.start + b"\x1a" + _number(self.room)
-        tensor = b"\x12" + _number(len(head) + self.room) + head
-        self.file.write(b"\x0a" + _number(len(self.tag) + len(tensor) + self.room) + self.tag + tensor)
+        head = self.start + b"\x1a" + _encode(self.room)
+        tensor = b"\x12" + _encode(len(head) + self.room) + head
+        size = len(self.tag) + len(tensor) + self.room
+        self.file.write(b"\x0a" + _encode(size) + self.tag + tensor)
 
-    def write(self, data):
+    def write(self, data: memoryview) -> None:
         """Add bytes, of any length."""
         while data:
             if not self.room:
                 self._begin()
             part = data[:self.room]
             self.file.write(part)
-            self.left, self.room, data = self.left - len(part), self.room - len(part), data[len(part):]
+            self.left, self.room = self.left - len(part), self.room - len(part)
+            data = data[len(part):]
 
 
-def _number(value):
+def _encode(value: int) -> bytes:
+    """An integer as a protobuf varint."""
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)
@@ -300,6 +380,7 @@ def _number(value):
     return bytes(out)
 
 
-def _text(number, text):
+def _text(number: int, text: str) -> bytes:
+    """A string as a protobuf field."""
     content = text.encode()
-    return bytes([number << 3 | 2]) + _number(len(content)) + content
+    return bytes([number << 3 | 2]) + _encode(len(content)) + content

@@ -1,12 +1,17 @@
-"""How a parallel plan lays weights out over cards: strategy files, and which block of a tensor a card holds.
+"""Strategy files: which block of each tensor a card of a parallel plan holds.
 
-MindSpore describes it by a matrix of devices, in which cards are numbered row by row, and for each
-dimension of a tensor the axes of that matrix which split it; axis 0 is the matrix's last. Cards that would
-hold the same block may split it further along its first dimension (optimizer sharding).
+MindSpore describes a plan by a device matrix, in which cards are numbered row by row, and for each
+dimension of a tensor the axes of that matrix that split it; axis 0 is the last one of the matrix.
+Cards that would hold the same block may split it further along its first dimension (optimizer
+sharding).
 """
+from __future__ import annotations
+
 import math
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,66 +23,70 @@ class TensorLayout:
     """The layout of one tensor.
 
     Attributes:
-        devices: the device matrix, tuple of int; its product is the number of cards.
-        axes: for each dimension of the tensor a tuple of the places in `devices` that split it.
-        shards: into how many parts optimizer sharding splits a block; 1: not.
+        devices: the device matrix; the product of its sizes is the number of cards.
+        axes: for each dimension of the tensor, the places in `devices` that split it.
+        shards: into how many parts optimizer sharding splits a block; 1 without it.
     """
-    devices: tuple
-    axes: tuple
+    devices: tuple[int, ...]
+    axes: tuple[tuple[int, ...], ...]
     shards: int = 1
 
     @property
-    def cards(self):
+    def cards(self) -> int:
         """Number of cards."""
         return math.prod(self.devices)
 
     @property
-    def splits(self):
-        """Into how many parts each dimension is split."""
+    def splits(self) -> tuple[int, ...]:
+        """Number of parts of each dimension."""
         parts = [math.prod(self.devices[place] for place in places) for places in self.axes]
         return (parts[0] * self.shards, *parts[1:]) if parts else ()
 
-    def index(self, rank):
+    def index(self, rank: int) -> tuple[int, ...]:
         """Which part of each dimension a card holds."""
         where = np.unravel_index(rank, self.devices)
-        parts = [_mixed(where, self.devices, places) for places in self.axes]
+        parts = [_mixed_radix(where, self.devices, places) for places in self.axes]
         if self.shards > 1:
             used = {place for places in self.axes for place in places}
             free = [place for place in range(len(self.devices)) if place not in used]
-            parts[0] = parts[0] * self.shards + _mixed(where, self.devices, free) % self.shards
+            shard = _mixed_radix(where, self.devices, free) % self.shards
+            parts[0] = parts[0] * self.shards + shard
         return tuple(parts)
 
-    def whole(self, shape):
-        """Shape of the tensor of which each card holds a block of this shape."""
+    def whole(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the unsharded tensor, given the shape of a card's block."""
         return tuple(size * parts for size, parts in zip(shape, self.splits))
 
-    def block(self, index, shape):
-        """The block of a tensor: tuple of slices.
+    def block(self, index: Sequence[int], shape: Sequence[int]) -> tuple[slice, ...]:
+        """Position of a block in the tensor.
 
         Args:
-            index: as index() gives it.
-            shape: of the whole tensor.
+            index: as index() returns it.
+            shape: of the unsharded tensor.
         """
         sizes = [size // parts for size, parts in zip(shape, self.splits)]
         return tuple(slice(part * size, part * size + size) for part, size in zip(index, sizes))
 
 
-def _mixed(where, sizes, places):
-    """The number that coordinates at some places make, the first of them being the most significant."""
+def _mixed_radix(where: Sequence[Any], sizes: Sequence[int], places: Iterable[int]) -> int:
+    """The number whose digits are the coordinates at some places, most significant first."""
     number = 0
     for place in places:
         number = number * sizes[place] + int(where[place])
     return number
 
 
-def find_strategy(folder):
-    """The strategy file of a run; None where its folder is empty, as data-parallel training leaves it.
+def find_strategy(folder: str | Path | None) -> Path | None:
+    """Find the strategy file of a run.
 
     Args:
         folder: output/strategy, or one of its files, or None.
 
+    Returns:
+        the first file; None without a folder, or if it is empty, as after data-parallel training.
+
     Raises:
-        UserError: no such folder, or its files are not of one run.
+        UserError: there is no such folder, or its files are of different runs.
     """
     if folder is None:
         return None
@@ -85,23 +94,24 @@ def find_strategy(folder):
     if folder.is_file():
         return folder
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; take output/strategy of the run whose checkpoint it is")
+        raise UserError(f"{folder}: no such folder; give output/strategy of the run that saved the "
+                        "checkpoint")
     files = sorted(folder.glob("*.ckpt"))
     if not files:
         return None
     first = read_strategy(files[0])
     for path in files[1:]:
         if read_strategy(path) != first:
-            raise UserError(f"{path}: differs from {files[0].name}; one folder holds the strategies of one "
-                            "run, without pipeline stages: remove those of other runs")
+            raise UserError(f"{path}: differs from {files[0].name}; a folder must hold the "
+                            "strategies of one run without pipeline stages: remove the others")
     return files[0]
 
 
-def read_strategy(path):
-    """The layouts in a strategy file: dict, name -> Layout, of weights and optimizer states.
+def read_strategy(path: str | Path) -> dict[str, TensorLayout]:
+    """The layouts in a strategy file: name -> layout, of weights and optimizer states.
 
     Raises:
-        UserError: it is no strategy file, or splits unevenly.
+        UserError: it is no strategy file, or it splits a tensor into unequal parts.
     """
     import mindspore as ms
     path = Path(path)
@@ -110,20 +120,29 @@ def read_strategy(path):
                         "output/strategy/ckpt_strategy_rank_N.ckpt")
     try:
         found = ms.build_searched_strategy(str(path))
-        layouts = {name: _layout(entry) for name, entry in found.items()}
+        layouts = {name: _parse_layout(entry) for name, entry in found.items()}
     except (TypeError, ValueError, KeyError, IndexError, AttributeError):
         layouts = {}
     if not layouts or len({layout.cards for layout in layouts.values()}) > 1:
-        raise UserError(f"{path}: no strategy file; a parallel run writes "
+        raise UserError(f"{path}: not a strategy file; a parallel run writes "
                         "output/strategy/ckpt_strategy_rank_N.ckpt")
     return layouts
 
 
-def write_partial_strategy(path, names, target):
-    """Write a strategy file of a few tensors: MindSpore parses it many times. Returns its path."""
+def write_partial_strategy(path: Path, names: Collection[str], target: Path) -> Path:
+    """Write a strategy file of a few tensors, because MindSpore parses the file many times.
+
+    Args:
+        path: the strategy file of all tensors.
+        names: the tensors to keep.
+        target: file to write.
+
+    Returns:
+        target.
+    """
     from mindspore.train.node_strategy_pb2 import ParallelStrategyMap
     content, few = ParallelStrategyMap(), ParallelStrategyMap()
-    content.ParseFromString(Path(path).read_bytes())
+    content.ParseFromString(path.read_bytes())
     few.current_stage = content.current_stage
     few.parallel_strategy_item.extend(content.parallel_strategy_item[:1])
     few.parallel_layout_item.extend(item for item in content.parallel_layout_item
@@ -132,17 +151,19 @@ def write_partial_strategy(path, names, target):
     return target
 
 
-def _layout(entry):
-    """MindSpore's ParallelLayouts -> Layout."""
+def _parse_layout(entry: Any) -> TensorLayout:
+    """Convert MindSpore's ParallelLayouts."""
     if entry.field or (entry.param_split_shape and entry.param_split_shape[0].dim):
-        raise ValueError("splits unevenly")
+        raise ValueError("splits a tensor into unequal parts")
     devices = tuple(entry.dev_matrix[0].dim)
     maps = [list(each.dim) for each in entry.tensor_map]
+    # several axes may split a dimension: one map for each dimension, else one map for all
     each = [each for each in maps if each] if len(maps) > 1 else [[axis] for axis in maps[0]]
-    axes = tuple(tuple(len(devices) - 1 - axis for axis in dimension if axis >= 0) for dimension in each)
+    axes = tuple(tuple(len(devices) - 1 - axis for axis in dimension if axis >= 0)
+                 for dimension in each)
     layout = TensorLayout(devices, axes)
     if not all(0 <= place < len(devices) for places in axes for place in places):
-        raise ValueError("has an axis that its device matrix lacks")
+        raise ValueError("has an axis that is not in its device matrix")
     if entry.opt_weight_shard_step and entry.opt_weight_shard_size:
         spare = layout.cards // math.prod(layout.splits)
         size = entry.opt_weight_shard_size

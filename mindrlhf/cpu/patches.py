@@ -1,4 +1,4 @@
-"""Corrections and optimizations of MindFormers' network. cpu/__init__.py lists every patch, with its reason."""
+"""Corrections and optimizations of MindFormers' network. cpu/__init__.py lists every patch."""
 from __future__ import annotations
 
 from typing import Any
@@ -12,7 +12,7 @@ from mindrlhf.cpu.cells import replace_cells
 def fix_cpu(network: nn.Cell) -> None:
     """Correct a ChatGLM2 network that MindFormers built, in place."""
     encoder = network.transformer.encoder
-    if not hasattr(encoder, "cast"):  # nn.Cell had a cast up to MindSpore 2.6
+    if not hasattr(encoder, "cast"):  # nn.Cell has a cast up to MindSpore 2.6
         encoder.cast = ops.Cast()
     for layer in encoder.layers:
         if hasattr(layer.self_attention, "core_attention"):
@@ -20,8 +20,11 @@ def fix_cpu(network: nn.Cell) -> None:
 
 
 class _FloatMaskMul(nn.Cell):
-    """mask * -10000 with a float mask. MindFormers' uint8 mask times -10000 wraps to +240 without flash attention, and
-    attention then prefers what it must not see."""
+    """mask * -10000 in float32.
+
+    Without flash attention, MindFormers multiplies a uint8 mask by -10000. The product wraps to
+    +240, and attention then prefers the positions that it must not see.
+    """
 
     def construct(self, mask: Tensor, factor: float) -> Tensor:
         """Any shape -> float32 of that shape."""
@@ -29,10 +32,12 @@ class _FloatMaskMul(nn.Cell):
 
 
 def optimize_cpu(network: nn.Cell, config: Any) -> None:
-    """Replace cells by faster and smaller ones with the same results, if they compute in float32. In place.
+    """Replace the optimizer's kernel and, in a float32 network, cells by faster and smaller ones.
+
+    The results are the same.
 
     Args:
-        network: ChatGLM2 or Glm4DPO.
+        network: ChatGLM2 or Glm4DPO, changed in place.
         config: the model_config section.
     """
     _fuse_adamw()
@@ -41,21 +46,26 @@ def optimize_cpu(network: nn.Cell, config: Any) -> None:
 
 
 def _fuse_adamw() -> None:
-    """Let MindFormers' AdamW update a parameter with one kernel in place of a dozen, which need six times its size.
+    """Make MindFormers' AdamW update a parameter with one kernel.
 
-    The kernel knows no bias correction: with b1 = 1 - beta1^t and b2 = sqrt(1 - beta2^t), AdamW's
-    p (1 - lr decay) - lr (m / b1) / (sqrt(v) / b2 + eps) is its p - r (m / (sqrt(v) + eps b2) + p decay b1 / b2)
-    with the rate r = lr b2 / b1.
+    MindFormers uses a dozen kernels, which need six times the parameter's size. The fused kernel
+    does no bias correction. With b1 = 1 - beta1^t and b2 = sqrt(1 - beta2^t), AdamW's
+
+        p (1 - lr decay) - lr (m / b1) / (sqrt(v) / b2 + eps)
+
+    is the kernel's p - r (m / (sqrt(v) + eps b2) + p decay b1 / b2) with the rate r = lr b2 / b1.
     """
     from mindformers.core.optim import adamw
     update, kernel = ops.MultitypeFuncGraph("fused_adamw"), ops.AdamWeightDecay()
 
     @update.register(*["Tensor"] * 10, "Bool")
-    def run(beta1, beta2, eps, step, rate, decay, parameter, gradient, mean, square, wanted):
+    def run(beta1: Tensor, beta2: Tensor, eps: Tensor, step: Tensor, rate: Tensor, decay: Tensor,
+            parameter: Tensor, gradient: Tensor, mean: Tensor, square: Tensor,
+            wanted: bool) -> Tensor:
         if wanted:
             first, second = 1 - ops.pow(beta1, step), ops.sqrt(1 - ops.pow(beta2, step))
-            return kernel(parameter, mean, square, rate * second / first, beta1, beta2, eps * second,
-                          decay * first / second, gradient.astype(ms.float32))
+            return kernel(parameter, mean, square, rate * second / first, beta1, beta2,
+                          eps * second, decay * first / second, gradient.astype(ms.float32))
         return gradient
 
     adamw._adamw_opt = update

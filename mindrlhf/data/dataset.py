@@ -1,24 +1,30 @@
-"""The training file as batches."""
+"""A training file as batches."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
 from mindrlhf.data import mindrecord
 from mindrlhf.records import COLUMNS
 
 
-def open_dataset(path, sidecar, *, batch_size, shuffle, shards=1, shard=0):
-    """Batches of a training file, none of its rows lost.
+def open_dataset(path: str | Path, sidecar: dict[str, Any], *, batch_size: int, shuffle: bool,
+                 shards: int = 1, shard: int = 0) -> Any:
+    """Open a training file as batches that cover every row.
 
-    Rows without pairs fill up the last global batch, so that each worker gets as many batches: the loss is a
-    mean over pairs, and they have none.
+    Rows without pairs pad the last global batch, so that every worker gets the same number of
+    batches. The loss is a mean over pairs, so these rows do not change it.
 
     Args:
         path: the .mindrecord.
-        sidecar: what read_sidecar(path) gave.
+        sidecar: the result of mindrecord.read_data_sidecar(path).
         batch_size: rows of a batch on each worker.
         shuffle: whether the order changes from epoch to epoch.
         shards: number of data-parallel workers.
-        shard: which of them this is.
+        shard: index of this worker.
 
     Returns:
-        a MindSpore dataset with the columns of records.COLUMNS.
+        A MindSpore dataset with the columns of records.COLUMNS.
     """
     import mindspore.dataset as ds
     sizes = {"seq_len": sidecar["seq_len"], "width": sidecar["pairs_per_row"]}

@@ -1,33 +1,41 @@
-"""The training file: columns of a packed row, how it is written, and the sidecar that says what made it."""
+"""The training file: builds a packed row, and writes and reads the file and its sidecar."""
+from __future__ import annotations
+
 import json
 import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mindrlhf.cli import UserError, existing_file
-from mindrlhf.data.features import row_columns
-from mindrlhf.files import write_json
+from mindrlhf.data.features import TokenPair, row_columns
+from mindrlhf.files import staging_folder, write_json
 from mindrlhf.records import COLUMNS, SIDES
 
 SIDECAR_FORMAT = 1
+REQUIRED_KEYS = ("seq_len", "pairs_per_row", "rows", "template", "tokenizer", "checkpoint", "pairs")
 
 
-def make_row(pairs, logps, pair_ids, *, seq_len, width, pad_id):
-    """One row.
+def make_row(pairs: Sequence[TokenPair], logps: Sequence[Sequence[float]] | np.ndarray,
+             pair_ids: Sequence[int], *, seq_len: int, width: int, pad_id: int
+             ) -> dict[str, np.ndarray]:
+    """Build one row.
 
     Args:
-        pairs: list[TokenPair], at most width.
+        pairs: at most `width` pairs.
         logps: reference log-probs, (chosen, rejected) of each pair, nats.
-        pair_ids: number of each pair in the source.
+        pair_ids: row number of each pair in the source.
         seq_len: positions, S.
         width: pairs that the columns have room for, P.
         pad_id: id of the padding token.
 
     Returns:
-        dict of arrays, in the order of COLUMNS: int32 (S,), float32 (P,), pair_ids int32 (P,), -1 for none.
+        The columns in the order of COLUMNS: int32 (S,), float32 (P,) for log-probs, and pair_ids,
+        int32 (P,), padded with -1.
     """
-    row = {}
+    row: dict[str, np.ndarray] = {}
     for number, side in enumerate(SIDES):
         columns = row_columns(pairs, side, seq_len, pad_id)
         row |= {f"{side}_{name}": values for name, values in columns.items()}
@@ -38,46 +46,50 @@ def make_row(pairs, logps, pair_ids, *, seq_len, width, pad_id):
     return row
 
 
-def write_rows(path, rows, *, seq_len, width, sidecar):
-    """Write rows and sidecar. Nothing stands under the final name before all is written.
+def write_rows(path: str | Path, rows: Iterable[Mapping[str, np.ndarray]], *, seq_len: int,
+               width: int, sidecar: Mapping[str, Any]) -> None:
+    """Write rows, index and sidecar; the .mindrecord appears last, when everything is complete.
 
-    MindSpore keeps a file's name inside its index, so the file is written under its name in a folder beside
-    it, and then moved.
+    MindSpore stores the file's name in its index, so the file is written under its final name in a
+    staging folder and then moved.
 
     Args:
-        path: the .mindrecord; path + ".db" (MindSpore's index) and path + ".json" (the sidecar) come with it.
-        rows: iterable of dicts as make_row() gives them.
-        seq_len, width: S and P.
-        sidecar: dict, what made the data.
+        path: the .mindrecord; path + ".db" (MindSpore's index) and path + ".json" (the sidecar) are
+            written with it.
+        rows: results of make_row().
+        seq_len: S.
+        width: P.
+        sidecar: how the data were made.
+
+    Raises:
+        UserError: a file cannot be written.
     """
     from mindspore.mindrecord import FileWriter
     path = Path(path)
-    workshop = path.with_name(f".{path.name}.writing")
-    shutil.rmtree(workshop, ignore_errors=True)
+    sizes = {"seq_len": seq_len, "pairs": width}
+    schema = {name: {"type": column.dtype, "shape": [sizes[column.size]]}
+              for name, column in COLUMNS.items()}
     try:
-        workshop.mkdir(parents=True)
-        writer = FileWriter(str(workshop / path.name), 1, overwrite=True)
-        sizes = {"seq_len": seq_len, "pairs": width}
-        writer.add_schema({name: {"type": column.dtype, "shape": [sizes[column.size]]}
-                           for name, column in COLUMNS.items()}, "packed preference pairs")
-        for row in rows:
-            writer.write_raw_data([row])
-        writer.commit()
-        path.unlink(missing_ok=True)
-        shutil.move(workshop / f"{path.name}.db", path.with_name(f"{path.name}.db"))
-        write_json(data_sidecar_path(path), {"format": SIDECAR_FORMAT, **sidecar})
-        shutil.move(workshop / path.name, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with staging_folder(path) as folder:
+            writer = FileWriter(str(folder / path.name), 1, overwrite=True)
+            writer.add_schema(schema, "packed preference pairs")
+            for row in rows:
+                writer.write_raw_data([row])
+            writer.commit()
+            path.unlink(missing_ok=True)
+            shutil.move(folder / f"{path.name}.db", path.with_name(f"{path.name}.db"))
+            write_json(data_sidecar_path(path), {"format": SIDECAR_FORMAT, **sidecar})
+            shutil.move(folder / path.name, path)
     except (OSError, RuntimeError) as error:
         raise UserError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from None
-    finally:
-        shutil.rmtree(workshop, ignore_errors=True)
 
 
-def read_rows(path):
-    """Rows of a training file, one after another: dicts of arrays.
+def read_rows(path: str | Path) -> Iterator[dict[str, np.ndarray]]:
+    """Read the rows of a training file one by one.
 
     Raises:
-        UserError: the file is none, or damaged.
+        UserError: it is not a training file, or it is damaged.
     """
     from mindspore.mindrecord import FileReader
     reader = None
@@ -85,22 +97,23 @@ def read_rows(path):
         reader = FileReader(str(path))
         yield from reader.get_next()
     except RuntimeError as error:
-        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]}); preprocess again") from None
+        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]}); preprocess "
+                        "again") from None
     finally:
         if reader:
             reader.close()
 
 
-def data_sidecar_path(path):
-    """Where the sidecar of a training file lies."""
+def data_sidecar_path(path: str | Path) -> Path:
+    """Path of a training file's sidecar."""
     return Path(f"{path}.json")
 
 
-def read_data_sidecar(path):
-    """The sidecar of a training file.
+def read_data_sidecar(path: str | Path) -> dict[str, Any]:
+    """Read the sidecar of a training file.
 
     Raises:
-        UserError: file, index or sidecar is missing or no such thing.
+        UserError: file, index or sidecar is missing, or the sidecar is damaged.
     """
     path = existing_file(path, "the data that dpo_preprocess_glm4_parallel.py made")
     existing_file(f"{path}.db", "the index that belongs to the .mindrecord")
@@ -108,38 +121,46 @@ def read_data_sidecar(path):
     try:
         content = json.loads(sidecar.read_text(encoding="utf-8"))
         if content["format"] != SIDECAR_FORMAT:
-            raise ValueError(f"format {content['format']}, this version reads {SIDECAR_FORMAT}")
-        for key in ("seq_len", "pairs_per_row", "rows", "template", "tokenizer", "checkpoint", "pairs"):
+            raise ValueError(f"format {content['format']}, expected {SIDECAR_FORMAT}")
+        for key in REQUIRED_KEYS:
             if key not in content:
                 raise ValueError(f"no {key}")
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise UserError(f"{sidecar}: not a sidecar of training data ({error}); preprocess again") from None
+        raise UserError(f"{sidecar}: not a sidecar of training data ({error}); preprocess "
+                        "again") from None
     return content
 
 
-def require_made_for(path, sidecar, *, seq_len, template, tokenizer, checkpoint):
-    """Raise UserError unless data were made as training will use them, naming each difference.
+def require_made_for(path: str | Path, sidecar: Mapping[str, Any], *, seq_len: int | None,
+                     template: str | None, tokenizer: str | None, checkpoint: str | None) -> None:
+    """Raise UserError, naming each difference, unless the data match the run. None is not compared.
 
     Args:
         path: of the data, for the message.
-        sidecar: what read_sidecar gave.
-        seq_len, template: of the run.
-        tokenizer, checkpoint: fingerprints of the run's files; None is not compared.
+        sidecar: the result of read_data_sidecar(path).
+        seq_len: of the run.
+        template: template.VERSION.
+        tokenizer: fingerprint of the run's tokenizer.
+        checkpoint: fingerprint of the run's checkpoint.
     """
-    pairs = [("seq_len", sidecar["seq_len"], seq_len), ("template", sidecar["template"], template),
-             ("tokenizer", sidecar["tokenizer"]["sha256"], tokenizer),
-             ("checkpoint", sidecar["checkpoint"]["fingerprint"], checkpoint)]
-    differences = [f"{name} was {_short(made)} ({_file(sidecar, name)}), now {_short(now)}"
-                   for name, made, now in pairs if now is not None and made != now]
+    comparisons = (
+        ("seq_len", sidecar["seq_len"], seq_len),
+        ("template", sidecar["template"], template),
+        ("tokenizer", sidecar["tokenizer"]["sha256"], tokenizer),
+        ("checkpoint", sidecar["checkpoint"]["fingerprint"], checkpoint))
+    differences = [f"{name} was {_short(made)} ({_origin(sidecar, name)}), now {_short(now)}"
+                   for name, made, now in comparisons if now is not None and made != now]
     if differences:
-        raise UserError(f"{path}: was not made for this run: {'; '.join(differences)}. Preprocess again with "
-                        "what you train, or train with what you preprocessed")
+        raise UserError(f"{path}: was not made for this run: {'; '.join(differences)}. Preprocess "
+                        "again with the model to train, or train the model of the data")
 
 
-def _short(value):
+def _short(value: Any) -> Any:
+    """A value for a message, hashes abbreviated."""
     return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else value
 
 
-def _file(sidecar, name):
+def _origin(sidecar: Mapping[str, Any], name: str) -> str:
+    """The file that a value of the sidecar describes, for a message."""
     entry = sidecar.get(name)
     return entry["file"] if isinstance(entry, dict) else "in the data"

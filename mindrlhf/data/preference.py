@@ -1,9 +1,16 @@
-"""Preference files to pairs: what is read, what is left out, and what is set apart for evaluation."""
+"""Files to preference pairs: which rows are read, which are dropped, and which are held out."""
+from __future__ import annotations
+
 import hashlib
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from mindrlhf.cli import UserError
 from mindrlhf.data import formats, sources
+from mindrlhf.data.formats import Messages
+from mindrlhf.data.sources import JsonRow
 
 DATASET_TYPES = (*formats.FIELDS, "auto")
 BAD, IDENTICAL, DUPLICATE = "bad row", "identical answers", "pair that stands there already"
@@ -15,12 +22,12 @@ class Pair:
     """One prompt with a preferred and a rejected answer.
 
     Attributes:
-        messages: ((role, text), ...), the conversation before the answer; roles are template.py's.
+        messages: the conversation before the answer.
         chosen, rejected: the answers.
-        number: of the row in the source, from 0, bad rows counted too.
+        number: row number in the source, from 0, bad rows included.
         place: file:line.
     """
-    messages: tuple
+    messages: Messages
     chosen: str
     rejected: str
     number: int = field(default=0, compare=False)
@@ -29,58 +36,63 @@ class Pair:
 
 @dataclass(frozen=True)
 class PairSource:
-    """What was read. read == len(pairs) + all the places in dropped.
+    """The pairs of some files. read == len(pairs) + the number of places in dropped.
 
     Attributes:
-        files: list[Path].
+        files: in the order read.
         dataset_type: of the rows, never auto.
         read: number of rows.
-        pairs: list[Pair] that go on.
-        dropped: reason -> places of what does not go on.
-        noted: peculiarity -> places of pairs that go on all the same.
+        pairs: the pairs that are kept.
+        dropped: reason -> places of the rows that are not kept.
+        noted: peculiarity -> places of pairs that are kept.
         bad: "file:line: why" of each bad row.
     """
-    files: list
+    files: list[Path]
     dataset_type: str
     read: int
-    pairs: list
-    dropped: dict
-    noted: dict
-    bad: list
+    pairs: list[Pair]
+    dropped: dict[str, list[str]]
+    noted: dict[str, list[str]]
+    bad: list[str]
 
 
-def read_pairs(paths, dataset_type="auto", *, skip_bad=False, drop=()):
+def read_pairs(paths: Sequence[str | Path], dataset_type: str = "auto", *, skip_bad: bool = False,
+               drop: Collection[str] = ()) -> PairSource:
     """Read the pairs of files and folders.
 
     Args:
-        paths: list of files and folders.
-        dataset_type: one of DATASET_TYPES; auto is settled by the first row that tells.
-        skip_bad: whether a row that is no pair is left out and listed; otherwise it is an error.
-        drop: which of IDENTICAL and DUPLICATE do not go on.
-
-    Returns:
-        Source.
+        paths: files and folders.
+        dataset_type: one of DATASET_TYPES; auto takes the type of the first row that has one.
+        skip_bad: whether a bad row is dropped and listed; otherwise it is an error.
+        drop: IDENTICAL, DUPLICATE or both, to drop such pairs.
 
     Raises:
-        UserError: naming file and line of the first bad row, or that there is no pair at all.
+        UserError: a row is bad, with its file and line, or there are no pairs at all.
     """
     files = sources.find_files(paths)
-    pairs, bad, dropped, noted, seen, number = [], [], {}, {}, set(), -1
-    for number, (place, row, why) in enumerate(_rows(files)):
+    pairs: list[Pair] = []
+    bad: list[str] = []
+    dropped: dict[str, list[str]] = {}
+    noted: dict[str, list[str]] = {}
+    seen: set[Pair] = set()
+    read = 0
+    for read, (place, row) in enumerate(_rows_with_places(files), 1):
         try:
-            if why:
-                raise ValueError(why)
+            if row.problem:
+                raise ValueError(row.problem)
             if dataset_type == "auto":
-                dataset_type = formats.detect_type(row)
-            pair, changed = _mend(Pair(*formats.parse_row(row, dataset_type), number, place))
+                dataset_type = formats.detect_type(row.value)
+            parsed = Pair(*formats.parse_row(row.value, dataset_type), number=read - 1, place=place)
         except ValueError as error:
             bad.append(f"{place}: {error}")
             if not skip_bad:
                 raise UserError(bad[0]) from None
             dropped.setdefault(BAD, []).append(place)
             continue
-        found = {IDENTICAL: pair.chosen == pair.rejected, DUPLICATE: pair in seen, SURROGATES: changed}
-        found = [name for name, there in found.items() if there]
+        pair = _replace_surrogates(parsed)
+        findings = {IDENTICAL: pair.chosen == pair.rejected, DUPLICATE: pair in seen,
+                    SURROGATES: pair != parsed}
+        found = [name for name, is_found in findings.items() if is_found]
         reason = next((name for name in found if name in drop), None)
         if reason:
             dropped.setdefault(reason, []).append(place)
@@ -90,57 +102,69 @@ def read_pairs(paths, dataset_type="auto", *, skip_bad=False, drop=()):
         seen.add(pair)
         pairs.append(pair)
     if not pairs:
-        wanted = formats.describe_fields(formats.FIELDS if dataset_type == "auto" else [dataset_type])
-        raise UserError(f"{', '.join(map(str, paths))}: holds no pairs (fields of {wanted}). " + "; ".join(
-            [f"{len(places)} x {reason}" for reason, places in dropped.items()] + bad[:1]))
-    return PairSource(files, dataset_type, number + 1, pairs, dropped, noted, bad)
+        raise UserError(_no_pairs(paths, dataset_type, dropped, bad))
+    return PairSource(files, dataset_type, read, pairs, dropped, noted, bad)
 
 
-def _rows(files):
+def _no_pairs(paths: Sequence[str | Path], dataset_type: str, dropped: dict[str, list[str]],
+              bad: list[str]) -> str:
+    """Message for files without pairs: what was expected, and what was dropped instead."""
+    kinds = formats.FIELDS if dataset_type == "auto" else [dataset_type]
+    reasons = [f"{len(places)} x {reason}" for reason, places in dropped.items()]
+    return (f"{', '.join(map(str, paths))}: holds no pairs (expected fields: "
+            f"{formats.describe_fields(kinds)}). " + "; ".join(reasons + bad[:1]))
+
+
+def _rows_with_places(files: Sequence[Path]) -> Iterator[tuple[str, JsonRow]]:
+    """(file:line, row) of each row."""
     for file in files:
-        for line, row, why in sources.read_json_rows(file):
-            yield f"{file}:{line}", row, why
+        for row in sources.read_json_rows(file):
+            yield f"{file}:{row.line}", row
 
 
-def _mend(pair):
-    """(pair without lone surrogates, whether it had any): they have no UTF-8, and so no tokens."""
-    def text(value):
+def _replace_surrogates(pair: Pair) -> Pair:
+    """Replace lone surrogates by U+FFFD: they have no UTF-8, so they cannot be tokenized."""
+    def text(value: str) -> str:
         return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
     messages = tuple((role, text(value)) for role, value in pair.messages)
-    mended = Pair(messages, text(pair.chosen), text(pair.rejected), pair.number, pair.place)
-    return mended, mended != pair
+    return Pair(messages, text(pair.chosen), text(pair.rejected), pair.number, pair.place)
 
 
-def choose_held_out(pairs, ratio):
-    """Which pairs make the evaluation set: whole prompts, picked by a hash, as many as make up the ratio.
+def choose_held_out(pairs: Sequence[Pair], ratio: float) -> list[bool]:
+    """Choose the evaluation set: prompts in order of their hashes, until the ratio is reached.
 
-    Prompts that differ in white space only count as one.
+    All pairs of a prompt are in the same set. Prompts that differ only in white space are the same.
 
     Args:
-        pairs: list[Pair].
-        ratio: share of the pairs, from 0 to below 1.
+        pairs: all pairs.
+        ratio: share of the pairs to hold out, from 0 to below 1.
 
     Returns:
-        list[bool], one for each pair.
+        For each pair, whether it is held out.
 
     Raises:
         UserError: all pairs have the same prompt.
     """
     if not ratio:
         return [False] * len(pairs)
-    keys = [hashlib.sha256(repr([(role, text.split()) for role, text in pair.messages]).encode()).digest()
-            for pair in pairs]
-    counts = {}
-    for key in keys:
-        counts[key] = counts.get(key, 0) + 1
+    keys = [_prompt_hash(pair) for pair in pairs]
+    counts = Counter(keys)
     if len(counts) < 2:
-        raise UserError(f"--eval_ratio {ratio}: all {len(pairs)} pairs have the same prompt, which cannot be "
-                        "on both sides; leave the option out")
-    room, picked = round(ratio * len(pairs)), set()
+        raise UserError(f"--eval_ratio {ratio}: all {len(pairs)} pairs have the same prompt, which "
+                        "cannot be in both sets; omit the option")
+    room = round(ratio * len(pairs))
+    chosen: set[bytes] = set()
     for key in sorted(counts):
-        if counts[key] <= room and len(picked) + 1 < len(counts):
-            picked.add(key)
+        if counts[key] <= room and len(chosen) + 1 < len(counts):
+            chosen.add(key)
             room -= counts[key]
-    picked = picked or {min(counts, key=lambda key: (counts[key], key))}
-    return [key in picked for key in keys]
+    if not chosen:
+        chosen = {min(counts, key=lambda key: (counts[key], key))}
+    return [key in chosen for key in keys]
+
+
+def _prompt_hash(pair: Pair) -> bytes:
+    """SHA-256 of the messages, white space apart."""
+    words = [(role, text.split()) for role, text in pair.messages]
+    return hashlib.sha256(repr(words).encode()).digest()

@@ -1,4 +1,4 @@
-"""Preprocessing from files of pairs to files of training data, shared out over the workers of a launch."""
+"""Preprocessing: files of pairs to training data, split over the workers of a launch."""
 from __future__ import annotations
 
 import hashlib
@@ -7,24 +7,23 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mindrlhf import cli, config
 from mindrlhf.arithmetic import ceil_div
 from mindrlhf.checkpoints import fingerprints
 from mindrlhf.cli import UserError
+from mindrlhf.config import Settings
 from mindrlhf.data import merge, mindrecord, preference, reference, summary
-from mindrlhf.data.parts import Parts
+from mindrlhf.data.parts import Part, Parts
 from mindrlhf.models.glm4 import load, sidecar, template
 from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
 from mindrlhf.parallel import Plan
 
-Settings = dict[str, Any]
-
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says of the data; the options of dpo_preprocess_glm4_parallel.py explain each."""
+    """Command-line options for the data; dpo_preprocess_glm4_parallel.py --help explains each."""
     src: Sequence[str]
     dst: str
     dataset_type: str = "auto"
@@ -37,7 +36,19 @@ class Options:
 
 
 OPTION_NAMES = [field.name for field in fields(Options)]
-RECORDED = ("truncation", "on_bad_row", "identical", "duplicates", "eval_ratio", "pack")  # in the data's sidecar
+# Options that the sidecar of the data records.
+RECORDED = ("truncation", "on_bad_row", "identical", "duplicates", "eval_ratio", "pack")
+
+
+class RunDescription(NamedTuple):
+    """How a run makes its data.
+
+    Attributes:
+        origin: what the sidecar says about it, `run` (the SHA-256 of identity) included.
+        identity: everything that determines the content of the data, as JSON values.
+    """
+    origin: dict[str, Any]
+    identity: dict[str, Any]
 
 
 def preprocess(options: Options, config_path: str, overrides: dict[str, Any]) -> None:
@@ -46,61 +57,67 @@ def preprocess(options: Options, config_path: str, overrides: dict[str, Any]) ->
     Args:
         options: what to read and how.
         config_path: YAML with run_mode preprocess.
-        overrides: settings from the command line, dotted key -> value, None where it is silent.
+        overrides: settings from the command line, dotted key -> value, None for options not given.
 
     Raises:
-        UserError: a file, a row or a setting is wrong, or the model gives log-probs that are not finite.
+        UserError: a file, a row or a setting is wrong, or the model gives log-probs that are not
+            finite.
     """
     settings = load_preprocess_settings(options, config_path, overrides)
+    is_sharded = Plan.of(settings).is_sharded
     source, held_out = read_source(options)
     sidecar.require_same_model(settings.get("load_checkpoint"), settings)
 
     from mindrlhf import runtime
-    if not Plan.of(settings).is_sharded:
-        runtime.leave_cluster()  # workers compute alone here
+    if not is_sharded:
+        runtime.leave_cluster()  # each worker computes alone
     runtime.quiet_mindformers()
     tokenizer = Glm4Tokenizer(settings["processor"]["tokenizer"]["vocab_file"])
     tokenizer.check_vocabulary(settings["model"]["model_config"]["padded_vocab_size"])
-    origin, identity = describe_run(options, settings, source, tokenizer)
+    run = describe_run(options, settings, source, tokenizer)
 
     count = ceil_div(len(source.pairs), reference.part_size(len(source.pairs)))
-    parts = Parts(options.dst, count, identity)
+    parts = Parts(options.dst, count, run.identity)
     parts.check()
-    mine = range(count) if Plan.of(settings).is_sharded else range(cli.rank(), count, cli.workers())
+    mine = range(count) if is_sharded else range(cli.rank(), count, cli.workers())
     todo = [number for number in mine if not parts.is_done(number)]
-    paths = [options.dst, *([merge.eval_path(options.dst)] if any(held_out) else [])]
-    if is_made(paths, origin["run"]):  # asked after the parts, which rank 0 removes when all is made
-        cli.say(f"{options.dst}: exists already, made from the same data, weights and options. Nothing to do")
+    paths = [Path(options.dst), *([merge.eval_path(options.dst)] if any(held_out) else [])]
+    if is_made(paths, run.origin["run"]):  # checked last: rank 0 then removes parts
+        cli.say(f"{options.dst}: exists already, made from the same data, weights and options. "
+                "Nothing to do")
         parts.remove()
         return
     score_parts(parts, todo, source, settings, tokenizer, options)
     if cli.rank() == 0:
-        report = merge.merge_parts(parts, source, held_out, destination=options.dst, packed=options.pack,
-                             seq_len=origin["seq_len"], pad_id=tokenizer.pad_id, sidecar=origin)
+        report = merge.merge_parts(
+            parts, source, held_out, destination=options.dst, packed=options.pack,
+            seq_len=run.origin["seq_len"], pad_id=tokenizer.pad_id, sidecar=run.origin)
         is_drawn = summary.draw_summary(f"{options.dst}.png", report.scored)
         parts.remove()
-        cli.say(*summary.summary_lines(report), f"  picture    {options.dst}.png" if is_drawn else
-                "  picture    none: matplotlib is not installed")
+        picture = f"{options.dst}.png" if is_drawn else "none: matplotlib is not installed"
+        cli.say(*summary.summary_lines(report), f"  picture    {picture}")
 
 
-def load_preprocess_settings(options: Options, config_path: str, overrides: dict[str, Any]) -> Settings:
-    """The settings of a run, checked as far as they can be without MindSpore."""
+def load_preprocess_settings(options: Options, config_path: str, overrides: dict[str, Any]
+                             ) -> Settings:
+    """Load the settings of a run, and check what can be checked without MindSpore."""
     settings = config.load_settings(config_path, run_mode="preprocess", overrides=overrides)
     config.require_weights(settings)
     config.require_workers(settings, cli.workers())
     if Plan.of(settings).is_sharded and not settings["parallel"].get("full_batch"):
-        raise UserError(f"{config_path}: preprocessing with a parallel plan needs parallel.full_batch True: every "
-                        "card is given the whole batch")
+        raise UserError(f"{config_path}: parallel.full_batch must be True to preprocess with a "
+                        "parallel plan, because every card gets the full batch")
     if Path(options.dst).is_dir():
         raise UserError(f"{options.dst}: is a folder; --dst is the name of a file")
     return settings
 
 
 def read_source(options: Options) -> tuple[preference.PairSource, list[bool]]:
-    """The pairs, and which of them are held out; prints what was found."""
+    """Read the pairs, choose which are held out, and print what was found."""
     choices = {preference.IDENTICAL: options.identical, preference.DUPLICATE: options.duplicates}
-    source = preference.read_pairs(options.src, options.dataset_type, skip_bad=options.on_bad_row == "skip",
-                             drop=[reason for reason, choice in choices.items() if choice == "drop"])
+    source = preference.read_pairs(
+        options.src, options.dataset_type, skip_bad=options.on_bad_row == "skip",
+        drop=[reason for reason, choice in choices.items() if choice == "drop"])
     detected = " (detected from its fields)" if options.dataset_type == "auto" else ""
     cli.say(f"{len(source.pairs):,} pairs in {len(source.files)} file(s), "
             f"--dataset_type {source.dataset_type}{detected}")
@@ -108,23 +125,35 @@ def read_source(options: Options) -> tuple[preference.PairSource, list[bool]]:
 
 
 def describe_run(options: Options, settings: Settings, source: preference.PairSource,
-                 tokenizer: Glm4Tokenizer) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(What the sidecar says of the data's origin, the identity of the run: everything that the data depend on)."""
+                 tokenizer: Glm4Tokenizer) -> RunDescription:
+    """Describe how a run makes its data.
+
+    Args:
+        options: of the data.
+        settings: of the run.
+        source: the pairs.
+        tokenizer: of the model.
+    """
     from mindrlhf import runtime
     hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in source.files]
-    weights = fingerprints.fingerprint(load.open_weights(settings["load_checkpoint"], settings.get("src_strategy")))
-    about = {"seq_len": settings["model"]["model_config"]["seq_length"], "template": template.VERSION,
-             "dataset_type": source.dataset_type, "versions": runtime.versions(),
-             "options": {name: getattr(options, name) for name in RECORDED}}
-    identity = {**about, "data": hashes, "tokenizer": tokenizer.fingerprint, "checkpoint": weights,
-                "logps_chunk_size": settings["dpo"].get("logps_chunk_size"),
-                **{name: settings.get(name) for name in ("model", "runner_config", "parallel", "parallel_config")}}
-    origin = {**about,
-              "source": [{"file": str(file), "sha256": sha} for file, sha in zip(source.files, hashes)],
-              "tokenizer": {"file": str(tokenizer.path), "sha256": tokenizer.fingerprint},
-              "checkpoint": {"file": settings["load_checkpoint"], "fingerprint": weights},
-              "run": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()}
-    return origin, identity
+    weights = fingerprints.fingerprint(
+        load.open_weights(settings["load_checkpoint"], settings.get("src_strategy")))
+    about = {
+        "seq_len": settings["model"]["model_config"]["seq_length"], "template": template.VERSION,
+        "dataset_type": source.dataset_type, "versions": runtime.versions(),
+        "options": {name: getattr(options, name) for name in RECORDED}}
+    sections = ("model", "runner_config", "parallel", "parallel_config")
+    identity = {
+        **about, "data": hashes, "tokenizer": tokenizer.fingerprint, "checkpoint": weights,
+        "logps_chunk_size": settings["dpo"].get("logps_chunk_size"),
+        **{name: settings.get(name) for name in sections}}
+    origin = {
+        **about,
+        "source": [{"file": str(file), "sha256": sha} for file, sha in zip(source.files, hashes)],
+        "tokenizer": {"file": str(tokenizer.path), "sha256": tokenizer.fingerprint},
+        "checkpoint": {"file": settings["load_checkpoint"], "fingerprint": weights},
+        "run": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()}
+    return RunDescription(origin, identity)
 
 
 def is_made(paths: Iterable[str | Path], run: str) -> bool:
@@ -136,19 +165,26 @@ def is_made(paths: Iterable[str | Path], run: str) -> bool:
 
 
 def open_scorer(settings: Settings, tokenizer: Glm4Tokenizer, *, packed: bool) -> reference.Scorer:
-    """The reference model with its weights."""
+    """Build the reference model and load its weights.
+
+    Args:
+        settings: of the run.
+        tokenizer: of the model.
+        packed: whether a row holds as many pairs as fit, or one.
+    """
     from mindrlhf import runtime
     from mindrlhf.models.glm4 import build
     run_config = config.to_mindformers(settings)
     runtime.start_device(run_config, parallel=Plan.of(settings).is_sharded and cli.workers() > 1)
     model = build.build_network(run_config)
     load.load_weights(model, settings["load_checkpoint"], strategy=settings.get("src_strategy"))
-    return reference.Scorer(model, seq_len=settings["model"]["model_config"]["seq_length"], packed=packed,
-                            batch_size=settings["runner_config"]["batch_size"], pad_id=tokenizer.pad_id)
+    return reference.Scorer(model, seq_len=settings["model"]["model_config"]["seq_length"],
+                            batch_size=settings["runner_config"]["batch_size"],
+                            pad_id=tokenizer.pad_id, packed=packed)
 
 
 class Bar:
-    """The progress of all workers, drawn on rank 0: pairs, pairs/s, real tokens/s, time left.
+    """Progress of all workers, drawn on rank 0: pairs, pairs/s, real tokens/s, time left.
 
     Args:
         parts: of the run.
@@ -156,30 +192,31 @@ class Bar:
     """
 
     def __init__(self, parts: Parts, total: int):
-        self.parts, self.looked = parts, time.monotonic()
+        self.parts, self.drawn = parts, time.monotonic()
         pairs, self.tokens = parts.progress()
-        self.bar, self.began = cli.progress_bar(total, "score", "pair", initial=pairs), time.monotonic()
+        self.bar = cli.progress_bar(total, "score", "pair", initial=pairs)
+        self.began = time.monotonic()
 
     def show(self, at_once: bool = False) -> None:
-        """Draw what all workers have reported, twice a second at most unless at_once."""
+        """Draw the progress, at most twice a second unless at_once."""
         now = time.monotonic()
-        if self.bar.disable or (now - self.looked < 0.5 and not at_once):
+        if self.bar.disable or (now - self.drawn < 0.5 and not at_once):
             return
-        self.looked = now
+        self.drawn = now
         pairs, tokens = self.parts.progress()
         speed = (tokens - self.tokens) / (now - self.began)
         self.bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
         self.bar.update(pairs - self.bar.n)
 
     def close(self) -> None:
-        """Draw the last state and leave it on the screen."""
+        """Draw the final progress and leave it on the screen."""
         self.show(at_once=True)
         self.bar.close()
 
 
-def score_parts(parts: Parts, todo: Sequence[int], source: preference.PairSource, settings: Settings,
-                tokenizer: Glm4Tokenizer, options: Options) -> None:
-    """Make the parts in todo; rank 0 then waits until those of the others exist too.
+def score_parts(parts: Parts, todo: Sequence[int], source: preference.PairSource,
+                settings: Settings, tokenizer: Glm4Tokenizer, options: Options) -> None:
+    """Make the parts in todo; rank 0 then waits for the parts of the other workers.
 
     Args:
         parts: of the run.
@@ -190,20 +227,26 @@ def score_parts(parts: Parts, todo: Sequence[int], source: preference.PairSource
         options: of the data.
     """
     bar = Bar(parts, len(source.pairs))
-    scorer = open_scorer(settings, tokenizer, packed=options.pack) if todo else None
-    writes = cli.rank() == 0 or not Plan.of(settings).is_sharded
+    is_writer = cli.rank() == 0 or not Plan.of(settings).is_sharded
     size = reference.part_size(len(source.pairs))
-    for number in todo:
-        def report(pairs: int, tokens: int, number: int = number) -> None:
-            if writes:
+
+    def score_part(number: int, scorer: reference.Scorer) -> Part:
+        def report(pairs: int, tokens: int) -> None:
+            if is_writer:
                 parts.report(number, pairs, tokens)
             bar.show()
 
-        part = reference.make_part(tokenizer, source.pairs[number * size:(number + 1) * size], number * size,
+        first = number * size
+        return reference.make_part(tokenizer, source.pairs[first:first + size], first,
                                    seq_len=scorer.seq_len, truncation=options.truncation,
-                                   score=lambda pairs, report=report: scorer(pairs, report))
-        if writes:
-            parts.write(number, part)
+                                   score=lambda pairs: scorer(pairs, report))
+
+    if todo:
+        scorer = open_scorer(settings, tokenizer, packed=options.pack)
+        for number in todo:
+            part = score_part(number, scorer)
+            if is_writer:
+                parts.write(number, part)
     if cli.rank() == 0:
         parts.wait(bar.show)
     bar.close()

@@ -1,58 +1,60 @@
-"""What preprocessing says at its end: one screen, and a picture of lengths and log-probs."""
+"""The report at the end of preprocessing: a screen of text, and a plot of lengths and log-probs."""
+from __future__ import annotations
+
 import logging
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from mindrlhf.arithmetic import ceil_div
+from mindrlhf.data.merge import MergeReport
+from mindrlhf.data.parts import Scored
 from mindrlhf.files import atomic_file
 from mindrlhf.records import SIDES
 
-EXAMPLES = 3  # places named of each kind
+EXAMPLES = 3  # places listed for each reason
 BAD_ROWS = 20  # bad rows listed in full
 POINTS = 20_000  # of the scatter plot
 
 
-def summary_lines(report):
-    """Lines of text about a merge.Report."""
+def summary_lines(report: MergeReport) -> list[str]:
+    """Lines of text about a merge."""
     scored, sides = report.scored, report.scored.sides
-    longer, rows = sides.max(1), sum(rows for _, _, rows, _ in report.files)
-    written = " + ".join(f"{pairs:,}" for _, pairs, _, _ in report.files)
+    rows = sum(file.rows for file in report.files)
+    written = " + ".join(f"{file.pairs:,}" for file in report.files)
     lost = sum(map(len, report.dropped.values()))
-    percentiles = [f"{name} {value:.0f}" for name, value in zip(
-        ("shortest", "5 %", "median", "95 %", "longest"), np.percentile(longer, (0, 5, 50, 95, 100)))]
-    mean = scored.logps.sum(0, dtype=np.float64) / scored.lengths[:, 1:].sum(0)
-    lines = [f"{path}: {pairs:,} pairs in {rows:,} rows of {report.seq_len}, at most {width} a row"
-             for path, pairs, rows, width in report.files]
+    lines = [f"{file.path}: {file.pairs:,} pairs in {file.rows:,} rows of {report.seq_len}, at "
+             f"most {file.pairs_per_row} per row" for file in report.files]
     lines.append(f"  pairs      {report.read:,} read = {written} written + {lost:,} dropped")
-    lines += [f"  dropped    {_places(reason, places)}" for reason, places in report.dropped.items()]
+    lines += [f"  dropped    {_count(reason, places)}" for reason, places in report.dropped.items()]
     lines += [f"             {problem}" for problem in report.bad[:BAD_ROWS]]
     if len(report.bad) > BAD_ROWS:
-        lines.append(f"             and {len(report.bad) - BAD_ROWS:,} more: see bad_rows in the .json")
-    lines += [f"  noted      {_places(what, places)}" for what, places in report.noted.items()]
+        lines.append(f"             and {len(report.bad) - BAD_ROWS:,} more: see bad_rows in the "
+                     ".json")
+    lines += [f"  noted      {_count(name, places)}" for name, places in report.noted.items()]
+
     filled = sides.sum(0) / (rows * report.seq_len)
-    lines += [f"  tokens     {sides.sum():,} real, {filled.mean():.1%} of all positions; the side with more "
-              f"is {filled.max():.1%} full",
-              f"  length     {', '.join(percentiles)} tokens (the longer side of a pair)",
-              "  reference  " + ", ".join(f"{side} {value:.4f}" for side, value in zip(SIDES, mean))
-              + " nats a token"]
-    return lines
+    names = ("shortest", "5 %", "median", "95 %", "longest")
+    lengths = np.percentile(sides.max(1), (0, 5, 50, 95, 100))
+    length = ", ".join(f"{name} {value:.0f}" for name, value in zip(names, lengths))
+    mean = scored.logps.sum(0, dtype=np.float64) / scored.lengths[:, 1:].sum(0)
+    reference = ", ".join(f"{side} {value:.4f}" for side, value in zip(SIDES, mean))
+    return [*lines,
+            f"  tokens     {sides.sum():,} real, {filled.mean():.1%} of all positions; the fuller "
+            f"side is {filled.max():.1%} full",
+            f"  length     {length} tokens (the longer side of a pair)",
+            f"  reference  {reference} nats per token"]
 
 
-def _places(what, places):
+def _count(reason: str, places: Sequence[str]) -> str:
+    """How often something occurs, and the first places."""
     more = ", ..." if len(places) > EXAMPLES else ""
-    return f"{len(places):,} x {what} ({', '.join(places[:EXAMPLES])}{more})"
+    return f"{len(places):,} x {reason} ({', '.join(places[:EXAMPLES])}{more})"
 
 
-def draw_summary(path, scored):
-    """Draw lengths of answers' sides and log-probs per token.
-
-    Args:
-        path: of the PNG.
-        scored: parts.Scored.
-
-    Returns:
-        bool, False where matplotlib is not installed.
-    """
+def draw_summary(path: str | Path, scored: Scored) -> bool:
+    """Plot the lengths of both sides and the log-probs per token; False without matplotlib."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     try:
         from matplotlib.figure import Figure
@@ -65,15 +67,17 @@ def draw_summary(path, scored):
     for column, side in enumerate(SIDES):
         values = sides[:, column]
         left.hist(values, bins, histtype="step", label=f"{side}, mean {values.mean():.0f}")
-    left.set(title=f"lengths of {len(sides):,} pairs", xlabel="tokens, prompt + answer", ylabel="pairs")
+    left.set(title=f"lengths of {len(sides):,} pairs", xlabel="tokens, prompt + answer",
+             ylabel="pairs")
     left.legend()
     shown = per_token[::ceil_div(len(per_token), POINTS)]
-    right.scatter(shown[:, 0], shown[:, 1], s=np.clip(4000 / len(shown), 3, 30), alpha=0.5, linewidths=0)
+    size = np.clip(4000 / len(shown), 3, 30)
+    right.scatter(shown[:, 0], shown[:, 1], s=size, alpha=0.5, linewidths=0)
     limits = [shown.min() - 0.05, min(shown.max() + 0.05, 0)]
     right.plot(limits, limits, color="gray", linewidth=0.8)
     better = (per_token[:, 0] > per_token[:, 1]).mean()
-    right.set(title=f"the reference model finds the chosen answer likelier: {better:.0%}",
-              xlabel="chosen, nats a token", ylabel="rejected, nats a token", aspect="equal")
+    right.set(title=f"chosen answer more likely under the reference model: {better:.0%}",
+              xlabel="chosen, nats per token", ylabel="rejected, nats per token", aspect="equal")
     with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=110)
     return True

@@ -1,1 +1,1 @@
-"""What one does with a trained model: ask it."""
+"""Text generation with a trained model."""

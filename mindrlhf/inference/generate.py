@@ -1,4 +1,4 @@
-"""Answers of a trained model, by MindFormers' text generation."""
+"""Answers of a trained model, from MindFormers' text generation."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -6,24 +6,24 @@ from typing import Any
 
 from mindrlhf import cli, config
 from mindrlhf.cli import UserError
+from mindrlhf.config import Settings
 from mindrlhf.models.glm4 import sidecar, template
-
-Settings = dict[str, Any]
 
 
 def predict(settings: Settings, text: str | None, adapters: str | None = None) -> str:
     """The model's answer to one message.
 
     Args:
-        settings: as config.load() returns them, of run_mode predict.
-        text: what the user says.
-        adapters: LoRA adapters to add to the weights: output/checkpoint_network of their training, or one file.
+        settings: as config.load_settings returns them, of run_mode predict.
+        text: the user's message.
+        adapters: LoRA adapters to add to the weights: output/checkpoint_network of their training,
+            or one file.
 
     Returns:
         the answer without special tokens.
 
     Raises:
-        UserError: there is no text, it is too long, or weights, adapters and YAML do not belong together.
+        UserError: there is no text, it is too long, or weights, adapters and YAML do not match.
     """
     from mindrlhf import runtime
     from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
@@ -38,30 +38,46 @@ def predict(settings: Settings, text: str | None, adapters: str | None = None) -
     prompt = template.prompt_ids(tokenizer, [("user", text)])
     room = model_config["seq_length"] - len(prompt)
     if room < 1:
-        raise UserError(f"--predict_data is {len(prompt)} tokens, seq_length {model_config['seq_length']}; shorten it")
+        raise UserError(f"--predict_data is {len(prompt)} tokens with the chat template, which "
+                        f"fills seq_length {model_config['seq_length']}; shorten it")
     config.require_weights(settings)
     _check_strategy(settings, adapters)
     with cli.quiet_stdout():
         model = load_model(settings, adapters)
-        output = model.generate([prompt], max_new_tokens=min(model_config.get("max_decode_length", 512), room),
-                                eos_token_id=tokenizer.stop_ids, pad_token_id=tokenizer.pad_id)[0]
+        output = model.generate(
+            [prompt], max_new_tokens=min(model_config.get("max_decode_length", 512), room),
+            eos_token_id=tokenizer.stop_ids, pad_token_id=tokenizer.pad_id)[0]
     return tokenizer.decode(output[len(prompt):]).strip()
 
 
 def _check_strategy(settings: Settings, adapters: str | None) -> None:
-    """Raise UserError if --src_strategy could belong to the weights or to the adapters."""
+    """Raise UserError if --src_strategy is ambiguous: weights and adapters both are shards."""
     path = settings["load_checkpoint"]
-    if settings.get("src_strategy") and adapters and Path(path).is_dir() and Path(adapters).is_dir():
-        raise UserError(f"--src_strategy: {path} and {adapters} are both folders of shards; merge one of them first")
+    both = adapters and Path(path).is_dir() and Path(adapters).is_dir()
+    if settings.get("src_strategy") and both:
+        raise UserError(f"--src_strategy: {path} and {adapters} are both folders of shards; merge "
+                        "one of them first")
 
 
 def load_model(settings: Settings, adapters: str | None) -> Any:
-    """MindFormers' ChatGLM2ForConditionalGeneration with the weights, and adapters added to them. Arguments as in predict()."""
+    """Build MindFormers' ChatGLM2ForConditionalGeneration and load its weights.
+
+    Args:
+        settings: as config.load_settings returns them, of run_mode predict.
+        adapters: LoRA adapters to add to the weights, as in predict().
+
+    Returns:
+        the network, ready to generate.
+
+    Raises:
+        UserError: weights, adapters and YAML do not match.
+    """
     from mindrlhf import runtime
     from mindrlhf.models.glm4 import build, load, lora
 
     path, strategy = settings["load_checkpoint"], settings.get("src_strategy")
-    of_adapters = bool(adapters) and not Path(path).is_dir()  # --src_strategy belongs to whatever is sharded
+    # --src_strategy is that of the sharded one: the weights, else the adapters
+    of_adapters = bool(adapters) and not Path(path).is_dir()
     run_config = config.to_mindformers(settings)
     runtime.start_device(run_config, parallel=False)
     model = build.build_network(run_config)

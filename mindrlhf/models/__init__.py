@@ -1,1 +1,1 @@
-"""Models that can be trained."""
+"""Models that the project trains, a package each."""

@@ -1,34 +1,38 @@
 """Memory of a card during a step, part by part, in bytes.
 
-Weights, gradients and moments are exact (parameters.py). What is kept from the forward to the backward
-pass follows the graphs that MindSpore 2.7 compiles for these plans, and a layer's work follows runs on
-the CPU; tests/test_plan.py and benchmarks/plan_memory.py compare both. Assumptions are marked.
+Weights, gradients and moments are exact (parameters.py). Activations that are kept from the forward
+to the backward pass follow the graphs that MindSpore 2.7 compiles for these plans. The working
+memory of a layer follows runs on the CPU. tests/test_plan.py and benchmarks/plan_memory.py compare
+both. Assumptions are marked.
 """
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+from mindrlhf.arithmetic import ceil_div
 from mindrlhf.models.glm4.model_config import ModelConfig
-from mindrlhf.parallel import Plan
+from mindrlhf.parallel import MOST_CHUNKS, Plan
 from mindrlhf.plan.parameters import BYTES, held
 
-RESIDUAL = 4  # bytes: the sums between layers and the norms are float32 (layernorm_compute_type)
-BUFFERS = 2e9  # assumption: the communication library's buffers and what fragmentation loses
-# float32 tensors of a chunk's logits at once, measured by benchmarks/plan_memory.py: logits, shifted, exp,
-# one-hot, products and gradients where cards share the vocabulary; logits and softmax where one has it all
+RESIDUAL = 4  # bytes: residuals and norms are float32 (layernorm_compute_type)
+BUFFERS = 2e9  # assumption: the communication library's buffers, and memory lost to fragmentation
+# float32 tensors of a chunk's logits alive at once, measured by benchmarks/plan_memory.py: logits,
+# shifted, exp, one-hot, products, gradients if the vocabulary is sharded, else logits and softmax
 SPREAD_COPIES, LOCAL_COPIES = 10, 3
-MOST_CHUNKS = 64  # as in losses.py, which needs MindSpore
 
 
 @dataclass(frozen=True)
 class Shares:
-    """How the positions of a step are shared out.
+    """How the positions of a step are split over the cards.
 
     Attributes:
-        split: positions of a card where the model names no strategy (sums, norms, rotary embedding): MindSpore
-            spreads the rows over all cards, as far as they divide.
-        group: positions of a data-parallel group: those of a card's matrix products.
+        split: positions of a card in operators for which the model names no strategy (sums, norms,
+            rotary embedding): MindSpore splits the rows over all cards, as far as they divide.
+        group: positions of a data-parallel group, which its cards' matrix products compute.
         everywhere: positions whose log-probs each card computes, on its part of the vocabulary.
-        vocabulary: over how many cards the vocabulary is split.
+        vocabulary: number of cards over which the vocabulary is split.
     """
     split: int
     group: int
@@ -36,149 +40,218 @@ class Shares:
     vocabulary: int
 
 
-def shares_of(settings, devices):
-    """Shares of the settings of a YAML on a number of cards."""
+class Widths(NamedTuple):
+    """Elements of a position in the tensors of a layer.
+
+    Attributes:
+        hidden: hidden state.
+        query: all query heads.
+        key: all key heads; the value heads have as many.
+        ffn: feed-forward layer.
+    """
+    hidden: int
+    query: int
+    key: int
+    ffn: int
+
+
+class Chunks(NamedTuple):
+    """How the log-probs of a step are split into chunks.
+
+    Attributes:
+        size: positions of a chunk, whose logits are in memory at once.
+        number: how many chunks there are.
+    """
+    size: int
+    number: int
+
+
+class Peak(NamedTuple):
+    """The moment of a step with the most memory.
+
+    Attributes:
+        where: "log-probs", "last layer" or "first layer".
+        bytes: memory of a card.
+    """
+    where: str
+    bytes: float
+
+
+def shares_of(settings: dict[str, Any], devices: int) -> Shares:
+    """Shares of a YAML on a number of cards."""
     plan, length = Plan.of(settings, devices), settings["model"]["model_config"]["seq_length"]
     batch = settings["runner_config"]["batch_size"]
-    if not Plan.of(settings).is_sharded:  # each card by itself
-        return Shares(2 * batch * length, 2 * batch * length, 2 * batch * length, 1)
-    rows, group = 2 * batch * plan.data, 2 * batch * length
+    group = 2 * batch * length  # a row has a chosen and a rejected side
+    if not plan.is_sharded:  # each card computes alone
+        return Shares(group, group, group, 1)
+    rows = 2 * batch * plan.data
     split = rows // math.gcd(rows, plan.cards) * length
-    return Shares(split, group, group, 1) if plan.keeps_vocabulary else Shares(
-        split, group, rows * length, plan.cards)
+    if plan.keeps_vocabulary:
+        return Shares(split, group, group, 1)
+    return Shares(split, group, rows * length, plan.cards)
 
 
-def widths(settings):
-    """Numbers of a position: (hidden, all query heads, all key heads, feed-forward)."""
-    numbers = ModelConfig.of(settings)
-    query, key, _ = numbers.qkv_sizes
-    return numbers.hidden_size, query, key, numbers.ffn_hidden_size
+def widths(settings: dict[str, Any]) -> Widths:
+    """Widths of the model's layers."""
+    sizes = ModelConfig.of(settings)
+    query, key, _ = sizes.qkv_sizes
+    return Widths(sizes.hidden_size, query, key, sizes.ffn_hidden_size)
 
 
-def layer_kept(settings, shares):
-    """Bytes that a layer keeps for the backward pass under recomputation: the sum that enters it, and
-    queries, keys and values before rotation, where MindSpore's recomputation starts. A sharded graph in
-    mixed precision keeps float32 copies as well: of the attention's output, and of those parts of queries
-    and keys that are rotated."""
-    model, (hidden, query, key, _) = settings["model"]["model_config"], widths(settings)
-    compute = BYTES[model["compute_dtype"]]
-    kept = RESIDUAL * hidden + compute * (query + 2 * key)
+def compute_bytes(settings: dict[str, Any]) -> int:
+    """Bytes of an element in compute_dtype."""
+    return BYTES[settings["model"]["model_config"]["compute_dtype"]]
+
+
+def layer_kept(settings: dict[str, Any], shares: Shares) -> int:
+    """Bytes that a layer keeps for the backward pass under recomputation.
+
+    These are the residual that enters the layer, and queries, keys and values before rotation,
+    where MindSpore's recomputation starts. A sharded graph in mixed precision also keeps float32
+    copies of the attention's output, and of the rotated parts of queries and keys.
+    """
+    width, compute = widths(settings), compute_bytes(settings)
+    kept = RESIDUAL * width.hidden + compute * (width.query + 2 * width.key)
     if compute != RESIDUAL and Plan.of(settings).is_sharded:
-        kept += RESIDUAL * hidden + RESIDUAL * (query + key) // 2
+        kept += RESIDUAL * width.hidden + RESIDUAL * (width.query + width.key) // 2
     return shares.split * kept
 
 
-def head_kept(settings, shares, model_parallel):
-    """Bytes that stay besides: the hidden states of all positions whose log-probs are computed here, the
-    last norm's input, the embedding (of a whole group, if its vocabulary is split), and the output
-    layer's weight in another type."""
-    model = settings["model"]["model_config"]
-    hidden, compute = model["hidden_size"], BYTES[model["compute_dtype"]]
+def head_kept(settings: dict[str, Any], shares: Shares, model_parallel: int) -> int:
+    """Bytes that are kept outside of the layers.
+
+    These are the hidden states of all positions whose log-probs are computed here, the input of the
+    last norm, the embedding (of the whole group if its vocabulary is split), and the output layer's
+    weight in compute_dtype.
+
+    Args:
+        settings: as config.load_settings returns them.
+        shares: of the settings.
+        model_parallel: number of cards in a group.
+    """
+    model, sizes = settings["model"]["model_config"], ModelConfig.of(settings)
+    hidden, compute = sizes.hidden_size, compute_bytes(settings)
     embedded = shares.group if model_parallel > 1 else shares.split
-    weight = model["padded_vocab_size"] // shares.vocabulary * hidden * compute
+    weight = sizes.padded_vocab_size // shares.vocabulary * hidden * compute
     return (shares.everywhere * hidden * compute + (shares.split + embedded) * hidden * RESIDUAL
             + (weight if model["param_init_type"] != model["compute_dtype"] else 0))
 
 
-def layer_whole(settings, positions):
-    """Bytes that a layer keeps without recomputation: inputs of norms and matrix products, queries, keys,
-    values, the attention's result, gate, its SiLU, up, their product. Flash attention keeps no scores."""
-    hidden, query, _, ffn = widths(settings)
-    compute = BYTES[settings["model"]["model_config"]["compute_dtype"]]
-    return positions * compute * (4 * ffn + 6 * hidden + 4 * query)
+def layer_whole(settings: dict[str, Any], positions: int) -> int:
+    """Bytes that a layer keeps without recomputation.
+
+    These are the inputs of norms and matrix products, queries, keys, values, the attention's
+    result, gate, its SiLU, up, and their product. Flash attention keeps no scores.
+    """
+    width = widths(settings)
+    elements = 4 * width.ffn + 6 * width.hidden + 4 * width.query
+    return positions * compute_bytes(settings) * elements
 
 
-def layer_work(settings, positions):
-    """Bytes of the gradients in a layer where most are alive: of the product, the SiLU, gate and up, and
-    of the last two joined, and four of hidden size."""
-    hidden, _, _, ffn = widths(settings)
-    return positions * BYTES[settings["model"]["model_config"]["compute_dtype"]] * (6 * ffn + 4 * hidden)
+def layer_work(settings: dict[str, Any], positions: int) -> int:
+    """Bytes of the gradients within a layer, at the moment when most are alive.
+
+    These are the gradients of the product, the SiLU, gate and up, of gate and up joined, and four
+    of hidden size.
+    """
+    width = widths(settings)
+    return positions * compute_bytes(settings) * (6 * width.ffn + 4 * width.hidden)
 
 
-def chunks(settings, shares):
-    """(positions whose logits exist at once, into how many chunks all positions fall)."""
+def chunks(settings: dict[str, Any], shares: Shares) -> Chunks:
+    """The chunks in which a step's log-probs are computed."""
     size = settings["dpo"]["logps_chunk_size"] or shares.everywhere
     if Plan.of(settings).is_sharded:
-        size = max(size, math.ceil(shares.everywhere / MOST_CHUNKS))
-    return min(size, shares.everywhere), math.ceil(shares.everywhere / size)
+        size = max(size, ceil_div(shares.everywhere, MOST_CHUNKS))
+    return Chunks(min(size, shares.everywhere), ceil_div(shares.everywhere, size))
 
 
-def chunk_gradients(settings, shares):
-    """Bytes of the gradients of the hidden states of all positions and of the output layer's weight on this
-    card. Chunk after chunk, a sharded graph adds a chunk's to the sum so far: three of each at once, the
-    weight's in float32, and a chunk's in the computation's type before."""
-    model = settings["model"]["model_config"]
-    compute, (_, count) = BYTES[model["compute_dtype"]], chunks(settings, shares)
-    one = shares.everywhere * model["hidden_size"] * compute
-    if not Plan.of(settings).is_sharded or count == 1:  # blocks of the vocabulary: one of each
-        return one
-    weight = 0 if "lora" in settings else model["padded_vocab_size"] // shares.vocabulary * model["hidden_size"]
-    stored = BYTES[model["param_init_type"]]
+def chunk_gradients(settings: dict[str, Any], shares: Shares) -> int:
+    """Bytes of the gradients of all hidden states, and of the output layer's weight on this card.
+
+    A sharded graph adds the gradients chunk by chunk to the sum so far: three of each are alive at
+    once, the weight's in float32, and a chunk's in compute_dtype before that.
+    """
+    model, sizes = settings["model"]["model_config"], ModelConfig.of(settings)
+    compute, stored = compute_bytes(settings), BYTES[model["param_init_type"]]
+    one = shares.everywhere * sizes.hidden_size * compute
+    if not Plan.of(settings).is_sharded or chunks(settings, shares).number == 1:
+        return one  # computed in blocks of the vocabulary: one of each
+    weight = sizes.padded_vocab_size // shares.vocabulary * sizes.hidden_size
+    if "lora" in settings:  # the output layer is frozen
+        weight = 0
     return 3 * one + weight * (3 * stored + (compute if compute != stored else 0))
 
 
-def compute_copies(settings, devices):
-    """Bytes of the matrices in the type of the computation, gathered where the optimizer shares them out.
+def compute_copies(settings: dict[str, Any], devices: int) -> int:
+    """Bytes of the matrices in compute_dtype, gathered if the optimizer shards them.
+
     They are kept from the forward to the backward pass: MindFormers passes
-    parallel_optimizer_comm_recompute to no layer."""
-    model = settings["model"]["model_config"]
-    return sum(math.prod(part.gathered) * BYTES[model["compute_dtype"]]
+    parallel_optimizer_comm_recompute to no layer.
+    """
+    dtype = settings["model"]["model_config"]["compute_dtype"]
+    return sum(math.prod(part.gathered) * BYTES[dtype]
                for name, part in held(settings, devices).items()
                if "encoder.layers" in name and len(part.shape) == 2
-               and (part.shared_by > 1 or part.dtype != model["compute_dtype"]))
+               and (part.shared_by > 1 or part.dtype != dtype))
 
 
-def memory_parts(settings, devices):
-    """Memory of a card.
+def memory_parts(settings: dict[str, Any], devices: int) -> dict[str, float]:
+    """Memory of a card, part by part.
 
     Args:
-        settings: as config.load() returns them, of run_mode finetune or preprocess.
+        settings: as config.load_settings returns them, of run_mode finetune or preprocess.
         devices: number of cards.
 
     Returns:
-        dict, name of a part -> bytes. They are not all there at once: peak() says when.
+        name of a part -> bytes. They are not alive all at once, see peak_memory_of.
     """
     shares, table = shares_of(settings, devices), held(settings, devices)
+    plan, sizes = Plan.of(settings, devices), ModelConfig.of(settings)
     model, training = settings["model"]["model_config"], settings["run_mode"] == "finetune"
     trained = [part for part in table.values() if part.trained and training]
     recompute = settings.get("recompute_config", {}).get("recompute", False)
-    kept = layer_kept(settings, shares) if recompute else layer_whole(settings, shares.group)
-    work = layer_whole(settings, shares.group) if recompute or not training else 0
-    semi, cast = Plan.of(settings).is_sharded, model["param_init_type"] != model["compute_dtype"]
-    cell = 1 if model.get("use_flash_attention") else 4  # bytes of the mask's numbers
-    logits = chunks(settings, shares)[0] * model["padded_vocab_size"] // shares.vocabulary * 4
+    whole = layer_whole(settings, shares.group)
+    kept = layer_kept(settings, shares) if recompute else whole
+    work = whole if recompute or not training else 0
+    casts = training or model["param_init_type"] != model["compute_dtype"]
+    mask_bytes = 1 if model.get("use_flash_attention") else 4  # of an element
+    logits = chunks(settings, shares).size * sizes.padded_vocab_size // shares.vocabulary * 4
+    copies = SPREAD_COPIES if plan.is_sharded and training else LOCAL_COPIES
     return {
         "weights": sum(part.bytes for part in table.values()),
         "Adam's moments": sum(2 * 4 * math.prod(part.slice) for part in trained),
         "gradients": sum(part.bytes for part in trained),
-        "weights in compute type": compute_copies(settings, devices) if training or cast else 0,
-        "kept by the layers": model["num_layers"] * kept * training,
-        "embedding and last norm": head_kept(settings, shares, Plan.of(settings, devices).model),
-        "mask": shares.group * model["seq_length"] * cell,
+        "weights in compute type": compute_copies(settings, devices) if casts else 0,
+        "kept by the layers": sizes.num_layers * kept * training,
+        "embedding and last norm": head_kept(settings, shares, plan.model),
+        "mask": shares.group * model["seq_length"] * mask_bytes,
         "one layer at work": work + layer_work(settings, shares.group) * training,
-        "logits of a chunk": logits * (SPREAD_COPIES if semi and training else LOCAL_COPIES),
+        "logits of a chunk": logits * copies,
         "gradients of chunks": chunk_gradients(settings, shares) * training,
         "buffers": BUFFERS}
 
 
-def peak_memory_of(settings, devices):
-    """The most that a card holds at once.
+def peak_memory_of(settings: dict[str, Any], devices: int) -> Peak:
+    """The most memory that a card holds at once.
 
-    A step's memory has three summits: at the log-probs, when all layers wait for their gradient; in the
-    last layer, which goes backward first; in the first one, when the gradients of all weights are there.
-    Of accumulated parts the sum of the gradients is there always.
+    A step has three candidates: the log-probs, when all layers wait for their gradient; the last
+    layer, whose backward pass comes first; and the first layer, when the gradients of all weights
+    are alive. With gradient accumulation, the sum of the gradients is always alive.
 
-    Returns:
-        (where: "log-probs", "last layer" or "first layer", bytes).
+    Args:
+        settings: as config.load_settings returns them, of run_mode finetune or preprocess.
+        devices: number of cards.
     """
     found = memory_parts(settings, devices)
-    kept, gradients, work = found["kept by the layers"], found["gradients"], found["one layer at work"]
+    kept, gradients, work = (
+        found[name] for name in ("kept by the layers", "gradients", "one layer at work"))
     always = sum(found[name] for name in (
         "weights", "Adam's moments", "weights in compute type", "embedding and last norm", "mask",
         "buffers"))
     if settings["runner_config"].get("gradient_accumulation_steps", 1) > 1:
         always += gradients
-    summits = {"log-probs": kept + found["logits of a chunk"] + found["gradients of chunks"],
-               "last layer": kept + work, "first layer": gradients + work}
-    where = max(summits, key=summits.get)
-    return where, always + summits[where]
+    peaks = [Peak("log-probs", kept + found["logits of a chunk"] + found["gradients of chunks"]),
+             Peak("last layer", kept + work), Peak("first layer", gradients + work)]
+    peak = max(peaks, key=lambda each: each.bytes)
+    return Peak(peak.where, always + peak.bytes)

@@ -1,1 +1,1 @@
-"""What the training loop of MindFormers lacks: DPO metrics, checks and evaluation."""
+"""A DPO training run around MindFormers' Trainer: step, metrics, evaluation, states, journal."""

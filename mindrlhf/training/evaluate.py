@@ -1,4 +1,8 @@
-"""Metrics of a data set under the model as it is."""
+"""Metrics of a data set under the current weights."""
+from __future__ import annotations
+
+from typing import Any
+
 import numpy as np
 from mindspore import Tensor, float32, nn
 
@@ -8,39 +12,39 @@ from mindrlhf.training import metrics
 
 
 class EvaluationStep(nn.Cell):
-    """Glm4DPO as a function of a batch's columns that returns its sums.
+    """Glm4DPO as a function from a batch's columns to its sums.
 
     Args:
         network: Glm4DPO.
     """
 
-    def __init__(self, network):
+    def __init__(self, network: nn.Cell) -> None:
         super().__init__(auto_prefix=False)
         self.network = network
-        self.weights = Tensor(np.ones((1, 2)), float32)  # of the loss, which nobody reads
+        self.weights = Tensor(np.ones((1, 2)), float32)  # weights of the loss, which is not read
 
-    def construct(self, *columns):
+    def construct(self, *columns: Tensor) -> Tensor:
         """Columns in the order of records.COLUMNS -> float32 (len(SUMS),)."""
         _, sums, _ = self.network(columns, self.weights)
         return sums
 
 
 class Evaluator:
-    """Runs the model over all batches of a data set; no weight changes, and no pair is left out.
+    """Runs the model over every batch of a data set. It changes no weights and drops no pairs.
 
     Args:
         network: Glm4DPO.
-        dataset: as dataset.open_dataset gives it.
+        dataset: a MindSpore dataset from data.dataset.open_dataset.
         sft_weight: weight of the SFT term in the loss.
     """
 
-    def __init__(self, network, dataset, sft_weight):
+    def __init__(self, network: nn.Cell, dataset: Any, sft_weight: float) -> None:
         self.network, self.dataset, self.sft_weight = network, dataset, sft_weight
         self.step = runtime.evaluation_network(EvaluationStep(network))
         self.sum_over_workers = runtime.SumOverWorkers()
 
-    def __call__(self):
-        """Metrics over the whole set, as metrics.means gives them. The network is in training mode afterwards."""
+    def __call__(self) -> dict[str, float]:
+        """Metrics of all pairs, named as in compute_metrics. The network ends in training mode."""
         self.network.set_train(False)
         total = np.zeros(len(SUMS))
         for batch in self.dataset.create_tuple_iterator(num_epochs=1):

@@ -1,18 +1,33 @@
-"""What a run measures, written down: metrics.jsonl, TensorBoard events, curves.png."""
+"""The record of a run on disk: metrics.jsonl, TensorBoard events, curves.png."""
+from __future__ import annotations
+
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from mindrlhf.files import atomic_file
 
-CURVES = (("loss", ("loss", "dpo_loss")), ("reward accuracy", ("accuracy",)), ("reward margin", ("margin",)),
-          ("rewards", ("chosen_reward", "rejected_reward")),
-          ("log-prob per token", ("chosen_logps_per_token", "rejected_logps_per_token")),
-          ("gradient norm", ("grad_norm",)))
+
+class Curve(NamedTuple):
+    """A panel of curves.png: its title and the metrics in it."""
+    title: str
+    metrics: tuple[str, ...]
 
 
-def read_records(path, *, before=math.inf):
-    """Records of a metrics.jsonl up to a step; a last line that a kill cut short is passed over."""
+CURVES = (
+    Curve("loss", ("loss", "dpo_loss")),
+    Curve("reward accuracy", ("accuracy",)),
+    Curve("reward margin", ("margin",)),
+    Curve("rewards", ("chosen_reward", "rejected_reward")),
+    Curve("log-prob per token", ("chosen_logps_per_token", "rejected_logps_per_token")),
+    Curve("gradient norm", ("grad_norm",)))
+STYLES = {"train": "-", "eval": "o--"}  # split -> how matplotlib draws it
+
+
+def read_records(path: str | Path, *, before: float = math.inf) -> list[dict[str, Any]]:
+    """Records of a metrics.jsonl up to step `before`. A last line that a kill cut is skipped."""
     records = []
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         try:
@@ -28,47 +43,51 @@ class Journal:
     """Writes the records of a run. Only rank 0 has one.
 
     Args:
-        folder: output_dir.
-        first_step: steps behind the checkpoint that the run goes on from, 0 for a new run. Records of later steps,
-            from a run that was killed, are taken out: this run makes them again.
+        folder: output_dir of the run.
+        first_step: steps behind the state that the run resumes from, 0 for a new run. Records of
+            later steps, left by a run that was killed, are removed: this run repeats these steps.
     """
 
-    def __init__(self, folder, first_step):
+    def __init__(self, folder: str | Path, first_step: int) -> None:
         from tensorboardX import SummaryWriter
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "metrics.jsonl"
-        self.records = read_records(self.path, before=first_step) if first_step and self.path.exists() else []
+        resumes = first_step and self.path.exists()
+        self.records = read_records(self.path, before=first_step) if resumes else []
         with atomic_file(self.path) as file:
             for record in self.records:
-                file.write(_line(record).encode())
+                file.write(_to_json(record).encode())
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
-        self.events = SummaryWriter(str(self.folder / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        self.events = SummaryWriter(str(self.folder / "tensorboard"),
+                                    purge_step=first_step + 1 if first_step else None)
 
-    def add(self, split, step, values):
-        """Write one record: split is train or eval, step the number of steps done."""
+    def add(self, split: str, step: int, values: Mapping[str, Any]) -> None:
+        """Write one record.
+
+        Args:
+            split: "train" or "eval".
+            step: optimizer steps done.
+            values: metric -> value.
+        """
         record = {"split": split, "step": step, **values}
         self.records.append(record)
-        self.file.write(_line(record))
+        self.file.write(_to_json(record))
         self.file.flush()
         for name, value in values.items():
             if isinstance(value, (int, float)) and math.isfinite(value):
                 self.events.add_scalar(f"{split}/{name}", value, step)
 
-    def draw(self):
+    def draw(self) -> None:
         """Draw curves.png from all records."""
         import matplotlib
         matplotlib.use("Agg")
         from matplotlib import pyplot
         figure, axes = pyplot.subplots(2, 3, figsize=(13, 7), constrained_layout=True)
-        for axis, (title, names) in zip(axes.flat, CURVES):
-            for number, name in enumerate(names):
-                for split, style in (("train", "-"), ("eval", "o--")):
-                    points = [(r["step"], r[name]) for r in self.records if r["split"] == split and name in r]
-                    if points:
-                        axis.plot(*zip(*points), style, color=f"C{number}", linewidth=1, markersize=4,
-                                  label=f"{name}, {'held-out' if split == 'eval' else 'training'}")
-            axis.set_title(title)
+        for axis, curve in zip(axes.flat, CURVES):
+            for number, name in enumerate(curve.metrics):
+                self._plot(axis, name, color=f"C{number}")
+            axis.set_title(curve.title)
             axis.set_xlabel("step")
             axis.grid(alpha=0.3)
             if axis.lines:
@@ -77,14 +96,23 @@ class Journal:
             figure.savefig(file, format="png", dpi=110)
         pyplot.close(figure)
 
-    def close(self):
-        """Write out what is left."""
+    def _plot(self, axis: Any, name: str, color: str) -> None:
+        """Draw one metric, of both splits."""
+        for split, style in STYLES.items():
+            points = [(record["step"], record[name]) for record in self.records
+                      if record["split"] == split and name in record]
+            if points:
+                axis.plot(*zip(*points), style, color=color, linewidth=1, markersize=4,
+                          label=f"{name}, {'held-out' if split == 'eval' else 'training'}")
+
+    def close(self) -> None:
+        """Flush and close the files."""
         self.file.close()
         self.events.close()
 
 
-def _line(record):
-    """A record as JSON; numbers that JSON has not, NaN and inf, become null."""
+def _to_json(record: Mapping[str, Any]) -> str:
+    """A record as a line of JSON. NaN and infinity, which JSON lacks, become null."""
     clean = {name: None if isinstance(value, float) and not math.isfinite(value) else value
              for name, value in record.items()}
     return json.dumps(clean) + "\n"

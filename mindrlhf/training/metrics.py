@@ -1,31 +1,44 @@
-"""From the sums that a training step returns to metrics."""
-from mindrlhf.records import SUMS
+"""Metrics of a batch, from the sums that a training step returns."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mindrlhf.records import SIDES, SUMS
 
 
-def compute_metrics(sums, *, sft_weight):
-    """Sums over any number of pairs -> metrics per pair.
+def compute_metrics(sums: Sequence[float], *, sft_weight: float) -> dict[str, float]:
+    """Metrics per pair, from sums over any number of pairs.
 
     Args:
-        sums: sequence of numbers in the order of SUMS.
+        sums: in the order of records.SUMS.
         sft_weight: weight of the SFT term in the loss.
 
     Returns:
-        dict: loss = dpo_loss + sft_weight * sft_loss; dpo_loss, rewards and accuracy are means over pairs (a tie is no
-        success); sft_loss is per chosen token. chosen_logps and rejected_logps are nats an answer, with _per_token nats
-        a scored token. logratio_size is the mean over answers of |log pi - log pi_ref|: 0 where policy and reference
-        are the same. pairs and tokens (both sides, prompts included) are counts.
+        name -> value. loss = dpo_loss + sft_weight * sft_loss. dpo_loss, accuracy and the rewards
+        are means over pairs; a tie does not count as accurate. sft_loss is nats per chosen token.
+        *_logps are nats per answer, *_logps_per_token nats per scored token. logratio_size is the
+        mean over answers of |log pi - log pi_ref|, which is 0 where policy and reference are the
+        same. pairs and tokens (both sides, prompts included) are counts.
+
+    Raises:
+        ValueError: there are more or fewer sums than in SUMS.
     """
     if len(sums) != len(SUMS):
         raise ValueError(f"{len(SUMS)} sums expected, got {len(sums)}")
     total = dict(zip(SUMS, map(float, sums)))
     pairs = max(total["pairs"], 1.0)
-    result = {"dpo_loss": total["dpo_loss"] / pairs, "sft_loss": total["sft_nll"] / max(total["chosen_tokens"], 1.0),
-              "accuracy": total["correct"] / pairs,
-              "margin": (total["chosen_reward"] - total["rejected_reward"]) / pairs}
-    for side in ("chosen", "rejected"):
+    result = {
+        "dpo_loss": total["dpo_loss"] / pairs,
+        "sft_loss": total["sft_nll"] / max(total["chosen_tokens"], 1.0),
+        "accuracy": total["correct"] / pairs,
+        "margin": (total["chosen_reward"] - total["rejected_reward"]) / pairs}
+    for side in SIDES:
         logps = total[f"{side}_logps"]
-        result |= {f"{side}_reward": total[f"{side}_reward"] / pairs, f"{side}_logps": logps / pairs,
-                   f"{side}_logps_per_token": logps / max(total[f"{side}_tokens"], 1.0)}
-    return {"loss": result["dpo_loss"] + sft_weight * result["sft_loss"], **result,
-            "logratio_size": total["logratio_size"] / (2 * pairs), "pairs": int(total["pairs"]),
-            "tokens": int(total["tokens"])}
+        result |= {
+            f"{side}_reward": total[f"{side}_reward"] / pairs,
+            f"{side}_logps": logps / pairs,
+            f"{side}_logps_per_token": logps / max(total[f"{side}_tokens"], 1.0)}
+    return {
+        "loss": result["dpo_loss"] + sft_weight * result["sft_loss"], **result,
+        "logratio_size": total["logratio_size"] / (2 * pairs),
+        "pairs": int(total["pairs"]), "tokens": int(total["tokens"])}

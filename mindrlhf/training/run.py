@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from mindspore import nn
 from mindspore.train.callback import Callback
 
 from mindrlhf import cli, config, runtime
@@ -15,7 +17,7 @@ from mindrlhf.data.dataset import open_dataset
 from mindrlhf.models.glm4 import build, load, sidecar, template
 from mindrlhf.models.glm4.weight_names import is_adapter, is_base_weight
 from mindrlhf.parallel import Plan
-from mindrlhf.training import state, train_step  # noqa: F401  wrapper registers the training step
+from mindrlhf.training import state, train_step  # noqa: F401  train_step registers the training step
 from mindrlhf.training.callbacks import BEST, DPOMonitor, EvalMonitor, Progress
 from mindrlhf.training.evaluate import Evaluator
 from mindrlhf.training.journal import Journal, read_records
@@ -24,33 +26,49 @@ from mindrlhf.training.saving import DPOCheckpointMonitor, check_optimizer_state
 
 @dataclass(frozen=True)
 class Data:
-    """Paths and sidecars of what a run reads; eval_* are None without --eval_dataset."""
+    """Paths and sidecars of the training data and, with --eval_dataset, of the held-out data."""
     train_path: str
-    train: dict
+    train: dict[str, Any]
     eval_path: str | None
-    eval: dict | None
+    eval: dict[str, Any] | None
 
 
-def finetune(settings):
+@dataclass(frozen=True)
+class Feed:
+    """How a worker reads the data.
+
+    Attributes:
+        batch_size: rows that this worker reads for a step.
+        shards: number of parts into which the rows are split over the workers.
+        shard: this worker's part.
+    """
+    batch_size: int
+    shards: int
+    shard: int
+
+
+def finetune(settings: dict[str, Any]) -> None:
     """Train GLM-4 with DPO, as one worker of a run.
 
-    MindFormers' Trainer builds the optimizer and calls our step and our callbacks:
+    MindFormers' Trainer builds the optimizer, runs the loop and calls our step and callbacks. In
+    effect:
 
-        for batch in dataset:                        # packed rows, data.dataset.open_dataset
-            loss, gradients = value_and_grad(Glm4DPO)(batch)    # training.train_step
-            if norm(gradients) is finite: optimizer(clip(gradients))
-            DPOMonitor          checks the step, prints and records its metrics
-            EvalMonitor         evaluates held-out pairs where it is due
-            DPOCheckpointMonitor saves a state where it is due, and at SIGTERM
+        for batch in dataset:                                        # data.dataset: packed rows
+            loss, gradients = value_and_grad(Glm4DPO)(batch)         # training.train_step
+            if isfinite(norm(gradients)): optimizer(clip(gradients))
+            DPOMonitor            # checks the step, prints and records its metrics
+            EvalMonitor           # evaluates held-out pairs if it is due
+            DPOCheckpointMonitor  # saves a state if it is due, and at SIGTERM
 
     Args:
-        settings: as config.load() returns them, of run_mode finetune.
+        settings: as config.load_settings returns them, of run_mode finetune.
 
     Raises:
-        UserError: data, weights, YAML, workers or a state to resume from do not belong together, or a step fails.
+        UserError: data, weights, YAML, workers or the state to resume from do not match, or a step
+            fails.
     """
     config.require_workers(settings, cli.workers())
-    data = open_data(settings)  # says what is wrong before the workers meet
+    data = open_data(settings)  # before the workers connect, so that errors come early
     resumed = open_state(settings)
     if not resumed:
         config.require_weights(settings)
@@ -65,141 +83,187 @@ def finetune(settings):
     runtime.end_worker()
 
 
-def open_data(settings):
+def open_data(settings: dict[str, Any]) -> Data:
     """Find the data of a run and check that they fit its YAML and tokenizer.
 
     Raises:
-        UserError: a file is missing, or was made otherwise.
+        UserError: a file is missing, or the data were made with other settings.
     """
     from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
     path = config.get_setting(settings, "train_dataset.data_loader.dataset_dir")
     if not path:
-        raise cli.UserError("no training data given; --train_dataset names what the preprocessing wrote")
+        raise cli.UserError("no training data given; --train_dataset names the .mindrecord that "
+                            "preprocessing wrote")
+    model = settings["model"]["model_config"]
     tokenizer = Glm4Tokenizer(settings["processor"]["tokenizer"]["vocab_file"])
-    tokenizer.check_vocabulary(settings["model"]["model_config"]["padded_vocab_size"])
+    tokenizer.check_vocabulary(model["padded_vocab_size"])
     eval_path = config.get_setting(settings, "eval_dataset.data_loader.dataset_dir") or None
     sidecars = {}
     for each in filter(None, (path, eval_path)):
         sidecars[each] = mindrecord.read_data_sidecar(each)
-        mindrecord.require_made_for(each, sidecars[each], seq_len=settings["model"]["model_config"]["seq_length"],
-                                  template=template.VERSION, tokenizer=tokenizer.fingerprint, checkpoint=None)
-    return Data(path, sidecars[path], eval_path, sidecars.get(eval_path))
+        mindrecord.require_made_for(each, sidecars[each], seq_len=model["seq_length"],
+                                    template=template.VERSION, tokenizer=tokenizer.fingerprint,
+                                    checkpoint=None)
+    return Data(path, sidecars[path], eval_path, sidecars[eval_path] if eval_path else None)
 
 
-def open_state(settings):
-    """The training state to go on from (resume_training: a path, or auto), or None.
+def open_state(settings: dict[str, Any]) -> Path | None:
+    """The training state to resume from (resume_training: a path, or auto), or None.
 
     Raises:
-        UserError: the one that is named cannot be used.
+        UserError: the named state cannot be used.
     """
-    wish = settings.get("resume_training") or None
-    if not wish:
+    requested = settings.get("resume_training") or None
+    if not requested:
         return None
-    path = state.choose_state(settings["output_dir"], wish)
-    if path:
-        state.set_aside_later(settings["output_dir"], state.steps_done(path))
-    cli.say(f"resuming from {path}, step {state.steps_done(path)}" if path else
-            f"nothing to resume in {state.state_folder(settings['output_dir'])}: starting from the beginning")
+    folder = settings["output_dir"]
+    path = state.choose_state(folder, requested)
+    if path is None:
+        cli.say(f"nothing to resume in {state.state_folder(folder)}: starting from the beginning")
+        return None
+    step = state.steps_done(path)
+    state.set_aside_later(folder, step)
+    cli.say(f"resuming from {path}, step {step}")
     return path
 
 
-def load_policy(model, settings, data, resumed):
-    """Load the weights strictly, and make sure that they are those of the preprocessing.
+def load_policy(model: nn.Cell, settings: dict[str, Any], data: Data, resumed: Path | None) -> None:
+    """Load the weights strictly, and check that they are those of the preprocessing.
 
     Args:
         model: Glm4DPO.
         settings: of the run.
-        data: Data.
-        resumed: path of a state, or None. Its weights were checked when their run began.
+        data: of the run.
+        resumed: a state, or None. The weights of a state were checked when its run began.
 
     Raises:
-        UserError: they are others, unless dpo.check_reference is False.
+        UserError: the weights do not fit the model, or (with dpo.check_reference) the data.
     """
-    sharded = Plan.of(settings).is_sharded  # then each card has its part of a state, which train() loads
+    path, strategy = settings.get("load_checkpoint", ""), settings.get("src_strategy")
+    sharded = Plan.of(settings).is_sharded  # if so, train() loads each card's part of a state
     if "lora" in settings:
-        loaded = load.load_weights(model, settings.get("load_checkpoint"), names=is_base_weight,
-                                          strategy=settings.get("src_strategy"))
+        loaded = load.load_weights(model, path, names=is_base_weight, strategy=strategy)
         if resumed and not sharded:
             load.load_weights(model, resumed, training_state=True, names=is_adapter)
-    elif not (resumed and sharded):
-        loaded = load.load_weights(model, resumed or settings.get("load_checkpoint"), training_state=bool(resumed),
-                                          strategy=None if resumed else settings.get("src_strategy"))
-    if resumed:
-        return
-    if not settings["dpo"]["check_reference"]:
+    elif resumed and not sharded:
+        load.load_weights(model, resumed, training_state=True)
+    elif not resumed:
+        loaded = load.load_weights(model, path, strategy=strategy)
+    if resumed or not settings["dpo"]["check_reference"]:
         return
     identity = fingerprints.fingerprint(loaded)
-    for path, made in ((data.train_path, data.train), (data.eval_path, data.eval)):
-        if made:
-            mindrecord.require_made_for(path, made, seq_len=made["seq_len"], template=made["template"],
-                                      tokenizer=None, checkpoint=identity)
+    for file, made in ((data.train_path, data.train), (data.eval_path, data.eval)):
+        if file and made:
+            mindrecord.require_made_for(file, made, seq_len=made["seq_len"],
+                                        template=made["template"], tokenizer=None,
+                                        checkpoint=identity)
 
 
-def feed_of(settings):
-    """How the workers are fed: batch_size (rows that one reads for a step), shards and shard of the data."""
+def feed_of(settings: dict[str, Any]) -> Feed:
+    """How this worker is fed: its rows of a step, all parts of gradient accumulation included."""
     runner = settings["runner_config"]
     rows = runner["batch_size"] * runner.get("gradient_accumulation_steps", 1)
-    if Plan.of(settings).is_sharded:  # every card is fed the whole batch and takes its part of it
-        return {"batch_size": rows * settings["parallel_config"]["data_parallel"], "shards": 1, "shard": 0}
-    return {"batch_size": rows, "shards": cli.workers(), "shard": cli.rank()}
+    plan = Plan.of(settings)
+    if plan.is_sharded:  # every card reads the full batch; the graph takes the card's part of it
+        return Feed(batch_size=rows * plan.data, shards=1, shard=0)
+    return Feed(batch_size=rows, shards=cli.workers(), shard=cli.rank())
 
 
-def train(model, run_config, settings, data, resumed):
-    """Train, with evaluations where there are held-out data.
+def open_rows(path: str, made: dict[str, Any], feed: Feed, *, shuffle: bool) -> Any:
+    """This worker's batches of a .mindrecord, a MindSpore dataset.
+
+    Args:
+        path: the .mindrecord.
+        made: its sidecar.
+        feed: how this worker reads it.
+        shuffle: whether the order of the rows changes from epoch to epoch.
+    """
+    return open_dataset(path, made, batch_size=feed.batch_size, shuffle=shuffle, shards=feed.shards,
+                        shard=feed.shard)
+
+
+def train(model: nn.Cell, run_config: Any, settings: dict[str, Any], data: Data,
+          resumed: Path | None) -> None:
+    """Train, with evaluations if there are held-out data.
 
     Args:
         model: Glm4DPO with its weights.
-        run_config: MindFormerConfig after backend.start().
-        settings: the same as dicts, as config.load gave them.
-        data: Data.
-        resumed: path of the state to go on from, or None.
+        run_config: MindFormerConfig of the settings, after runtime.start_device.
+        settings: of the run.
+        data: of the run.
+        resumed: the state to resume from, or None.
+
+    Raises:
+        UserError: the state has reached the end of the run already, or a step fails.
     """
     from mindformers import Trainer
     feed = feed_of(settings)
     runtime.seed_dataset(settings["seed"])
     shuffle = config.get_setting(settings, "train_dataset.data_loader.shuffle", True)
-    dataset = open_dataset(data.train_path, data.train, shuffle=shuffle, **feed)
-    epoch, epochs = dataset.get_dataset_size(), settings["runner_config"]["epochs"]
-    total = min(epoch * epochs, settings["runner_config"].get("max_steps", 0) or math.inf)
+    dataset = open_rows(data.train_path, data.train, feed, shuffle=shuffle)
+    epoch, runner = dataset.get_dataset_size(), settings["runner_config"]
+    total = min(epoch * runner["epochs"], runner.get("max_steps", 0) or math.inf)
     progress = Progress(first=state.steps_done(resumed) if resumed else 0, total=total)
     if progress.first >= total:
-        raise cli.UserError(f"{resumed}: has {progress.first} steps, the run {total}; it is done, or raise epochs")
-    cli.say(f"{data.train_path}: {data.train['pairs']['written']} pairs in {data.train['rows']} rows of "
-            f"{data.train['seq_len']}; {feed['batch_size'] * feed['shards']} rows a step, {epoch} steps an epoch, {total} in "
-            f"all; rows shuffled: {shuffle}, seed {settings['seed']}")
+        raise cli.UserError(f"{resumed}: is at step {progress.first} of {total}, so the run is "
+                            "complete; raise runner_config.epochs to train further")
+    cli.say(f"{data.train_path}: {data.train['pairs']['written']} pairs in {data.train['rows']} "
+            f"rows of {data.train['seq_len']}; {feed.batch_size * feed.shards} rows a step, "
+            f"{epoch} steps an epoch, {total} in total; rows shuffled: {shuffle}, "
+            f"seed {settings['seed']}")
     run_config.lr_schedule.total_steps = total
     journal = Journal(settings["output_dir"], progress.first) if cli.rank() == 0 else None
     callbacks = make_callbacks(model, settings, data, progress, journal, resumed)
     if resumed:
-        runtime.resume_after(progress.first)
-    if resumed and Plan.of(settings).is_sharded:
-        saved = (lambda name: not is_base_weight(name)) if "lora" in settings else None
-        runtime.load_states_with(partial(state.load_own_part, resumed, names=saved))
-    trainer = Trainer(args=run_config, task="text_generation", model=model, train_dataset=dataset, callbacks=callbacks)
-    trainer.finetune(finetune_checkpoint=str(resumed) if resumed else False, resume_training=bool(resumed),
-                     auto_trans_ckpt=False)
+        resume_trainer(settings, resumed, progress.first)
+    trainer = Trainer(args=run_config, task="text_generation", model=model, train_dataset=dataset,
+                      callbacks=callbacks)
+    trainer.finetune(finetune_checkpoint=str(resumed) if resumed else False,
+                     resume_training=bool(resumed), auto_trans_ckpt=False)
     if journal:
         journal.close()
-    cli.say(f"weights: {Path(settings['output_dir']) / 'checkpoint_network'}; states, metrics.jsonl, curves.png and "
-            f"tensorboard: {settings['output_dir']}")
+    output = Path(settings["output_dir"])
+    cli.say(f"weights: {output / 'checkpoint_network'}; states, metrics.jsonl, curves.png and "
+            f"tensorboard: {output}")
 
 
-def make_callbacks(model, settings, data, progress, journal, resumed):
-    """The callbacks of a run, in the order in which they act after a step: check, evaluate, save, stop."""
+def resume_trainer(settings: dict[str, Any], resumed: Path, steps: int) -> None:
+    """Prepare MindFormers' Trainer to continue from a state after so many optimizer steps."""
+    runtime.resume_after(steps)
+    if Plan.of(settings).is_sharded:
+        saved = (lambda name: not is_base_weight(name)) if "lora" in settings else None
+        runtime.load_states_with(partial(state.load_own_part, resumed, names=saved))
+
+
+def make_callbacks(model: nn.Cell, settings: dict[str, Any], data: Data, progress: Progress,
+                   journal: Journal | None, resumed: Path | None) -> list[Callback]:
+    """The callbacks of a run, in the order in which they act: check, evaluate, save, stop.
+
+    Args:
+        model: Glm4DPO.
+        settings: of the run.
+        data: of the run.
+        progress: shared by the callbacks.
+        journal: on rank 0, else None.
+        resumed: the state to resume from, or None.
+    """
     options = {entry["type"]: {key: value for key, value in entry.items() if key != "type"}
                for entry in settings["callbacks"]}
     dpo = settings["dpo"]
-    saver = DPOCheckpointMonitor(progress, journal, model, output_dir=settings["output_dir"],
-                                 lora=settings.get("lora"), **options["DPOCheckpointMonitor"])
+    saver = DPOCheckpointMonitor(
+        progress, journal, model, output_dir=settings["output_dir"], lora=settings.get("lora"),
+        **options["DPOCheckpointMonitor"])
     check = dpo["check_reference"] and not resumed
-    chain = [DPOMonitor(progress, journal, sft_weight=dpo["sft_weight"],
-                        tolerance=dpo["reference_tolerance"] if check else None, **options["DPOMonitor"])]
-    if data.eval:
+    chain: list[Callback] = [DPOMonitor(
+        progress, journal, sft_weight=dpo["sft_weight"],
+        tolerance=dpo["reference_tolerance"] if check else None, **options["DPOMonitor"])]
+    if data.eval_path and data.eval:
         evaluation = options.get("EvalMonitor", {})
         metric = evaluation.get("best_metric", "loss")
-        feed = {**feed_of(settings), "batch_size": feed_of(settings)["batch_size"] //
-                settings["runner_config"].get("gradient_accumulation_steps", 1)}
-        held_out = open_dataset(data.eval_path, data.eval, shuffle=False, **feed)
+        parts = settings["runner_config"].get("gradient_accumulation_steps", 1)
+        feed = feed_of(settings)
+        feed = replace(feed, batch_size=feed.batch_size // parts)  # evaluation accumulates nothing
+        held_out = open_rows(data.eval_path, data.eval, feed, shuffle=False)
         chain.append(EvalMonitor(
             progress, journal, Evaluator(model, held_out, dpo["sft_weight"]), **evaluation,
             best=best_so_far(settings["output_dir"], progress.first, metric),
@@ -207,27 +271,35 @@ def make_callbacks(model, settings, data, progress, journal, resumed):
     return [*chain, saver, _Stop(progress, resumed)]
 
 
-def best_so_far(output_dir, step, metric):
-    """Best value of a metric in the evaluations that a resumed run has behind it, or None."""
+def best_so_far(output_dir: str | Path, step: int, metric: str) -> float | None:
+    """Best value of a metric among the evaluations up to a step, or None.
+
+    Args:
+        output_dir: of the run.
+        step: steps behind the state that the run resumes from; 0 for a new run.
+        metric: a key of BEST.
+    """
     path = Path(output_dir) / "metrics.jsonl"
-    values = [record[metric] for record in read_records(path, before=step) if record["split"] == "eval" and record["step"]] \
-        if step and path.exists() else []
+    if not step or not path.exists():
+        return None
+    values = [record[metric] for record in read_records(path, before=step)
+              if record["split"] == "eval" and record["step"]]
     return max(values, key=lambda value: BEST[metric] * value, default=None)
 
 
 class _Stop(Callback):
-    """Checks that a state fills the whole optimizer, and ends training at the last step (max_steps)."""
+    """Checks that a state fills the entire optimizer, and ends training at the last step."""
 
-    def __init__(self, progress, resumed):
+    def __init__(self, progress: Progress, resumed: Path | None) -> None:
         super().__init__()
         self.progress, self.resumed = progress, resumed
 
-    def on_train_begin(self, run_context):
+    def on_train_begin(self, run_context: Any) -> None:
         """Check the state."""
         if self.resumed:
             check_optimizer_state(run_context.original_args().network.optimizer, self.resumed)
 
-    def on_train_step_end(self, run_context):
-        """Stop at the end."""
+    def on_train_step_end(self, run_context: Any) -> None:
+        """Stop at the last step."""
         if self.progress.step >= self.progress.total:
             run_context.request_stop()

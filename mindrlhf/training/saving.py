@@ -1,67 +1,83 @@
-"""What is saved while training runs, and how it stops."""
+"""Saving training states and weights while training runs, and stopping at SIGTERM."""
+from __future__ import annotations
+
+import contextlib
 import os
 import shutil
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import mindspore as ms
+from mindspore import nn
 from mindspore.train.callback import Callback
 
 from mindrlhf import cli, runtime
 from mindrlhf.checkpoints import containers
 from mindrlhf.checkpoints.runs import STEP
-from mindrlhf.files import existing_parent, write_json
+from mindrlhf.files import existing_parent, staging_folder, write_json
 from mindrlhf.models.glm4.lora import adapter_metadata
 from mindrlhf.models.glm4.weight_names import is_base_weight
 from mindrlhf.training import state
+from mindrlhf.training.callbacks import Progress
+from mindrlhf.training.journal import Journal
 
 
 class DPOCheckpointMonitor(Callback):
-    """Saves training states by steps, at the end and at SIGTERM, and the weights at the end.
+    """Saves training states periodically, at the end and at SIGTERM, and the weights at the end.
 
-    A state takes its name when it is whole. Room is looked for first: a full disk costs the state that does not fit,
-    not the ones that are there.
+    A state gets its name when it is complete. Free space is checked first: a full disk costs only
+    the state that does not fit, never an earlier one.
 
     Args:
-        progress: Progress.
-        journal: Journal on rank 0, else None; its curves are drawn with each state.
-        network: whose weights are saved for use.
-        output_dir: checkpoint/, checkpoint_network/ and checkpoint_best/ come there.
+        progress: of the run.
+        journal: on rank 0, else None. Its curves are drawn with each state.
+        network: whose weights are saved.
+        output_dir: parent of checkpoint/, checkpoint_network/ and checkpoint_best/.
         prefix: of the file names.
-        save_checkpoint_steps: from one state to the next.
-        keep_checkpoint_max: states that stay; the oldest go.
-        lora: the section of the YAML, or None. With it, adapters are saved and the frozen weights are not.
+        save_checkpoint_steps: steps between two states.
+        keep_checkpoint_max: number of states to keep; older ones are deleted.
+        lora: the section of the YAML, or None. With it, adapters are saved without the frozen
+            weights.
     """
 
-    def __init__(self, progress, journal, network, *, output_dir, prefix, save_checkpoint_steps, keep_checkpoint_max,
-                 lora=None):
+    def __init__(self, progress: Progress, journal: Journal | None, network: nn.Cell, *,
+                 output_dir: str | Path, prefix: str, save_checkpoint_steps: int,
+                 keep_checkpoint_max: int, lora: Mapping[str, Any] | None = None) -> None:
         super().__init__()
-        self.progress, self.journal, self.network, self.output = progress, journal, network, Path(output_dir)
-        self.prefix, self.every, self.keep = prefix, save_checkpoint_steps, keep_checkpoint_max
+        self.progress, self.journal, self.network = progress, journal, network
+        self.output, self.prefix = Path(output_dir), prefix
+        self.every, self.keep = save_checkpoint_steps, keep_checkpoint_max
         self.name_filter = (lambda name: not is_base_weight(name)) if lora else None
-        self.remarks = adapter_metadata(lora) if lora else {}
-        self.stop_file, self.born = self.output / ".stop", time.time()
-        self.lost = None
+        self.metadata = adapter_metadata(lora) if lora else {}
+        self.stop_file, self.created = self.output / ".stop", time.time()
+        self.unsaved: str | None = None  # why the latest save failed, if it did
 
-    def on_train_begin(self, run_context):
-        """Look for room, and listen for SIGTERM."""
+    def on_train_begin(self, run_context: Any) -> None:
+        """Check the free space, and listen for SIGTERM.
+
+        Raises:
+            UserError: a state does not fit on the disk.
+        """
         cell = run_context.original_args().network  # train_network is wrapped in sink mode
-        self.size = sum(parameter.nbytes for parameter in self._chosen(cell))
+        self.size = self._size(cell)
         if (free := self._free()) < self.size:
-            raise cli.UserError(f"{self.output}: a training state takes {self.size / 1e9:.2f} GB, {free / 1e9:.2f} GB are "
-                                "free; make room, or give another --output_dir")
+            raise cli.UserError(
+                f"{self.output}: a training state takes {self.size / 1e9:.2f} GB, "
+                f"{free / 1e9:.2f} GB are free; make room, or give another --output_dir")
         self.terminated = False
         self.former = signal.signal(signal.SIGTERM, self._on_signal)
 
-    def _on_signal(self, *_):
+    def _on_signal(self, *_: Any) -> None:
         self.terminated = True
 
-    def on_train_step_end(self, run_context):
-        """Save where it is due.
+    def on_train_step_end(self, run_context: Any) -> None:
+        """Save if it is due.
 
         Raises:
-            SystemExit: with status 143, after SIGTERM, when the state is saved.
+            SystemExit: with status 143, after SIGTERM, once the state is saved.
         """
         step, last = self.progress.step, self.progress.step == self.progress.total
         stop = self._stop_now(step)
@@ -72,87 +88,107 @@ class DPOCheckpointMonitor(Callback):
         if self.journal and (last or stop or step % self.every == 0):
             self.journal.draw()
         if stop and not last:
-            cli.say(f"stopped by SIGTERM after step {step}; --resume auto goes on from there")
+            cli.say(f"stopped by SIGTERM after step {step}; --resume auto continues from there")
             runtime.end_worker(143)
             raise SystemExit(143)
 
-    def _stop_now(self, step):
-        """Whether to stop after this step: all workers at the same one. They are at most one step apart, so the first
-        that is told to stop names the step after the next, in a file that all see."""
+    def _stop_now(self, step: int) -> bool:
+        """Whether to stop after this step; all workers stop after the same one.
+
+        Workers are at most one step apart. So the first that receives SIGTERM chooses its step plus
+        two, and writes it to a file that every worker reads.
+        """
         if cli.workers() == 1:
             return self.terminated
         if self.terminated and not self._stop_step():
-            try:
-                with open(self.stop_file, "x" if not self._stale() else "w") as file:
+            with contextlib.suppress(FileExistsError):  # another worker was first
+                mode = "w" if self._is_stale() else "x"
+                with open(self.stop_file, mode, encoding="utf-8") as file:
                     file.write(str(step + 2))
-            except FileExistsError:
-                pass
         return self._stop_step() == step
 
-    def _stale(self):
-        return self.stop_file.exists() and self.stop_file.stat().st_mtime < self.born
+    def _is_stale(self) -> bool:
+        """Whether the stop file is that of an earlier run."""
+        return self.stop_file.exists() and self.stop_file.stat().st_mtime < self.created
 
-    def _stop_step(self):
+    def _stop_step(self) -> int | None:
+        """The step in the stop file, or None."""
         try:
-            return None if self._stale() else int(self.stop_file.read_text())
+            return None if self._is_stale() else int(self.stop_file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
 
-    def save_state(self, parameters):
-        """Write a state, then let the oldest go.
+    def save_state(self, parameters: Any) -> None:
+        """Write a state, then delete the oldest ones.
 
         Args:
-            parameters: what MindSpore tells callbacks of the run.
+            parameters: MindSpore's record of the run, original_args() of a run context.
         """
         name = state.state_name(self.prefix, self.progress.step)
         cell = parameters.network
-        about = {"step_num": self.progress.step, "epoch_num": parameters.cur_epoch_num, "loss_scale": 1.0,
-                 "global_step": cell.optimizer.global_step, **self.remarks}
-        if self._save(cell, state.state_folder(self.output), name, about):
+        extra = {"step_num": self.progress.step, "epoch_num": parameters.cur_epoch_num,
+                 "loss_scale": 1.0, "global_step": cell.optimizer.global_step, **self.metadata}
+        if self._save(cell, state.state_folder(self.output), name, extra):
             for path in list(state.saved_states(self.output).values())[:-self.keep]:
                 path.unlink()
 
-    def save_weights(self, place, name):
-        """Write the weights alone, for use, and their step beside them: ranks of different steps do not merge."""
+    def save_weights(self, place: str, name: str) -> None:
+        """Write the weights alone, and their step beside them, which merging checks on all ranks.
+
+        Args:
+            place: folder in output_dir.
+            name: of the file.
+        """
         folder = self.output / place / f"rank_{cli.rank()}"
-        if self._save(self.network, folder, name, self.remarks):
+        if self._save(self.network, folder, name, self.metadata):
             write_json(folder / STEP, {"step": self.progress.step})
 
-    def _save(self, cell, folder, name, about):
-        workshop = folder / ".writing"
+    def _save(self, cell: nn.Cell, folder: Path, name: str, extra: dict[str, Any]) -> bool:
+        """Save a cell's parameters; they get their name when complete. Return whether it worked."""
+        path = folder / name
         try:
-            workshop.mkdir(parents=True, exist_ok=True)
-            if self._free() < sum(parameter.nbytes for parameter in self._chosen(cell)):
+            folder.mkdir(parents=True, exist_ok=True)
+            if self._free() < self._size(cell):
                 raise OSError("no space left on the disk")
-            ms.save_checkpoint(cell, str(workshop / name), integrated_save=False, append_dict=about,
-                               choice_func=self.name_filter, crc_check=True)
-            os.replace(workshop / name, folder / name)
-        except (OSError, RuntimeError) as error:
-            self.lost = f"{folder / name}: was not saved ({str(error).splitlines()[0]}); earlier ones stay"
-            print(f"warning: {self.lost}", flush=True)
+            with staging_folder(path) as staging:
+                ms.save_checkpoint(cell, str(staging / name), integrated_save=False,
+                                   append_dict=extra, choice_func=self.name_filter, crc_check=True)
+                os.replace(staging / name, path)
+        except (OSError, RuntimeError, cli.UserError) as error:
+            # staging_folder turns an OSError into a UserError
+            cause = error.__context__ if isinstance(error, cli.UserError) else error
+            self.unsaved = (f"{path}: was not saved ({str(cause or error).splitlines()[0]}); "
+                            "earlier ones stay")
+            print(f"warning: {self.unsaved}", flush=True)
             return False
-        finally:
-            shutil.rmtree(workshop, ignore_errors=True)
-        self.lost = None
+        self.unsaved = None
         return True
 
-    def _chosen(self, cell):
-        return [p for p in cell.get_parameters() if self.name_filter is None or self.name_filter(p.name)]
+    def _size(self, cell: nn.Cell) -> int:
+        """Bytes of the parameters that are saved."""
+        return sum(parameter.nbytes for parameter in cell.get_parameters()
+                   if self.name_filter is None or self.name_filter(parameter.name))
 
-    def _free(self):
+    def _free(self) -> int:
+        """Free bytes on the disk of the states."""
         return shutil.disk_usage(existing_parent(self.output / "checkpoint")).free
 
-    def on_train_end(self, run_context):
-        """Give SIGTERM back; fail if the last state could not be saved."""
+    def on_train_end(self, run_context: Any) -> None:
+        """Restore the handler of SIGTERM.
+
+        Raises:
+            UserError: the last file could not be saved.
+        """
         signal.signal(signal.SIGTERM, self.former)
-        if self.lost:
-            raise cli.UserError(f"{self.lost}. Make room and resume from an earlier state")
+        if self.unsaved:
+            raise cli.UserError(f"{self.unsaved}. Make room and resume from an earlier state")
 
 
-def check_optimizer_state(optimizer, path):
-    """Raise UserError where a state lacks something of the optimizer: MindSpore would start that from zero in silence."""
+def check_optimizer_state(optimizer: nn.Optimizer, path: str | Path) -> None:
+    """Raise UserError if a state lacks an optimizer parameter: MindSpore would silently zero it."""
     stored = containers.open_tensors(path)
     missing = [p.name for p in optimizer.get_parameters() if p.name not in stored]
     if missing:
-        raise cli.UserError(f"{path}: lacks {missing[0]} and {len(missing) - 1} more of the optimizer's; was it saved with "
-                            "another optimizer or LoRA setting?")
+        raise cli.UserError(f"{path}: lacks {missing[0]} and {len(missing) - 1} more parameter(s) "
+                            "of the optimizer; resume with the optimizer and LoRA settings that "
+                            "saved it")

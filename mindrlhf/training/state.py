@@ -1,8 +1,10 @@
-"""Training states on disk: weights, optimizer and step of one rank, from which a run goes on exactly."""
+"""Training states on disk: weights, optimizer and step of a rank, to resume a run exactly."""
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mindrlhf import cli
 from mindrlhf.checkpoints import containers
@@ -10,115 +12,130 @@ from mindrlhf.checkpoints.containers import open_tensors, require_intact
 from mindrlhf.checkpoints.runs import newest_first
 from mindrlhf.cli import UserError
 
+if TYPE_CHECKING:
+    from mindspore import nn
+
 NAME = re.compile(r"-step_(\d{8})\.ckpt$")
 
 
-def state_folder(output_dir, rank=None):
-    """Where a rank keeps its states."""
+def state_folder(output_dir: str | Path, rank: int | None = None) -> Path:
+    """Where a rank (default: this one) keeps its states."""
     return Path(output_dir) / "checkpoint" / f"rank_{cli.rank() if rank is None else rank}"
 
 
-def state_name(prefix, step):
-    """Name of a state: the true number of steps behind it, whatever was resumed on the way."""
+def state_name(prefix: str, step: int) -> str:
+    """File name of a state. step counts from the beginning of training, across resumed runs."""
     return f"{prefix}-step_{step:08d}.ckpt"
 
 
-def step_in_name(path):
-    """Number of steps in a state's name; None for another file."""
+def step_in_name(path: str | Path) -> int | None:
+    """Number of steps in a state's name; None for any other file."""
     match = NAME.search(Path(path).name)
     return int(match[1]) if match else None
 
 
-def saved_states(output_dir, rank=None):
-    """States of a rank, oldest first: dict, step -> path."""
-    files = state_folder(output_dir, rank).glob("*.ckpt")
-    return dict(sorted((step_in_name(path), path) for path in files if step_in_name(path) is not None))
+def saved_states(output_dir: str | Path, rank: int | None = None) -> dict[int, Path]:
+    """States of a rank (default: this one), oldest first: step -> path."""
+    steps = {path: step_in_name(path) for path in state_folder(output_dir, rank).glob("*.ckpt")}
+    return dict(sorted((step, path) for path, step in steps.items() if step is not None))
 
 
-def require_intact_state(path):
-    """Raise UserError unless a state is whole: structure, step and, where it has one, checksum."""
+def require_intact_state(path: str | Path) -> None:
+    """Raise UserError unless a state is intact: structure, step and, if it has one, checksum."""
     step = steps_done(path)
     if step_in_name(path) not in (None, step):
-        raise UserError(f"{path}: holds step {step}; rename it back")
+        raise UserError(f"{path}: holds step {step}, unlike its name; rename it back")
     require_intact(path)
 
 
-def choose_state(output_dir, resume):
-    """The state to go on from.
+def choose_state(output_dir: str | Path, resume: str | Path) -> Path | None:
+    """The state to resume from.
 
     Args:
         output_dir: of the run.
         resume: "auto", or the path of a state of rank 0.
 
     Returns:
-        path of this rank's state, or None where `auto` found none.
+        path of this rank's state, or None if "auto" finds none.
 
     Raises:
-        UserError: the named state is missing or damaged, or lies behind others of the same folder.
+        UserError: the named state is missing or damaged, or its folder holds states of later steps.
     """
     if resume == "auto":
         return _newest_intact(output_dir)
     path = cli.existing_file(resume, "a state to resume from (output/checkpoint/rank_0/...)")
-    if path.parent.name == "rank_0":  # every rank has its own
-        path = cli.existing_file(path.parent.with_name(f"rank_{cli.rank()}") / path.name, f"the state of rank {cli.rank()}")
+    if path.parent.name == "rank_0":  # each rank has its own
+        rank = cli.rank()
+        path = cli.existing_file(path.parent.with_name(f"rank_{rank}") / path.name,
+                                 f"the state of rank {rank}")
     require_intact_state(path)
     later = [step for step in saved_states(output_dir) if step > steps_done(path)]
     if later:
-        raise UserError(f"{state_folder(output_dir)}: has states of later steps ({', '.join(map(str, later))}), which this run "
-                        "would make again; move them away, or give another --output_dir")
+        raise UserError(f"{state_folder(output_dir)}: has states of later steps "
+                        f"({', '.join(map(str, later))}), which this run would repeat; move them "
+                        "away, or give another --output_dir")
     return path
 
 
-def _newest_intact(output_dir):
+def _newest_intact(output_dir: str | Path) -> Path | None:
     """This rank's state of the newest step that is intact on every rank, or None."""
-    ranks = [saved_states(output_dir, rank) for rank in range(cli.workers())]
-    ranks = [states for states in ranks if states]  # on several machines a folder may hold this machine's only
-    for candidate in newest_first(ranks, set.intersection(*map(set, ranks)) if ranks else (), require_intact_state):
-        if candidate.step:
+    found = [saved_states(output_dir, rank) for rank in range(cli.workers())]
+    # on several machines, a folder may hold the states of this machine only
+    ranks: list[Mapping[Any, Path]] = [states for states in found if states]
+    common = set.intersection(*map(set, ranks)) if ranks else set()
+    for candidate in newest_first(ranks, common, require_intact_state):
+        if candidate.step and candidate.step.number is not None:
             return saved_states(output_dir)[candidate.step.number]
         cli.say(f"skipped: {candidate.problem}")
     return None
 
 
-def steps_done(path):
-    """Number of training steps behind a checkpoint that MindFormers' CheckpointMonitor wrote.
+def steps_done(path: str | Path) -> int:
+    """Number of training steps behind a state.
 
     Raises:
-        UserError: the file says nothing of steps; it is no training state.
+        UserError: the file holds no step, so it is no training state.
     """
     tensors = open_tensors(path)
     if "step_num" not in tensors:
-        raise UserError(f"{path}: is no training state; resume_training needs a file of output/checkpoint/rank_*")
+        raise UserError(f"{path}: is no training state; give a file of output/checkpoint/rank_*")
     return int(tensors["step_num"].array())
 
 
-def set_aside_later(output_dir, step):
-    """Rename states of later steps, which are damaged or lack another rank's: the run makes these steps again."""
+def set_aside_later(output_dir: str | Path, step: int) -> None:
+    """Rename states after `step`, which are damaged or lack another rank's, to *.ckpt.unusable."""
     for later, path in saved_states(output_dir).items():
         if later > step:
             path.rename(path.with_suffix(".ckpt.unusable"))
 
 
-def load_own_part(path, network, optimizer, *, names=None):
-    """Load what this rank saved of a parallel plan, before the plan is compiled.
+def load_own_part(path: str | Path, network: nn.Cell, optimizer: nn.Cell, *,
+                  names: Callable[[str], bool] | None = None) -> None:
+    """Load this rank's part of a sharded state, before the parallel plan is compiled.
 
     Args:
-        path: state of this rank; the plan is the one that saved it.
-        network, optimizer: Cells with whole parameters.
-        names: function from a name to whether it is in the state; None: all are.
+        path: state of this rank, saved by the same plan.
+        network: with unsharded parameters.
+        optimizer: with unsharded parameters.
+        names: whether a parameter of this name is in the state; None: all are.
 
     Raises:
-        UserError: a parameter is missing, or its part cannot be one of this plan.
+        UserError: a parameter is missing, or its shape cannot be a part of the parameter.
     """
     from mindrlhf.checkpoints.slices import OwnPart
     stored = containers.open_tensors(path)
-    for parameter in {p.name: p for cell in (network, optimizer) for p in cell.get_parameters()
-                      if names is None or names(p.name)}.values():
-        tensor = stored.get(parameter.name)
-        whole = parameter.shape
-        if tensor is None or len(tensor.shape) != len(whole) or any(
-                all_ % part for all_, part in zip(whole, tensor.shape)):
-            raise UserError(f"{path}: has {'no ' if tensor is None else 'another shape of '}{parameter.name}; resume with "
-                            "the YAML and the number of workers that saved it")
+    parameters = {parameter.name: parameter for cell in (network, optimizer)
+                  for parameter in cell.get_parameters() if names is None or names(parameter.name)}
+    for name, parameter in parameters.items():
+        tensor, full = stored.get(name), parameter.shape
+        if tensor is None or not _is_part(tensor.shape, full):
+            problem = "no" if tensor is None else "another shape of"
+            raise UserError(f"{path}: has {problem} {name}; resume with the YAML and the number of "
+                            "workers that saved it")
         values = tensor.array() if tensor.dtype.startswith("I") else tensor.float32()
-        parameter.set_data(OwnPart(values, whole, parameter.dtype))
+        parameter.set_data(OwnPart(values, full, parameter.dtype))
+
+
+def _is_part(part: tuple[int, ...], full: tuple[int, ...]) -> bool:
+    """Whether equal parts of one shape make up another."""
+    return len(part) == len(full) and not any(size % share for size, share in zip(full, part))

@@ -1,4 +1,8 @@
-"""One training step."""
+"""One training step: loss, gradients, clipping and update."""
+from __future__ import annotations
+
+from typing import Any
+
 import numpy as np
 from mindformers import MFTrainOneStepCell
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
@@ -12,7 +16,7 @@ add_gradients = ops.MultitypeFuncGraph("add_gradients")
 
 
 @add_gradients.register("Tensor", "Tensor")
-def _add(left, right):
+def _add(left: Tensor, right: Tensor) -> Tensor:
     return left + right
 
 
@@ -20,32 +24,34 @@ scale = ops.MultitypeFuncGraph("scale")
 
 
 @scale.register("Tensor", "Tensor")
-def _scale(factor, gradient):
+def _scale(factor: Tensor, gradient: Tensor) -> Tensor:
     return gradient * factor.astype(gradient.dtype)
 
 
 class ClipInPlan(nn.Cell):
-    """MindFormers' ClipGradNorm for gradients that a plan spreads over cards, and that were added up.
+    """MindFormers' ClipGradNorm for accumulated gradients of a sharded plan.
 
-    MindSpore adds up the squares of all cards where it finds a norm behind a gradient, but it does not look through an
-    addition. The cards' parts of a gradient are of one size, and each stands on as many cards; so the mean of the squares
-    of the whole is the mean over the cards of the means of their parts.
+    MindSpore sums squares over cards if a norm directly follows a gradient, but it does not see
+    through the addition of accumulated gradients. All parts of a gradient have the same size, and
+    each part is on the same number of cards. So the mean square of the full gradient is the mean
+    over the cards of the mean squares of their parts.
 
     Args:
-        max_norm: as ClipGradNorm takes it.
-        weights: parameters, not sharded yet, whose gradients come.
+        max_norm: gradients are scaled down to this global norm.
+        weights: the parameters, not sharded yet, in the order of their gradients.
         cards: number of cards.
     """
 
-    def __init__(self, max_norm, weights, cards):
+    def __init__(self, max_norm: float, weights: Any, cards: int) -> None:
         super().__init__(auto_prefix=False)
         self.max_norm, self.cards = max_norm, cards
         self.sizes = tuple(float(weight.size) for weight in weights)
-        self.zero = Tensor(np.zeros(1, np.float32))  # of one dimension, as MindFormers has it
-        self.mean, self.all_reduce, self.hyper_map = ops.ReduceMean(), ops.AllReduce(), ops.HyperMap()
+        self.zero = Tensor(np.zeros(1, np.float32))  # one dimension, as MindFormers' norm has
+        self.mean, self.all_reduce = ops.ReduceMean(), ops.AllReduce()
+        self.hyper_map = ops.HyperMap()
 
-    def construct(self, gradients):
-        """Tuple of gradients -> (clipped ones, norm before, float32 (1,))."""
+    def construct(self, gradients: tuple) -> tuple:
+        """Gradients -> (clipped gradients, float32 (1,): norm before clipping)."""
         squares = self.zero
         for number, size in enumerate(self.sizes):
             squares += size * self.mean(ops.square(gradients[number].astype("float32")), ())
@@ -55,34 +61,41 @@ class ClipInPlan(nn.Cell):
 
 
 class PartLoss(nn.Cell):
-    """What is differentiated: the loss of a part of the rows, as its share in that of the global batch.
+    """The function that is differentiated: the share of some rows in the loss of the global batch.
 
-    Whatever reads the data stands in here, behind the split of a semi-auto parallel plan. MindSpore does not follow
-    layouts from a cell that calls value_and_grad into the function that is differentiated: data that were split outside
-    would be whole rows to some operators and a card's share to others, without an error.
+    Everything that reads the data is in this cell, after the split of a semi-auto parallel plan.
+    MindSpore does not propagate layouts from a cell that calls value_and_grad into the
+    differentiated function: data split outside of it would be full rows to some operators and a
+    card's share to others, without an error.
 
     Args:
         network: Glm4DPO.
-        split: Cell that splits a batch over the cards of a plan, or None.
-        sum_over_workers: SumOverWorkers.
+        split: splits a batch over the cards of a plan; None without one.
+        sum_over_workers: sums a tensor over the data-parallel workers.
     """
 
-    def __init__(self, network, split, sum_over_workers):
+    def __init__(self, network: nn.Cell, split: nn.Cell | None,
+                 sum_over_workers: SumOverWorkers) -> None:
         super().__init__(auto_prefix=False)
         self.network, self.split, self.sum_over_workers = network, split, sum_over_workers
 
-    def construct(self, columns, all_pair_ids, all_chosen_loss_mask):
-        """
+    def construct(self, columns: tuple, all_pair_ids: Tensor,
+                  all_chosen_loss_mask: Tensor) -> tuple:
+        """The loss of some rows.
+
         Args:
-            columns: tuple of the part's columns, in the order of records.COLUMNS.
-            all_pair_ids, all_chosen_loss_mask: those two columns of the whole batch.
+            columns: of these rows, in the order of records.COLUMNS.
+            all_pair_ids: int32 (rows, P), of all rows of the batch.
+            all_chosen_loss_mask: int32 (rows, S), of all rows of the batch.
 
         Returns:
             what Glm4DPO returns.
         """
         if self.split is not None:
-            inputs = self.split(*columns, all_pair_ids, all_chosen_loss_mask)
-            columns, all_pair_ids, all_chosen_loss_mask = inputs[:-2], inputs[-2], inputs[-1]
+            # no negative indices: MindSpore 2.7 finds no shape for them ("shape_ptr is nullptr")
+            count, inputs = len(PLACE), self.split(*columns, all_pair_ids, all_chosen_loss_mask)
+            columns, all_pair_ids = inputs[:count], inputs[count]
+            all_chosen_loss_mask = inputs[count + 1]
         pairs = (all_pair_ids >= 0).astype("float32").sum()
         tokens = all_chosen_loss_mask.astype("float32").sum()
         totals = self.sum_over_workers(ops.stack((pairs, tokens)))
@@ -92,21 +105,24 @@ class PartLoss(nn.Cell):
 
 @MindFormerRegister.register(MindFormerModuleType.WRAPPER)
 class DPOTrainOneStepCell(MFTrainOneStepCell):
-    """A step of Glm4DPO, for MindFormers' Trainer.
+    """A training step of Glm4DPO for MindFormers' Trainer.
 
-    The loss is the mean over the pairs of the global batch: all workers, all rows, all accumulated parts. Overflow is
-    read off the norm of the gradients, not off the NPU's float status register as in MFTrainOneStepCell, so it works on
-    every device; a step that overflows changes no weight. There is no loss scale: bfloat16 and float32 need none.
+    The loss is the mean over the pairs of the global batch: all workers, rows and accumulated
+    parts. Overflow is detected from the norm of the gradients, not from the NPU's float status
+    register as in MFTrainOneStepCell, so it works on every device. A step that overflows changes no
+    weights. There is no loss scale: bfloat16 and float32 need none.
 
     Args:
-        network: Glm4DPO, or it in a cell that MindFormers puts around it.
+        network: Glm4DPO, or a cell of MindFormers around it.
         optimizer: as MFTrainOneStepCell takes it.
         max_grad_norm: gradients are scaled down to this global norm.
-        accumulation: parts into which the rows of a batch are split; one part is in memory at a time.
-        parallel_config: MindFormers passes it on.
+        accumulation: number of parts into which the rows of a batch are split. Only one part's
+            activations are in memory at a time.
+        parallel_config: passed on to MFTrainOneStepCell.
     """
 
-    def __init__(self, network, optimizer, max_grad_norm=1.0, accumulation=1, parallel_config=None):
+    def __init__(self, network: nn.Cell, optimizer: nn.Optimizer, max_grad_norm: float = 1.0,
+                 accumulation: int = 1, parallel_config: Any = None) -> None:
         network, split = unwrap_network(network)
         super().__init__(network, optimizer, use_clip_grad=True, max_grad_norm=max_grad_norm,
                          parallel_config=parallel_config)
@@ -116,25 +132,28 @@ class DPOTrainOneStepCell(MFTrainOneStepCell):
         if split is not None and accumulation > 1:
             self.clip_grad_norm = ClipInPlan(max_grad_norm, self.weights, cli.workers())
 
-    def part(self, columns, number):
-        """The columns of one part of the rows."""
+    def part(self, columns: tuple, number: int) -> tuple:
+        """The columns of one of the parts into which the rows are split."""
         size = columns[PLACE["pair_ids"]].shape[0] // self.accumulation
         rows = ()
         for column in columns:
-            rows += (column[number * size:(number + 1) * size],)
+            rows += (column[number * size:(number + 1) * size],)  # type: ignore[assignment]
         return rows
 
-    def construct(self, *columns):
-        """Columns of a batch, in the order of records.COLUMNS -> the fields of records.StepOutput, in order."""
-        # one function for all parts: MindSpore 2.7 loses the values of the earlier ones when each makes its own
+    def construct(self, *columns: Tensor) -> tuple:
+        """Columns of a batch, in the order of COLUMNS -> the fields of records.StepOutput."""
+        # one function for all parts: with one each, MindSpore 2.7 loses the earlier parts' values
         forward_backward = ops.value_and_grad(self.part_loss, None, self.weights, has_aux=True)
         pair_ids, chosen_loss_mask = columns[PLACE["pair_ids"]], columns[PLACE["chosen_loss_mask"]]
-        (loss, sums, faulty), gradients = forward_backward(self.part(columns, 0), pair_ids, chosen_loss_mask)
+        (loss, sums, faulty), gradients = forward_backward(
+            self.part(columns, 0), pair_ids, chosen_loss_mask)
         for number in range(1, self.accumulation):
-            later = (ops.depend(columns[0], gradients),) + columns[1:]  # one part's activations at a time
+            # the next part waits for the gradients: one part's activations at a time
+            later = (ops.depend(columns[0], gradients),) + columns[1:]
             values, more = forward_backward(self.part(later, number), pair_ids, chosen_loss_mask)
             gradients = self.hyper_map(add_gradients, gradients, more)
-            loss, sums, faulty = loss + values[0], sums + values[1], ops.concat((faulty, values[2]))
+            loss, sums = loss + values[0], sums + values[1]
+            faulty = ops.concat((faulty, values[2]))
         gradients = self.grad_reducer(gradients)
         gradients, norm = self.clip_grad_norm(gradients)
         overflow = ops.logical_not(ops.isfinite(norm)).all()
@@ -143,4 +162,5 @@ class DPOTrainOneStepCell(MFTrainOneStepCell):
             learning_rate = self.learning_rate(self.optimizer.global_step).reshape(())
         if not overflow:
             loss = ops.depend(loss, self.optimizer(gradients))
-        return loss, overflow, self.scale_sense, learning_rate, norm, self.sum_over_workers(sums), pair_ids, faulty
+        sums = self.sum_over_workers(sums)
+        return loss, overflow, self.scale_sense, learning_rate, norm, sums, pair_ids, faulty

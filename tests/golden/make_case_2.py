@@ -1,15 +1,17 @@
-"""Write case_2: PyTorch's answers on a tiny GLM-4 whose heads have GLM-4-9B's size, 128, which flash attention takes.
+"""Write case_2: PyTorch's results on a tiny GLM-4 with GLM-4-9B's head size.
 
-In the environment of make_gradients.py:
+The head size is 128, which flash attention supports. In the environment of make_gradients.py:
 
     scratch/bin/python tests/golden/make_case_2.py
 
-The pairs, their token ids and the tokenizer are those of case_1. Weights are random bfloat16 numbers, large enough that
-attention has preferences. Every answer is scored alone, without padding or packing, by transformers' GlmForCausalLM in
-float64. case_2/expected.json has, for the 8 pairs in order:
+The pairs, their token ids and the tokenizer are those of case_1. Weights are random bfloat16
+numbers, large enough for attention to be far from uniform. Each answer is scored alone, without
+padding or packing, by transformers' GlmForCausalLM in float64. case_2/expected.json has, for the 8
+pairs in order:
     chosen_logps, rejected_logps            log-probs of the answers, nats
-    chosen_references, rejected_references  the same, moved off by make_gradients.OFFSETS
-    loss                                    the mean DPO loss (beta 0.1) of the policy with these references
+    chosen_references, rejected_references  the same plus make_gradients.OFFSETS
+    loss                                    mean DPO loss (beta 0.1) of the policy with these
+                                            references
     grad_norm                               norm of its gradient with respect to all parameters
 """
 
@@ -81,7 +83,8 @@ def main():
     }
     (TARGET / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
     print(
-        f"loss {expected['loss']:.6f}, norm {expected['grad_norm']:.6f}, log-probs {expected['chosen_logps']}"
+        f"loss {expected['loss']:.6f}, norm {expected['grad_norm']:.6f}, "
+        f"log-probs {expected['chosen_logps']}"
     )
 
 

@@ -1,16 +1,19 @@
 """Write case_1/gradients.safetensors: PyTorch's gradients of the DPO loss on the golden case.
 
-PyTorch is no dependency of the project. In an environment of its own (measured with these versions):
+PyTorch is no dependency of the project. Use a separate environment; the file was made with these
+versions:
 
-    python -m venv scratch && scratch/bin/pip install torch==2.13.0 transformers==5.23.0 numpy safetensors
+    python -m venv scratch
+    scratch/bin/pip install torch==2.13.0 transformers==5.23.0 numpy safetensors
     scratch/bin/python tests/golden/make_gradients.py
 
-Every answer is scored alone, without padding or packing, by transformers' GlmForCausalLM in float64. The loss is the
-mean over the 8 pairs of -log sigmoid(0.1 (chosen log-ratio - rejected log-ratio)), log-probs summed over the answer.
-Each pair's references are moved off the policy by OFFSETS, so that no pair has the weight 1/2 of step 0.
-Tensors of the file, float32, named as in case_1/hf_glm:
+Each answer is scored alone, without padding or packing, by transformers' GlmForCausalLM in float64.
+The loss is the mean over the 8 pairs of -log sigmoid(0.1 (chosen log-ratio - rejected log-ratio)),
+with log-probs summed over the answer. Each pair's references differ from the policy by OFFSETS, so
+that no pair has the weight 1/2 of step 0. Tensors of the file, float32, named as in case_1/hf_glm:
     chosen_ref_logps, rejected_ref_logps (8,)   the references, nats
-    losses (2,)                                 the DPO loss; the SFT loss: negative log-likelihood per chosen token
+    losses (2,)                                 the DPO loss; the SFT loss, which is the negative
+                                                log-likelihood per chosen token
     dpo/NAME                                    gradient of the DPO loss
     sft/NAME                                    every 8th row of the gradient of the SFT loss
 """
@@ -28,7 +31,9 @@ OFFSETS = {"chosen": (-6, 3, -2, 5, 1, -4, 7, 2), "rejected": (4, -5, 1, -1, 8, 
 
 
 def answer_logp(model, prompt, answer):
-    """Lists of token ids -> log-probability of the answer after the prompt: its sum over the answer's tokens."""
+    """Log-probability of an answer after its prompt, summed over the answer's tokens. Both are
+    lists of token ids.
+    """
     ids = torch.tensor([prompt + answer])
     logps = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
     return logps[len(prompt) - 1 :].sum()

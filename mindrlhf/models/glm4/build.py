@@ -1,4 +1,4 @@
-"""GLM-4's network: MindFormers builds it from the YAML, and what MindFormers lacks is added."""
+"""GLM-4's network: MindFormers builds it from the YAML; patches and LoRA adapters are added."""
 from __future__ import annotations
 
 from typing import Any
@@ -20,27 +20,30 @@ def build_network(run_config: Any) -> nn.Cell:
         run_config: MindFormerConfig, after runtime.start().
 
     Returns:
-        the network with random weights: load.load_weights() comes next.
+        the network with random weights; load.load_weights() sets the real ones.
     """
     build_parallel_config(run_config)
     model = build_by_mindformers(run_config.model, default_args={
-        "parallel_config": run_config.parallel_config, "plan": Plan.of(run_config), "dpo": run_config.dpo,
-        "lora": run_config.lora})
+        "parallel_config": run_config.parallel_config, "plan": Plan.of(run_config),
+        "dpo": run_config.dpo, "lora": run_config.lora})
     patches.fix_cpu(model)
     if can_optimize(run_config.model.model_config):
         patches.optimize_cpu(model, run_config.model.model_config)
     if run_config.lora:
         compute_dtype = run_config.model.model_config.compute_dtype
-        lora.add_adapters(model, run_config.lora, compute_dtype=compute_dtype, seed=run_config.seed)
+        lora.add_adapters(model, run_config.lora, compute_dtype=compute_dtype,
+                          seed=run_config.seed)
     return model
 
 
 def can_optimize(config: Any) -> bool:
-    """Whether cells of the CPU's own may replace MindFormers': in one CPU process without a plan.
+    """Whether the fast CPU cells may replace MindFormers': on a CPU, without a parallel plan.
 
-    Flash attention and the key-value cache keep MindFormers' cells, so that an NPU's network runs on a CPU.
+    With flash attention or a key-value cache, MindFormers' cells stay, so that an NPU's network
+    runs on a CPU.
 
     Args:
         config: the model_config section.
     """
-    return runtime.is_cpu() and not runtime.is_sharded() and not (config.use_flash_attention or config.use_past)
+    npu_only = config.use_flash_attention or config.use_past
+    return runtime.is_cpu() and not runtime.is_sharded() and not npu_only

@@ -1,6 +1,6 @@
 """Conversion of GLM-4's weights between a Hugging Face folder and a MindSpore checkpoint.
 
-Tensors are read, converted and written piece by piece, so no tensor is ever in memory as a whole.
+Tensors are read, converted and written in pieces, so no complete tensor is ever in memory.
 """
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 from mindrlhf import cli, files
 from mindrlhf.checkpoints import containers, tensors
 from mindrlhf.checkpoints.strict import describe_difference
-from mindrlhf.checkpoints.tensors import StoredTensor
+from mindrlhf.checkpoints.tensors import StoredTensor, TensorItem
 from mindrlhf.cli import UserError
 from mindrlhf.models.glm4 import hf, model_config, sidecar, weight_names
 from mindrlhf.models.glm4.model_config import ModelConfig
@@ -25,15 +25,15 @@ DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}  # option --dtype -> key
 
 
 class Range(NamedTuple):
-    """Some consecutive elements of a stored tensor: `count` of them from `first` on."""
+    """Consecutive elements of a stored tensor: `length` of them, from `first` on."""
     tensor: StoredTensor
     first: int
-    count: int
+    length: int
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """How stored values become those of the output.
+    """How stored values are converted.
 
     Attributes:
         dtype: of the output, a key of tensors.DTYPES.
@@ -42,13 +42,28 @@ class Conversion:
     dtype: str
     allow_nonfinite: bool
 
-    def item(self, name: str, shape: tuple[int, ...], ranges: Sequence[Range]) -> tuple:
-        """A tensor of the output, as containers.write takes it; its elements come from the ranges in order."""
+    def item(self, name: str, shape: tuple[int, ...], ranges: Sequence[Range]) -> TensorItem:
+        """A tensor of the output. Its elements are those of the ranges, in order.
+
+        Args:
+            name: in the output.
+            shape: in the output.
+            ranges: where the elements are stored.
+        """
         jobs = [(ranges, *piece) for piece in tensors.pieces(math.prod(shape))]
-        return name, self.dtype, shape, lambda: tensors.map_in_order(self.piece, jobs)
+        return TensorItem(name, self.dtype, shape, lambda: tensors.map_in_order(self.piece, jobs))
 
     def piece(self, ranges: Sequence[Range], begin: int, count: int) -> np.ndarray:
-        """`count` converted elements from `begin` on."""
+        """Some converted elements of joined ranges.
+
+        Args:
+            ranges: of stored tensors.
+            begin: first element, counted over all ranges.
+            count: number of elements.
+
+        Returns:
+            stored values of dtype, (count,).
+        """
         parts = []
         for stored, first, length in ranges:
             taken = min(max(length - begin, 0), count)
@@ -58,23 +73,33 @@ class Conversion:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def convert(self, stored: StoredTensor, first: int, count: int) -> np.ndarray:
-        """Some elements of a stored tensor, converted.
+        """Convert elements of a stored tensor.
+
+        Args:
+            stored: the tensor.
+            first: first element.
+            count: number of elements.
+
+        Returns:
+            stored values of dtype, (count,).
 
         Raises:
-            UserError: they hold NaN or inf, or a value beyond the range of dtype.
+            UserError: a value is NaN or inf, or beyond the range of dtype.
         """
         values = stored.read(first, count)
         converted = tensors.convert_dtype(values, stored.dtype, self.dtype)
         good = tensors.is_finite(converted, self.dtype)
         if good.all():
             return converted
-        was_finite, place = tensors.is_finite(values, stored.dtype), f"{stored.file.name}: {stored.name}"
+        was_finite = tensors.is_finite(values, stored.dtype)
+        place = f"{stored.file.name}: {stored.name}"
         if (was_finite & ~good).any():
             worst = np.abs(tensors.to_float32(values[was_finite], stored.dtype)).max()
             raise UserError(f"{place} holds {worst:g}, beyond the range of the output (largest: "
                             f"{tensors.LARGEST[self.dtype]:g}); convert with another --dtype")
         if not self.allow_nonfinite:
-            raise UserError(f"{place} holds NaN or inf; download it again, or accept them with --allow_nonfinite")
+            raise UserError(f"{place} holds NaN or inf; download it again, or accept them with "
+                            "--allow_nonfinite")
         return converted
 
 
@@ -82,7 +107,7 @@ def to_mindspore(source: str, target: str, *, dtype: str, allow_nonfinite: bool 
     """Convert a Hugging Face folder to a checkpoint file and its sidecar.
 
     Args:
-        source: folder with config.json and *.safetensors, of either spelling.
+        source: folder with config.json and *.safetensors, in either layout.
         target: .ckpt or .safetensors file to write.
         dtype: a key of DTYPES.
         allow_nonfinite: accept NaN and inf.
@@ -91,99 +116,116 @@ def to_mindspore(source: str, target: str, *, dtype: str, allow_nonfinite: bool 
         one line about the result.
 
     Raises:
-        UserError: the folder is no GLM-4 or is damaged, or the file cannot be written.
+        UserError: the folder is not a GLM-4 or is damaged, or the file cannot be written.
     """
     containers.require_suffix(target)
     conversion = Conversion(DTYPES[dtype], allow_nonfinite)
     with _progress(target) as progress:
-        numbers, layout, stored = hf.read_hf_folder(source)
-        shapes, items = weight_names.parameter_shapes(numbers), []
-        for name, parts in weight_names.hf_parts(numbers, layout).items():
-            ranges = [Range(stored[part.name], 0, stored[part.name].elements) for part in parts]
+        found = hf.read_hf_folder(source)
+        shapes, items = weight_names.parameter_shapes(found.config), []
+        for name, parts in weight_names.hf_parts(found.config, found.layout).items():
+            ranges = [Range(found.tensors[part.name], 0, found.tensors[part.name].elements)
+                      for part in parts]
             items.append(conversion.item(name, shapes[name], ranges))
-        _announce(items, target, progress)
-        sidecar.remove_sidecar(target)  # it would describe other weights, if this were interrupted
+        _prepare(items, target, progress)
+        sidecar.remove_sidecar(target)  # after an interruption it would describe other weights
         identity = containers.write_tensors(target, items, progress.update)
-    sidecar.write_sidecar(target, numbers, dtype=conversion.dtype, fingerprint=identity, source=source, source_layout=layout)
-    return _summary(target, progress.total, dtype, numbers)
+    sidecar.write_sidecar(target, found.config, dtype=conversion.dtype, fingerprint=identity,
+                          source=source, source_layout=found.layout)
+    return _summary(target, progress.total, dtype, found.config)
 
 
-def to_hugging_face(source: str, target: str, *, dtype: str, allow_nonfinite: bool = False, layout: str = "glm",
-                    config: str | None = None) -> str:
+def to_hugging_face(source: str, target: str, *, dtype: str, allow_nonfinite: bool = False,
+                    layout: str = "glm", config: str | None = None) -> str:
     """Convert a checkpoint file to a Hugging Face folder.
 
     Args:
-        source: .ckpt or .safetensors file with whole weights.
+        source: .ckpt or .safetensors file with unsharded weights.
         target: new folder.
         dtype: a key of DTYPES.
         allow_nonfinite: accept NaN and inf.
         layout: "glm" or "chatglm".
-        config: config.json or sidecar of the model, if no sidecar lies beside the checkpoint.
+        config: config.json or sidecar of the model, if the checkpoint has no sidecar.
 
     Returns:
         one line about the result.
 
     Raises:
-        UserError: the checkpoint is damaged or not described, or the folder cannot be written.
+        UserError: the checkpoint is damaged or its sizes are unknown, or the folder cannot be
+            written.
     """
     conversion = Conversion(DTYPES[dtype], allow_nonfinite)
     with _progress(target) as progress:
         stored = containers.open_tensors(source)
-        numbers = find_config(source, config)
-        problem = describe_difference(weight_names.parameter_shapes(numbers),
+        model = find_config(source, config)
+        problem = describe_difference(weight_names.parameter_shapes(model),
                                       {name: tensor.shape for name, tensor in stored.items()})
         if problem:
-            raise UserError(f"{source}: the weights do not have the shapes that its numbers imply. {problem}")
+            raise UserError(f"{source}: the weights do not have the shapes that its config "
+                            f"implies. {problem}")
         items = []
-        for name, parts in weight_names.hf_parts(numbers, layout).items():
+        for name, parts in weight_names.hf_parts(model, layout).items():
             first = 0
             for part in parts:
-                count = math.prod(part.shape)
-                items.append(conversion.item(part.name, part.shape, [Range(stored[name], first, count)]))
-                first += count
-        _announce(items, target, progress)
-        hf.write_hf_folder(target, numbers, layout, conversion.dtype, items, progress.update)
-    return _summary(target, progress.total, dtype, numbers) + f"; {layout} names; copy the model's tokenizer files there too"
+                rows = Range(stored[name], first, math.prod(part.shape))
+                items.append(conversion.item(part.name, part.shape, [rows]))
+                first += rows.length
+        _prepare(items, target, progress)
+        hf.write_hf_folder(target, model, layout, conversion.dtype, items, progress.update)
+    summary = _summary(target, progress.total, dtype, model)
+    return f"{summary}; {layout} names; copy the model's tokenizer files there too"
 
 
 def find_config(source: str, given: str | None) -> ModelConfig:
-    """The numbers of a checkpoint: from its sidecar, or from --config; if both are there, they must agree."""
-    numbers, path = sidecar.read_config_of(source)
+    """Sizes and constants of a checkpoint, from its sidecar or from --config.
+
+    Args:
+        source: the checkpoint.
+        given: --config: a config.json or a sidecar, or None.
+
+    Raises:
+        UserError: there is neither, or both exist and differ.
+    """
+    found = sidecar.read_config_of(source)
     if given is None:
-        if numbers is None:
-            raise UserError(f"{source}: has no {sidecar.path_beside(source).name} beside it; copy it there, or "
-                            "give --config with the config.json of the model that it comes from")
-        return numbers
+        if found is None:
+            raise UserError(f"{source}: has no {sidecar.path_beside(source).name} next to it; copy "
+                            "it there, or give --config with the config.json of its model")
+        return found.config
     content = files.read_json(cli.existing_file(given, "a config.json or a sidecar"))
-    config = (sidecar.read_sidecar(given)[0] if "numbers" in content
+    config = (sidecar.read_sidecar(given).config if "numbers" in content
               else model_config.parse_hf_config(content, given))
-    wrong = numbers and sidecar.compare_fields(
-        asdict(numbers), {name: getattr(config, name) for name in sidecar.IN_YAML})
-    if wrong:
-        raise UserError(f"{given}: does not describe this checkpoint: " + "; ".join(
-            f"{name} is {theirs} there, {ours} in {path}" for name, (ours, theirs) in wrong.items()))
+    if found:
+        wrong = sidecar.compare_fields(
+            asdict(found.config), {name: getattr(config, name) for name in sidecar.IN_YAML})
+        if wrong:
+            raise UserError(f"{given}: does not describe this checkpoint: " + "; ".join(
+                f"{name} is {theirs} there, {ours} in {found.path}"
+                for name, (ours, theirs) in wrong.items()))
     return config
 
 
 @contextlib.contextmanager
 def _progress(target: str) -> Iterator[Any]:
     """A progress bar of bytes; Ctrl-C and SIGTERM end in one line."""
-    # the C library keeps giving each piece's memory back and asking for it anew, unless a larger one was freed once
+    # Until a larger block has been freed once, glibc returns each piece's memory to the system and
+    # requests it again.
     np.empty(16 << 20, np.uint8)
     try:
         with cli.progress_bar(None, "convert", "B", unit_scale=True) as progress:
             yield progress
     except KeyboardInterrupt:
-        raise UserError(f"{target}: stopped; nothing was left there") from None
+        raise UserError(f"{target}: stopped; nothing was written there") from None
 
 
-def _announce(items: Sequence[tuple], target: str | Path, progress: Any) -> None:
-    """Tell the bar how many bytes there will be, and the user if the disk has no room for them."""
-    progress.total = sum(tensors.count_bytes(dtype, shape) for _, dtype, shape, _ in items)
+def _prepare(items: Sequence[TensorItem], target: str | Path, progress: Any) -> None:
+    """Set the total of the progress bar, and raise UserError if the disk is too small."""
+    progress.total = sum(item.spec.nbytes for item in items)
     progress.refresh()
     files.require_space(target, progress.total)
 
 
-def _summary(target: str, nbytes: int, dtype: str, numbers: ModelConfig) -> str:
-    return (f"{target}: {nbytes / 1e9:.2f} GB, {dtype}; {numbers.num_layers} layers, rope_ratio {numbers.rope_ratio}, "
-            f"layernorm_epsilon {numbers.layernorm_epsilon}")
+def _summary(target: str, nbytes: int, dtype: str, config: ModelConfig) -> str:
+    """One line about what was written."""
+    return (f"{target}: {nbytes / 1e9:.2f} GB, {dtype}; {config.num_layers} layers, "
+            f"rope_ratio {config.rope_ratio}, layernorm_epsilon {config.layernorm_epsilon}")

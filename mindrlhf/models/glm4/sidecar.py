@@ -1,13 +1,18 @@
-"""The sidecar of a checkpoint: `glm4_9b.ckpt.json` beside `glm4_9b.ckpt` says what no tensor says.
+"""The sidecar of a checkpoint: `glm4_9b.ckpt.json` next to `glm4_9b.ckpt`.
 
-A wrong rope_ratio or epsilon ruins a run without any error. So the numbers of config.json travel with the
-weights, and each command compares them with its YAML. Training leaves them in output/model.json for what is
-merged later.
+It holds what the tensors do not: the sizes and constants of config.json. A wrong rope_ratio or
+epsilon ruins a run without any error, so each command compares them with its YAML. Training writes
+them to output/model.json, from where they pass to the merged checkpoint.
 """
+from __future__ import annotations
+
+import contextlib
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from mindrlhf import cli
 from mindrlhf.checkpoints.containers import open_tensors
@@ -15,176 +20,216 @@ from mindrlhf.checkpoints.fingerprints import fingerprint as fingerprint_of
 from mindrlhf.cli import UserError
 from mindrlhf.files import read_json, write_json
 from mindrlhf.models.glm4 import model_config, weight_names
+from mindrlhf.models.glm4.model_config import ModelConfig
 
 MODEL = "model.json"  # in the output folder of a training run
-IN_YAML = ("num_layers", "padded_vocab_size", "hidden_size", "ffn_hidden_size", "num_attention_heads",
-           "multi_query_group_num", "kv_channels", "layernorm_epsilon", "rope_ratio")
-UNCHECKED = "rope_ratio, layernorm_epsilon, the size of a head and the stop tokens are not checked"
+IN_YAML = ("num_layers", "padded_vocab_size", "hidden_size", "ffn_hidden_size",
+           "num_attention_heads", "multi_query_group_num", "kv_channels", "layernorm_epsilon",
+           "rope_ratio")
+UNCHECKED = "rope_ratio, layernorm_epsilon, the head size and the stop tokens are not checked"
 
 
-def path_beside(checkpoint):
-    """Where the sidecar of a checkpoint lies."""
+class Sidecar(NamedTuple):
+    """The content of a sidecar.
+
+    Attributes:
+        path: the file.
+        config: sizes and constants of the model.
+        about: the other keys: dtype, source, fingerprint and so on.
+    """
+    path: Path
+    config: ModelConfig
+    about: dict[str, Any]
+
+
+def path_beside(checkpoint: str | Path) -> Path:
+    """Path of the sidecar of a checkpoint file."""
     return Path(f"{checkpoint}.json")
 
 
-def find_sidecar(checkpoint):
-    """The sidecar of a checkpoint; for the shards of several cards, a folder or a file of one, that of their run."""
+def find_sidecar(checkpoint: str | Path) -> Path | None:
+    """Path of the sidecar of a checkpoint, or None.
+
+    Shards, given as a folder or as one card's file, share the sidecar of their run.
+    """
     path = Path(checkpoint).absolute()
     if path.is_dir() or not path.suffix:
         places = [path / MODEL, path.parent / MODEL]
-    elif _of_a_rank(path):
+    elif _is_in_rank_folder(path):
         places = [path_beside(checkpoint), path.parents[1] / MODEL, path.parents[2] / MODEL]
     else:
         places = [path_beside(checkpoint)]
     return next((place for place in places if place.is_file()), None)
 
 
-def _of_a_rank(checkpoint):
-    """Whether a file may hold one card's share of the weights: those go into rank_* folders."""
+def _is_in_rank_folder(checkpoint: str | Path) -> bool:
+    """Whether a file may be one card's shard: shards are in folders rank_*."""
     return re.fullmatch(r"rank_\d+", Path(checkpoint).absolute().parent.name) is not None
 
 
-def _name_for(checkpoint):
+def _name_for(checkpoint: str | Path) -> str:
+    """File name of the sidecar that a checkpoint should have."""
     return MODEL if Path(checkpoint).is_dir() else path_beside(checkpoint).name
 
 
-def write_sidecar(checkpoint, numbers, *, dtype, fingerprint, source, **about):
-    """Write the sidecar of a checkpoint that is there.
+def write_sidecar(checkpoint: str | Path, config: ModelConfig, *, dtype: str, fingerprint: str,
+                  source: str | Path, **about: Any) -> None:
+    """Write the sidecar of an existing checkpoint.
 
     Args:
         checkpoint: path of the file.
-        numbers: Numbers.
-        dtype, fingerprint: of the file.
-        source: what it was made from; about: more of that.
+        config: sizes and constants of the model.
+        dtype: of the tensors, a key of tensors.DTYPES.
+        fingerprint: of the file, 64 hex digits.
+        source: what the checkpoint was made from.
+        about: more keys.
     """
     write_json(path_beside(checkpoint), {
-        "numbers": asdict(numbers), "dtype": dtype, "source": str(source), **about,
+        "numbers": asdict(config), "dtype": dtype, "source": str(source), **about,
         "fingerprint": fingerprint, "sample_fingerprint": sample_fingerprint(checkpoint)})
 
 
-def remove_sidecar(checkpoint):
-    """Remove the sidecar of a checkpoint that is about to be another.
+def remove_sidecar(checkpoint: str | Path) -> None:
+    """Remove the sidecar of a checkpoint that is about to be replaced.
 
     Raises:
-        UserError: there is one, and it cannot be removed.
+        UserError: it cannot be removed.
     """
+    path = path_beside(checkpoint)
     try:
-        path_beside(checkpoint).unlink(missing_ok=True)
-    except NotADirectoryError:  # then there is no checkpoint either
-        pass
+        with contextlib.suppress(NotADirectoryError):  # then there is no checkpoint either
+            path.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"{path_beside(checkpoint)}: cannot be removed ({error.strerror}); give another path") from None
+        raise UserError(f"{path}: cannot be removed ({error.strerror}); give another "
+                        "path") from None
 
 
-def sample_fingerprint(checkpoint):
-    """Enough of a checkpoint's identity to tell it from others, in a moment."""
+def sample_fingerprint(checkpoint: str | Path) -> str:
+    """Fingerprint of a sample of the values: fast, and enough to tell checkpoints apart."""
     return fingerprint_of(open_tensors(checkpoint), sample=True)
 
 
-def read_sidecar(path):
-    """(Numbers, dict of the rest) of a sidecar.
+def read_sidecar(path: str | Path) -> Sidecar:
+    """Read a sidecar.
 
     Raises:
-        UserError: it is none.
+        UserError: the file is not a sidecar.
     """
     content = read_json(path)
     values = content.pop("numbers", None)
-    names = [field.name for field in fields(model_config.ModelConfig)]
+    names = [field.name for field in fields(ModelConfig)]
     if not isinstance(values, dict) or sorted(values) != sorted(names):
-        raise UserError(f"{path}: no sidecar of a checkpoint; remove it, or convert the weights again")
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    odd = [f"{name} is {value!r}" for name, value in values.items() if not model_config.is_valid(name, value)]
-    if odd:
-        raise UserError(f"{path}: {', '.join(odd)}; remove it, or convert the weights again")
-    return model_config.ModelConfig(**values), content
+        raise UserError(f"{path}: no sidecar of a checkpoint; remove it, or convert the weights "
+                        "again")
+    values = {name: tuple(value) if isinstance(value, list) else value
+              for name, value in values.items()}
+    invalid = [f"{name} is {value!r}" for name, value in values.items()
+               if not model_config.is_valid(name, value)]
+    if invalid:
+        raise UserError(f"{path}: {', '.join(invalid)}; remove it, or convert the weights again")
+    return Sidecar(Path(path), ModelConfig(**values), content)
 
 
-def read_config_of(checkpoint):
-    """(Numbers, path of the sidecar) that hold for a checkpoint; (None, None) where nothing says so.
+def read_config_of(checkpoint: str | Path) -> Sidecar | None:
+    """Read the sidecar of a checkpoint; None if it has none.
 
     Raises:
-        UserError: there is a sidecar, but of another checkpoint.
+        UserError: the sidecar belongs to another checkpoint.
     """
     path = find_sidecar(checkpoint)
     if path is None:
-        return None, None
-    numbers, about = read_sidecar(path)
-    if about.get("sample_fingerprint") and about["sample_fingerprint"] != sample_fingerprint(checkpoint):
-        raise UserError(f"{path}: describes another checkpoint than the one beside it; fetch or convert both "
-                        "again, or remove it if you know that the numbers in the YAML are right")
-    return numbers, path
+        return None
+    found = read_sidecar(path)
+    sample = found.about.get("sample_fingerprint")
+    if sample and sample != sample_fingerprint(checkpoint):
+        raise UserError(f"{path}: describes another checkpoint than the one next to it; download "
+                        "or convert both again, or remove it if the YAML has the right sizes")
+    return found
 
 
-def compare_fields(first, second):
-    """What differs in two dicts: dict, name -> (value in first, value in second), for the names in second."""
-    return {name: (first.get(name), second[name]) for name in second if first.get(name) != second[name]}
+def compare_fields(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple]:
+    """Differences in second's names: name -> (value in first, value in second)."""
+    return {name: (first.get(name), second[name]) for name in second
+            if first.get(name) != second[name]}
 
 
-def require_same_model(checkpoint, settings):
-    """Refuse a checkpoint whose numbers are not those of the YAML; warn of what cannot be compared.
+def require_same_model(checkpoint: str | Path | None, settings: dict[str, Any]) -> None:
+    """Compare the sizes and constants of a checkpoint with the YAML; warn of what is unknown.
 
     Args:
-        checkpoint: path of the file, or of the folder of shards, as load_checkpoint gives it; None is left to the loader.
-        settings: of config.load().
+        checkpoint: load_checkpoint: a file, or a folder of shards. None: nothing to compare.
+        settings: as config.load_settings returns them.
 
     Raises:
-        UserError: with every difference.
+        UserError: a value differs. The message names all that do.
     """
     if not checkpoint:
         return
     model = settings["model"]["model_config"]
-    numbers, source = read_config_of(checkpoint)
+    found = read_config_of(checkpoint)
     yaml = {name: model.get(name, "not set") for name in IN_YAML}
-    if numbers:
-        numbers = {name: getattr(numbers, name) for name in IN_YAML}
+    if found:
+        place: str | Path = found.path
+        stored = {name: getattr(found.config, name) for name in IN_YAML}
     else:
-        sharded = _of_a_rank(checkpoint) or Path(checkpoint).is_dir()
-        shapes = {} if sharded else {name: t.shape for name, t in open_tensors(checkpoint).items()}
-        source, numbers = checkpoint, weight_names.measure_shapes(shapes)
+        place, stored = checkpoint, _measured_sizes(checkpoint)
         yaml |= {f"{name} * kv_channels": model.get(name, 0) * model.get("kv_channels", 0)
                  for name in ("num_attention_heads", "multi_query_group_num")}
         if cli.rank() == 0:
-            stream = sys.stderr if settings["run_mode"] == "predict" else sys.stdout  # there the answer goes
-            print(f"warning: {checkpoint}: has no {_name_for(checkpoint)} beside it, so {UNCHECKED}; "
-                  "convert_weight.py writes one", file=stream, flush=True)
-    wrong = compare_fields(yaml, numbers)
+            # the stdout of predict is the answer
+            stream = sys.stderr if settings["run_mode"] == "predict" else sys.stdout
+            print(f"warning: {checkpoint}: has no {_name_for(checkpoint)} next to it, so "
+                  f"{UNCHECKED}; convert_weight.py writes one", file=stream, flush=True)
+    wrong = compare_fields(yaml, stored)
     if wrong:
-        raise UserError(f"{source}: the YAML is not for this checkpoint: " + "; ".join(
+        raise UserError(f"{place}: the YAML is not for this checkpoint: " + "; ".join(
             f"{name} is {ours} in the YAML, {theirs} in the checkpoint"
             for name, (ours, theirs) in wrong.items()))
 
 
-def copy_to_run(checkpoint, output_dir):
-    """Leave the numbers of the checkpoint that a run starts from in its output folder. Rank 0 writes."""
+def _measured_sizes(checkpoint: str | Path) -> dict[str, int]:
+    """Sizes that the shapes in a checkpoint file imply; none for shards, which are partial."""
+    if _is_in_rank_folder(checkpoint) or Path(checkpoint).is_dir():
+        return {}
+    shapes = {name: tensor.shape for name, tensor in open_tensors(checkpoint).items()}
+    return weight_names.measure_shapes(shapes)
+
+
+def copy_to_run(checkpoint: str | Path, output_dir: str | Path) -> None:
+    """Write a run's model.json from the sidecar of the checkpoint it starts from, on rank 0."""
     if cli.rank():
         return
-    target, sidecar = Path(output_dir) / MODEL, find_sidecar(checkpoint)
-    if sidecar is None:
-        target.unlink(missing_ok=True)  # of an earlier run
-    elif sidecar.resolve() != target.resolve():
-        numbers, about = read_sidecar(sidecar)
-        write_json(target, {"numbers": asdict(numbers), "source": str(checkpoint),
-                            "source_fingerprint": about.get("fingerprint")})
+    target, path = Path(output_dir) / MODEL, find_sidecar(checkpoint)
+    if path is None:
+        target.unlink(missing_ok=True)  # an earlier run's
+    elif path.resolve() != target.resolve():
+        found = read_sidecar(path)
+        write_json(target, {"numbers": asdict(found.config), "source": str(checkpoint),
+                            "source_fingerprint": found.about.get("fingerprint")})
 
 
-def copy_to_result(source, target, *, dtype, fingerprint):
-    """Write the sidecar of a checkpoint that was merged or shared out.
+def copy_to_result(source: str | Path, target: str | Path, *, dtype: str,
+                   fingerprint: str) -> bool:
+    """Write the sidecar of a checkpoint that was merged or resharded.
 
     Args:
-        source: what it was made from: a file, or the checkpoint or checkpoint_network folder of a run.
+        source: what it was made from: a file, or a run's checkpoint or checkpoint_network folder.
         target: path of the new file, or of the folder of the new shards.
-        dtype, fingerprint: of the new weights as a whole.
+        dtype: of the new tensors, a key of tensors.DTYPES.
+        fingerprint: of the new weights, joined over all shards.
 
     Returns:
-        whether there was anything to carry.
+        whether the source has a sidecar.
     """
-    described = find_sidecar(source)
+    path = find_sidecar(source)
+    if path is None:
+        if not Path(target).is_dir():
+            remove_sidecar(target)
+        return False
+    config = read_sidecar(path).config
     if Path(target).is_dir():
-        if described:
-            write_json(Path(target) / MODEL, {"numbers": asdict(read_sidecar(described)[0]), "source": str(source),
-                                              "source_fingerprint": fingerprint})
-    elif described:
-        write_sidecar(target, read_sidecar(described)[0], dtype=dtype, fingerprint=fingerprint, source=source)
+        write_json(Path(target) / MODEL, {"numbers": asdict(config), "source": str(source),
+                                          "source_fingerprint": fingerprint})
     else:
-        remove_sidecar(target)
-    return described is not None
+        write_sidecar(target, config, dtype=dtype, fingerprint=fingerprint, source=source)
+    return True

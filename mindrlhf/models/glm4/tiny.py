@@ -1,6 +1,7 @@
-"""A tiny GLM-4 with random weights and a tokenizer of its own, for a rehearsal on a CPU.
+"""A tiny GLM-4 with random weights and its own tokenizer, for a rehearsal on a CPU.
 
-It is a Hugging Face folder like that of GLM-4-9B: config.json, shards of safetensors, tokenizer.model.
+It is a Hugging Face folder like that of GLM-4-9B: config.json, shards of safetensors and
+tokenizer.model.
 """
 from __future__ import annotations
 
@@ -13,14 +14,15 @@ import numpy as np
 import regex
 
 from mindrlhf import config
+from mindrlhf.checkpoints.tensors import TensorItem
 from mindrlhf.models.glm4 import hf, weight_names
 from mindrlhf.models.glm4.model_config import SIZES, ModelConfig
 
-SPECIAL_TOKENS = 14  # that ChatGLM4Tokenizer adds behind the vocabulary of the file
-SHARDS = 2  # of the weights, so that several files are read
-# how GLM-4's tokenizer splits text before it joins bytes
-SPLIT = regex.compile(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-                      r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+SPECIAL_TOKENS = 14  # ChatGLM4Tokenizer appends them to the file's vocabulary
+SHARDS = 2  # of the weights, so that the rehearsal reads several files
+# GLM-4's tokenizer splits text by this pattern before it merges bytes
+SPLIT = regex.compile(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+                      r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
 def write_model(folder: Path, config_path: str | Path, text: str) -> int:
@@ -29,7 +31,7 @@ def write_model(folder: Path, config_path: str | Path, text: str) -> int:
     Args:
         folder: a new folder.
         config_path: YAML with the sizes, such as glm4_tiny.yaml.
-        text: what the tokenizer is trained on.
+        text: training text of the tokenizer.
 
     Returns:
         number of parameters.
@@ -37,12 +39,14 @@ def write_model(folder: Path, config_path: str | Path, text: str) -> int:
     settings = config.read_yaml(config_path)["model"]["model_config"]
     vocabulary = settings["padded_vocab_size"] - SPECIAL_TOKENS
     sizes = {name: settings[name] for name in SIZES}
-    model = ModelConfig(**sizes, layernorm_epsilon=settings["layernorm_epsilon"], rope_ratio=settings["rope_ratio"],
-                        eos_token_id=(vocabulary, vocabulary + 7, vocabulary + 9), pad_token_id=vocabulary,
-                        max_position_embeddings=8192)
+    model = ModelConfig(
+        **sizes, layernorm_epsilon=settings["layernorm_epsilon"],
+        rope_ratio=settings["rope_ratio"],
+        eos_token_id=(vocabulary, vocabulary + 7, vocabulary + 9), pad_token_id=vocabulary,
+        max_position_embeddings=8192)
     tensors = make_weights(model)
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
-    items = [(name, "F32", tensor.shape, lambda tensor=tensor: tensor) for name, tensor in tensors.items()]
+    items = [TensorItem.of_array(name, "F32", tensor) for name, tensor in tensors.items()]
     hf.write_hf_folder(folder, model, "glm", "F32", items, shard_size=nbytes // SHARDS)
     lines = [f"{base64.b64encode(token).decode()} {rank}\n"
              for rank, token in enumerate(train_tokenizer(text, vocabulary))]
@@ -51,7 +55,7 @@ def write_model(folder: Path, config_path: str | Path, text: str) -> int:
 
 
 def make_weights(model: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    """Hugging Face tensors of a random GLM-4: name -> float32 array. Matrices are N(0, 0.02), as GLM-4's start."""
+    """Hugging Face tensors of a random GLM-4: name -> float32 array. Matrices are N(0, 0.02)."""
     generator, tensors = np.random.default_rng(seed), {}
     for name, shape in weight_names.hf_shapes(model, "glm").items():
         if "norm" in name:
@@ -64,17 +68,18 @@ def make_weights(model: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def train_tokenizer(text: str, size: int) -> list[bytes]:
-    """Byte pair encoding: list of tokens (bytes), the 256 bytes first, then the most frequent pairs one after another."""
-    words = collections.Counter(tuple(bytes([byte]) for byte in word.encode()) for word in SPLIT.findall(text))
+    """Byte pair encoding: `size` tokens, the 256 bytes first, then merges in order."""
+    words = collections.Counter(tuple(bytes([byte]) for byte in word.encode())
+                                for word in SPLIT.findall(text))
     tokens = [bytes([byte]) for byte in range(256)]
     while len(tokens) < size:
-        pairs = collections.Counter()
+        pairs: collections.Counter[tuple[bytes, bytes]] = collections.Counter()
         for word, count in words.items():
             for pair in zip(word, word[1:]):
                 pairs[pair] += count
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
         tokens.append(best[0] + best[1])
-        merged = collections.Counter()
+        merged: collections.Counter[tuple[bytes, ...]] = collections.Counter()
         for word, count in words.items():
             merged[_join(word, best)] += count
         words = merged
@@ -82,6 +87,7 @@ def train_tokenizer(text: str, size: int) -> list[bytes]:
 
 
 def _join(word: Sequence[bytes], pair: tuple[bytes, bytes]) -> tuple[bytes, ...]:
+    """A word with every occurrence of a pair merged into one token."""
     pieces, position = [], 0
     while position < len(word):
         step = 2 if word[position:position + 2] == pair else 1

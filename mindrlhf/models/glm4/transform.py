@@ -1,4 +1,7 @@
-"""Trained checkpoints to one file, or to the shards of another plan, verified before they take their name."""
+"""Trained checkpoints to one file, or to the shards of another parallel plan.
+
+The result is verified before it takes its final name.
+"""
 from __future__ import annotations
 
 import os
@@ -10,7 +13,7 @@ from pathlib import Path
 from mindrlhf import cli
 from mindrlhf.checkpoints import fingerprints, layouts, reshard, shards
 from mindrlhf.checkpoints.containers import SUFFIXES, open_tensors, write_tensors
-from mindrlhf.checkpoints.tensors import StoredTensor, round_to
+from mindrlhf.checkpoints.tensors import StoredTensor, TensorItem, TensorSpec, Values, round_to
 from mindrlhf.cli import UserError
 from mindrlhf.files import require_space, staging_folder
 from mindrlhf.models.glm4 import load, lora, sidecar
@@ -20,11 +23,11 @@ from mindrlhf.models.glm4.weight_names import is_adapter, is_weight
 
 @dataclass(frozen=True)
 class SourceCheckpoint:
-    """What is transformed.
+    """The checkpoint to transform.
 
     Attributes:
         opened: the files; ranks has one entry if all ranks are equal.
-        tensors: name -> whole tensor.
+        tensors: name -> unsharded tensor.
     """
     opened: OpenedCheckpoint
     tensors: dict[str, StoredTensor]
@@ -37,12 +40,12 @@ class SourceCheckpoint:
 
 @dataclass(frozen=True)
 class TargetCheckpoint:
-    """What is made of it.
+    """The checkpoint to write.
 
     Attributes:
-        path: the file or folder that is to appear.
-        names: the files in it, relative, one a card.
-        strategy: the strategy file to shard by, or None for whole tensors.
+        path: the file or folder.
+        names: relative paths of the files in it, one for each card.
+        strategy: the strategy file to shard by, or None for unsharded tensors.
         base: checkpoint to add LoRA adapters to, or None.
     """
     path: Path
@@ -53,18 +56,19 @@ class TargetCheckpoint:
 
 @dataclass(frozen=True)
 class Written:
-    """What was written: the fingerprint of the whole weights and, for each card, (name, dtype, shape) of its tensors."""
+    """What was written: the fingerprint of the unsharded weights, and the tensors of each card."""
     fingerprint: str
-    cards: list[list[tuple]]
+    cards: list[list[TensorSpec]]
 
 
-def open_source(place: str | Path, strategy: str | None = None, step: int | None = None) -> SourceCheckpoint:
-    """Open a checkpoint, and make sure that its parts belong together.
+def open_source(place: str | Path, strategy: str | None = None,
+                step: int | None = None) -> SourceCheckpoint:
+    """Open a checkpoint, and check that its parts belong together.
 
     Args:
-        place: a whole file, or a folder of rank_0, rank_1, ...
+        place: a single file, or a folder of rank_0, rank_1, ...
         strategy: folder or file of strategies, or None.
-        step: number of training steps; None: the newest that is intact on all ranks.
+        step: number of training steps; None: the newest step that is intact on all ranks.
 
     Raises:
         UserError: parts are missing, damaged, or of different runs.
@@ -82,47 +86,55 @@ def open_source(place: str | Path, strategy: str | None = None, step: int | None
         tensors = _require_equal_ranks(opened)
         opened = replace(opened, ranks=[tensors])
     described = sidecar.find_sidecar(opened.place) if opened.place.is_dir() else None
-    load.require_whole_model({name: tensor.shape for name, tensor in tensors.items()}, opened.files[0],
-                             sidecar.read_sidecar(described)[0] if described else None)
+    load.require_whole_model({name: tensor.shape for name, tensor in tensors.items()},
+                             opened.files[0],
+                             sidecar.read_sidecar(described).config if described else None)
     return SourceCheckpoint(opened, tensors)
 
 
 def _require_equal_ranks(opened: OpenedCheckpoint) -> dict[str, StoredTensor]:
-    """The weights of a data-parallel run: every rank holds all of them, with equal values.
+    """The weights of a data-parallel run, in which every rank holds all weights.
 
     Raises:
-        UserError: two ranks differ.
+        UserError: the values of two ranks differ.
     """
     identity = fingerprints.fingerprint(opened.ranks[0])
     for path, tensors in zip(opened.files[1:], opened.ranks[1:]):
         if fingerprints.fingerprint(tensors) != identity:
-            raise UserError(f"{path}: differs from {opened.files[0]}. Shards of a parallel plan need --src_strategy; "
-                            "the ranks of a data-parallel run are equal: are these files of one run?")
+            raise UserError(f"{path}: differs from {opened.files[0]}. Shards of a parallel plan "
+                            "need --src_strategy; the ranks of a data-parallel run are equal: are "
+                            "these files of one run?")
     return opened.ranks[0]
 
 
-def plan_target(source: SourceCheckpoint, path: str | Path, *, strategy: str | None = None, suffix: str | None = None,
-                base: str | None = None) -> TargetCheckpoint:
-    """Decide what to write, and refuse options that contradict each other or the source.
+def plan_target(source: SourceCheckpoint, path: str | Path, *, strategy: str | None = None,
+                suffix: str | None = None, base: str | None = None) -> TargetCheckpoint:
+    """Decide what to write.
 
     Args:
-        source: the checkpoint.
+        source: the checkpoint to transform.
         path: file or folder to write.
         strategy: folder or file of strategies of the plan to shard for; None: one file.
-        suffix: ".ckpt" or ".safetensors"; None: as the path says, or .ckpt.
+        suffix: ".ckpt" or ".safetensors"; None: that of the path, or .ckpt.
         base: base weights to add LoRA adapters to, or None.
+
+    Raises:
+        UserError: the options contradict each other or the source.
     """
     path, found = Path(path), layouts.find_strategy(strategy)
     if strategy and not found:
-        raise UserError(f"{strategy}: holds no strategy file; a parallel run writes them to output/strategy")
+        raise UserError(f"{strategy}: holds no strategy file; a parallel run writes them to "
+                        "output/strategy")
     _check_adapters(source, base, found)
     if found:
         if path.suffix in SUFFIXES:
-            raise UserError(f"{path}: with --dst_strategy, --dst_checkpoint is a folder; --format says what its files are")
+            raise UserError(f"{path}: with --dst_strategy, --dst_checkpoint is a folder; --format "
+                            "sets the type of its files")
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UserError(f"{path}: exists; remove it, or give the name of a new folder")
         cards = len(reshard.plan_cards(source.tensors, found, is_expected=is_weight))
-        return TargetCheckpoint(path, [f"rank_{rank}/sharded{suffix or '.ckpt'}" for rank in range(cards)], found, base)
+        names = [f"rank_{rank}/sharded{suffix or '.ckpt'}" for rank in range(cards)]
+        return TargetCheckpoint(path, names, found, base)
     if path.suffix not in SUFFIXES:
         path = path / f"merged{suffix or '.ckpt'}"
     elif suffix and path.suffix != suffix:
@@ -133,25 +145,27 @@ def plan_target(source: SourceCheckpoint, path: str | Path, *, strategy: str | N
 
 
 def _check_adapters(source: SourceCheckpoint, base: str | None, strategy: Path | None) -> None:
-    """Raise UserError for what makes no sense with, or without, LoRA adapters."""
+    """Raise UserError if the options do not fit LoRA adapters, or full weights."""
     place = source.opened.place
     if base and not source.is_adapted:
         raise UserError(f"{place}: holds full weights, no adapters; leave --base_checkpoint out")
     if base and strategy:
-        raise UserError("--base_checkpoint and --dst_strategy exclude each other: merge the adapters first, then "
-                        "shard the merged file")
+        raise UserError("--base_checkpoint and --dst_strategy exclude each other: merge the "
+                        "adapters first, then shard the merged file")
     if source.is_adapted and strategy:
-        raise UserError(f"{place}: holds LoRA adapters, which every command takes as one file; leave --dst_strategy out")
+        raise UserError(f"{place}: holds LoRA adapters, which every command takes as one file; "
+                        "leave --dst_strategy out")
 
 
 def write_target(source: SourceCheckpoint, target: TargetCheckpoint) -> list[str]:
-    """Write and verify the target; it appears under its name when it is complete.
+    """Write and verify the target. It takes its name when it is complete.
 
     Returns:
         lines about the result.
 
     Raises:
-        UserError: the disk is too small, the strategies do not fit the source, or what was read back differs.
+        UserError: the disk is too small, the strategies do not fit the source, or the target
+            differs when it is read back.
     """
     with staging_folder(target.path) as folder:
         files = [folder / "out" / name for name in target.names]
@@ -161,43 +175,73 @@ def write_target(source: SourceCheckpoint, target: TargetCheckpoint) -> list[str
             shutil.copy(target.strategy, folder / "out" / "strategy" / "ckpt_strategy_rank_0.ckpt")
         target.path.parent.mkdir(parents=True, exist_ok=True)
         os.replace(folder / "out" if target.strategy else files[0], target.path)
-    described = sidecar.copy_to_result(source.opened.place, target.path, dtype=written.cards[0][0][1],
-                              fingerprint=written.fingerprint)
+    described = sidecar.copy_to_result(
+        source.opened.place, target.path, dtype=written.cards[0][0].dtype,
+        fingerprint=written.fingerprint)
     lines = []
     if source.is_adapted and not target.base:
-        lines.append("these are LoRA adapters alone; --base_checkpoint adds them to the weights that they belong to")
-    unknown = "" if described else f"; without the model's numbers, as the run left no {sidecar.MODEL}"
-    lines.append(f"{target.path}: {len(written.cards[0])} parameters, {reshard.size_on_disk(written.cards) / 1e9:.2f} GB, "
-                 f"from {len(source.opened.files)} rank(s){f' to {len(files)}' if target.strategy else ''}; read back and "
-                 f"verified, fingerprint {written.fingerprint[:12]}{unknown}")
+        lines.append("these are LoRA adapters alone; --base_checkpoint adds them to their base "
+                     "weights")
+    size = reshard.size_on_disk(written.cards) / 1e9
+    ranks = f"{len(source.opened.files)} rank(s)"
+    if target.strategy:
+        ranks += f" to {len(files)}"
+    unknown = "" if described else f"; without the model's config: the run has no {sidecar.MODEL}"
+    lines.append(f"{target.path}: {len(written.cards[0])} parameters, {size:.2f} GB, from {ranks}; "
+                 f"read back and verified, fingerprint {written.fingerprint[:12]}{unknown}")
     return lines
 
 
-def _write_files(source: SourceCheckpoint, target: TargetCheckpoint, files: Sequence[Path], folder: Path) -> Written:
-    """Write and verify the file of every card."""
+def _write_files(source: SourceCheckpoint, target: TargetCheckpoint, files: Sequence[Path],
+                 folder: Path) -> Written:
+    """Write and verify the file of every card.
+
+    Args:
+        source: the checkpoint to transform.
+        target: the checkpoint to write.
+        files: path of the file of each card, in the staging folder.
+        folder: the staging folder.
+
+    Raises:
+        UserError: see write_target().
+    """
     strategies = source.opened.strategy, target.strategy
     cards = reshard.plan_cards(source.tensors, target.strategy, is_expected=is_weight)
     if not any(strategies):
-        return _write_whole(source, target, files[0], source.tensors)
+        return _write_unsharded(source, target, files[0], source.tensors)
     size = reshard.size_on_disk(cards)
     require_space(files[0], size + reshard.scratch_bytes(source.tensors, source.opened.ranks))
     resharded = [folder / "adapters.ckpt"] if source.is_adapted else files
     with cli.progress_bar(size, "transform", "B", unit_scale=True) as bar:
-        reshard.reshard_tensors(source.opened.ranks, strategies, cards, resharded, folder, bar.update)
+        reshard.reshard_tensors(source.opened.ranks, strategies, cards, resharded, folder,
+                                bar.update)
     identity = fingerprints.fingerprint(source.tensors)
     reshard.verify_files(identity, resharded, target.strategy, is_expected=is_weight)
     if source.is_adapted:
-        return _write_whole(source, target, files[0], open_tensors(resharded[0]))
+        return _write_unsharded(source, target, files[0], open_tensors(resharded[0]))
     return Written(identity, cards)
 
 
-def _write_whole(source: SourceCheckpoint, target: TargetCheckpoint, file: Path, tensors: Mapping[str, StoredTensor]) -> Written:
-    """Write and verify one file of whole tensors, LoRA adapters added to their base if there is one."""
-    remarks = {name: tensor for name, tensor in open_tensors(source.opened.files[0]).items() if name in lora.METADATA}
-    tensors = {**tensors, **remarks}
-    items = _with_adapters(tensors, target.base, source.opened.files[0]) if target.base else \
-        [(t.name, t.dtype, t.shape, t.chunks) for t in tensors.values()]
-    cards = [[item[:3] for item in items]]
+def _write_unsharded(source: SourceCheckpoint, target: TargetCheckpoint, file: Path,
+                     tensors: Mapping[str, StoredTensor]) -> Written:
+    """Write and verify one file of unsharded tensors, with LoRA adapters merged if a base is given.
+
+    Args:
+        source: the checkpoint to transform.
+        target: the checkpoint to write.
+        file: path of the file, in the staging folder.
+        tensors: name -> tensor, of the weights or adapters.
+
+    Raises:
+        UserError: see write_target().
+    """
+    place = source.opened.files[0]
+    metadata = {name: tensor for name, tensor in open_tensors(place).items()
+                if name in lora.METADATA}
+    tensors = {**tensors, **metadata}
+    items = (_with_adapters(tensors, target.base, place) if target.base
+             else [TensorItem(*tensor.spec, tensor.chunks) for tensor in tensors.values()])
+    cards = [[item.spec for item in items]]
     size = reshard.size_on_disk(cards)
     require_space(file, size)
     with cli.progress_bar(size, "write", "B", unit_scale=True) as bar:
@@ -206,14 +250,21 @@ def _write_whole(source: SourceCheckpoint, target: TargetCheckpoint, file: Path,
     return Written(identity, cards)
 
 
-def _with_adapters(adapters: Mapping[str, StoredTensor], base_path: str, place: Path) -> list[tuple]:
-    """Full weights in the base's dtype, as containers.write takes them: base weights plus LoRA adapters."""
+def _with_adapters(adapters: Mapping[str, StoredTensor], base_path: str,
+                   place: Path) -> list[TensorItem]:
+    """Full weights in the base's dtype: base weights plus LoRA adapters.
+
+    Args:
+        adapters: name -> tensor, of an adapter file.
+        base_path: checkpoint with the base weights.
+        place: the adapter file, for messages.
+    """
     base = load.read_weights(base_path)
     changed = lora.merge_adapters(base, adapters, place)
 
-    def values_of(tensor: StoredTensor) -> Callable:
+    def values_of(tensor: StoredTensor) -> Callable[[], Values]:
         if tensor.name not in changed:
             return tensor.chunks
         return lambda: round_to(changed[tensor.name](), tensor.dtype)
 
-    return [(t.name, t.dtype, t.shape, values_of(t)) for t in base.values()]
+    return [TensorItem(*tensor.spec, values_of(tensor)) for tensor in base.values()]
