@@ -124,10 +124,12 @@ class _VocabularyBlocks(nn.Cell):
             hidden = ops.depend(hidden, normalizers[-1])
             weight = ops.depend(weight, normalizers[-1])
         normalizers = ops.concat(normalizers, 1)
-        normalizer = ops.logsumexp(normalizers, 1, True)
+        # not logsumexp: the CPU's kernel of log rounds by the number of earlier launches
+        shares = self.log_softmax(normalizers)
+        normalizer = normalizers[:, :1] - shares[:, :1]
         label_rows = ops.gather(weight, labels, 0).astype(ms.float32)
         picked = (hidden.astype(ms.float32) * label_rows).sum(1)
-        return picked - normalizer.reshape((-1,)), normalizers - normalizer
+        return picked - normalizer.reshape((-1,)), shares
 
     def bprop(self, hidden: Tensor, weight: Tensor, labels: Tensor, size: int, out: tuple,
               dout: tuple) -> tuple:

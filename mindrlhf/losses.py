@@ -32,8 +32,8 @@ def sigmoid(logits: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor
         beta: strength of the KL constraint to the reference.
         label_smoothing: assumed share of flipped labels, e.
     """
-    as_labeled = ops.softplus(-beta * logits)
-    flipped = ops.softplus(beta * logits)
+    as_labeled = _softplus(-beta * logits)
+    flipped = _softplus(beta * logits)
     return (1 - label_smoothing) * as_labeled + label_smoothing * flipped
 
 
@@ -42,8 +42,8 @@ def robust(logits: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
 
     Args: as in sigmoid(); label_smoothing is e.
     """
-    flipped = label_smoothing * ops.softplus(beta * logits)
-    as_labeled = (1 - label_smoothing) * ops.softplus(-beta * logits)
+    flipped = label_smoothing * _softplus(beta * logits)
+    as_labeled = (1 - label_smoothing) * _softplus(-beta * logits)
     return (as_labeled - flipped) / (1 - 2 * label_smoothing)
 
 
@@ -61,6 +61,16 @@ def ipo(logits: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:  #
     Args: as in sigmoid(); label_smoothing is not used.
     """
     return ops.square(logits - 1 / (2 * beta))
+
+
+def _softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)), with the same bits in every run.
+
+    MindSpore's CPU kernels of softplus and log split their work by the number of earlier launches,
+    and round the parts differently, so a resumed run would print other last digits. The form
+    (x + |x|) / 2, unlike max(x, 0), has the gradient 1/2 at 0, where training starts.
+    """
+    return (x + ops.abs(x)) / 2 + ops.log1p(ops.exp(-ops.abs(x)))
 
 
 LOSSES: dict[str, Callable[..., Tensor]] = {

@@ -151,7 +151,10 @@ class Glm4DPO(ChatGLM2ForConditionalGeneration):
             "logratio_size": (ops.abs(chosen_logratio) + ops.abs(rejected_logratio)).sum()}
         finite = ops.isfinite(losses).astype(ms.int32)
         faulty = pair_ids - finite * (pair_ids + 1)
-        return loss, ops.stop_gradient(ops.stack([sums[name] for name in SUMS])), faulty
+        in_order = ()  # a tuple: a list would stay in the graph as an operator
+        for name in SUMS:
+            in_order += (sums[name],)  # type: ignore[assignment]
+        return loss, ops.stop_gradient(ops.stack(in_order)), faulty
 
 
 class ReferenceLogps(nn.Cell):
