@@ -67,11 +67,6 @@ FORMATS = {
         (("system", "S"), *QUESTION),
     ),
     "pairs, strings": ({"prompt": "Q", "chosen": "good", "rejected": "bad"}, "pairs", QUESTION),
-    "pairs, implicit strings": (
-        {"chosen": "Q: good", "rejected": "Q: bad"},
-        "pairs",
-        (("user", "Q:"),),
-    ),
     "pairs, messages": (
         {
             "prompt": [message("system", "S"), USER],
@@ -113,11 +108,8 @@ FORMATS = {
 @pytest.mark.parametrize("name", FORMATS)
 def test_formats(tmp_path, name):
     row, kind, messages = FORMATS[name]
-    answers = (
-        (" good", " bad") if name == "pairs, implicit strings" else ("good", "bad")
-    )  # the blank stays, as in TRL
-    assert one(tmp_path, row) == (kind, Pair(messages, *answers))
-    assert one(tmp_path, row, kind) == (kind, Pair(messages, *answers))
+    assert one(tmp_path, row) == (kind, Pair(messages, "good", "bad"))
+    assert one(tmp_path, row, kind) == (kind, Pair(messages, "good", "bad"))
 
 
 ANSWER = {"chosen": "a", "rejected": "b"}
@@ -133,6 +125,12 @@ BAD = [
     ("cvalues", {**CVALUES, "neg_resp": " \n"}, "'neg_resp' is empty"),
     ("cvalues", {**CVALUES, "prompt": None}, "'prompt' is NoneType"),
     ("cvalues", '{"prompt": ' + "9" * 5000 + "}", "not JSON"),
+    (
+        "cvalues",
+        '{"prompt": "Q", "pos_resp": "good", "neg_resp": "bad", "pos_resp": "bad"}',
+        "has the key 'pos_resp' twice",
+    ),
+    ("pairs", '{"prompt": [{"role": "user", "role": "user"}]}', "has the key 'role' twice"),
     ("auto", {"a": 1}, "auto needs the fields of one type .*; this row has: a"),
     ("auto", "3", "this row has: int"),
     (
@@ -141,8 +139,11 @@ BAD = [
         "'chosen' is int but 'rejected' is str",
     ),
     ("pairs", {"prompt": 3, **ANSWER}, "'prompt' is not a list of messages"),
-    ("pairs", {"chosen": "same", "rejected": "same"}, "one answer is a prefix"),
-    ("pairs", {"chosen": "Q good", "rejected": "Q"}, "one answer is a prefix"),
+    ("implicit", {"chosen": "same", "rejected": "same"}, "one answer is a prefix"),
+    ("implicit", {"chosen": "Q good", "rejected": "Q"}, "one answer is a prefix"),
+    ("implicit", {"chosen": "good", "rejected": "bad"}, "no common prefix"),
+    ("implicit", {"chosen": 1, "rejected": 2}, "'chosen' is int; expected a string"),
+    ("implicit", {"chosen": "Q a", "rejected": "Q b", "text": "P"}, "but text in 'text'; rename"),
     ("pairs", {"chosen": [USER], "rejected": [USER]}, "'prompt' holds no message"),
     (
         "pairs",
@@ -176,6 +177,7 @@ GOOD = {
     "cvalues": CVALUES,
     "auto": CVALUES,
     "pairs": {"prompt": "Q", **ANSWER},
+    "implicit": {"chosen": "Q a", "rejected": "Q b"},
     "dpo": {"conversations": [said("human", "Q")], **ANSWER},
 }
 
@@ -212,6 +214,21 @@ def test_an_array_has_line_numbers(tmp_path):
     ):  # [, five lines a row, from line 2
         read_pairs([path])
     assert len(read_pairs([path], skip_bad=True).pairs) == 2
+
+
+def test_a_repeated_key_in_an_array_is_one_bad_row(tmp_path):
+    row, path = json.dumps(CVALUES), tmp_path / "pairs.json"
+    path.write_text(f'[{row},\n{row[:-1]}, "prompt": "R"}},\n{row}]')
+    with pytest.raises(UserError, match=r"pairs\.json:2: has the key 'prompt' twice"):
+        read_pairs([path])
+    source = read_pairs([path], skip_bad=True)
+    assert [pair.place for pair in source.pairs] == [f"{path}:1", f"{path}:3"]
+
+
+def test_a_repeated_key_in_a_broken_line_says_nothing_about_the_next(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"a": {"b": 1, "b": 2}, \n' + json.dumps(CVALUES) + "\n")
+    assert len(read_pairs([path], skip_bad=True).pairs) == 1
 
 
 @pytest.mark.parametrize(
@@ -267,6 +284,7 @@ def test_hostile_text_arrives_as_it_was_written(tmp_path):
     source = read_pairs([path])
     assert source.read == 2
     assert source.pairs[0] == Pair((("user", ""),), text, "bad")
+    assert source.noted[preference.EMPTY_PROMPT] == [f"{path}:1", f"{path}:2"]
 
 
 def test_lone_surrogates_are_replaced_and_noted(tmp_path):

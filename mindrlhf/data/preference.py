@@ -12,8 +12,9 @@ from mindrlhf.data import formats, sources
 from mindrlhf.data.formats import Messages
 from mindrlhf.data.sources import JsonRow
 
-DATASET_TYPES = (*formats.FIELDS, "auto")
+DATASET_TYPES = (*formats.FORMATS, "auto")
 BAD, IDENTICAL, DUPLICATE = "bad row", "identical answers", "pair that stands there already"
+EMPTY_PROMPT = "empty prompt"
 SURROGATES = "lone surrogates (no character; they became U+FFFD)"
 
 
@@ -46,6 +47,7 @@ class PairSource:
         dropped: reason -> places of the rows that are not kept.
         noted: peculiarity -> places of pairs that are kept.
         bad: "file:line: why" of each bad row.
+        ignored: field that the type does not use -> number of rows with content in it.
     """
     files: list[Path]
     dataset_type: str
@@ -54,6 +56,7 @@ class PairSource:
     dropped: dict[str, list[str]]
     noted: dict[str, list[str]]
     bad: list[str]
+    ignored: dict[str, int]
 
 
 def read_pairs(paths: Sequence[str | Path], dataset_type: str = "auto", *, skip_bad: bool = False,
@@ -74,6 +77,7 @@ def read_pairs(paths: Sequence[str | Path], dataset_type: str = "auto", *, skip_
     bad: list[str] = []
     dropped: dict[str, list[str]] = {}
     noted: dict[str, list[str]] = {}
+    ignored: Counter[str] = Counter()
     seen: set[Pair] = set()
     read = 0
     for read, (place, row) in enumerate(_rows_with_places(files), 1):
@@ -89,9 +93,10 @@ def read_pairs(paths: Sequence[str | Path], dataset_type: str = "auto", *, skip_
                 raise UserError(bad[0]) from None
             dropped.setdefault(BAD, []).append(place)
             continue
+        ignored.update(formats.ignored_fields(row.value, dataset_type))
         pair = _replace_surrogates(parsed)
         findings = {IDENTICAL: pair.chosen == pair.rejected, DUPLICATE: pair in seen,
-                    SURROGATES: pair != parsed}
+                    SURROGATES: pair != parsed, EMPTY_PROMPT: not pair.messages[-1][1].strip()}
         found = [name for name, is_found in findings.items() if is_found]
         reason = next((name for name in found if name in drop), None)
         if reason:
@@ -103,13 +108,13 @@ def read_pairs(paths: Sequence[str | Path], dataset_type: str = "auto", *, skip_
         pairs.append(pair)
     if not pairs:
         raise UserError(_no_pairs(paths, dataset_type, dropped, bad))
-    return PairSource(files, dataset_type, read, pairs, dropped, noted, bad)
+    return PairSource(files, dataset_type, read, pairs, dropped, noted, bad, dict(ignored))
 
 
 def _no_pairs(paths: Sequence[str | Path], dataset_type: str, dropped: dict[str, list[str]],
               bad: list[str]) -> str:
     """Message for files without pairs: what was expected, and what was dropped instead."""
-    kinds = formats.FIELDS if dataset_type == "auto" else [dataset_type]
+    kinds = formats.FORMATS if dataset_type == "auto" else [dataset_type]
     reasons = [f"{len(places)} x {reason}" for reason, places in dropped.items()]
     return (f"{', '.join(map(str, paths))}: holds no pairs (expected fields: "
             f"{formats.describe_fields(kinds)}). " + "; ".join(reasons + bad[:1]))
@@ -118,7 +123,7 @@ def _no_pairs(paths: Sequence[str | Path], dataset_type: str, dropped: dict[str,
 def _rows_with_places(files: Sequence[Path]) -> Iterator[tuple[str, JsonRow]]:
     """(file:line, row) of each row."""
     for file in files:
-        for row in sources.read_json_rows(file):
+        for row in sources.read_file_rows(file):
             yield f"{file}:{row.line}", row
 
 

@@ -1,7 +1,7 @@
 """Harmless sample pairs with the fields of CValues-Comparison, for a rehearsal on a CPU."""
 from __future__ import annotations
 
-from mindrlhf.data.formats import FIELDS
+from mindrlhf.data.formats import FORMATS
 
 TOPICS = {
     "zh": ["跑步", "做饭", "画画", "游泳", "书法", "下棋", "种花", "摄影", "唱歌", "跳舞",
@@ -32,5 +32,6 @@ def make_pairs() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
         for number, topic in enumerate(topics):
             rows = held_out if number >= len(topics) - HELD_OUT[language] else train
             for texts in SENTENCES[language]:
-                rows.append(dict(zip(FIELDS["cvalues"], [text.format(topic) for text in texts])))
+                filled = [text.format(topic) for text in texts]
+                rows.append(dict(zip(FORMATS["cvalues"].fields, filled)))
     return train, held_out

@@ -8,14 +8,60 @@ from pathlib import Path
 import numpy as np
 
 from mindrlhf.arithmetic import ceil_div
+from mindrlhf.cli import printable
 from mindrlhf.data.merge import MergeReport
 from mindrlhf.data.parts import Scored
+from mindrlhf.data.preference import Pair, PairSource
 from mindrlhf.files import atomic_file
+from mindrlhf.models.glm4 import template
 from mindrlhf.records import SIDES
 
 EXAMPLES = 3  # places listed for each reason
 BAD_ROWS = 20  # bad rows listed in full
 POINTS = 20_000  # of the scatter plot
+SHOWN_TEXT = 200  # characters that are shown of each text of a pair
+LAST_CHARACTER = 0x10FFFF
+
+
+class CharacterTokenizer(dict[str, int]):
+    """A stand-in tokenizer to render the template as text: tokens are characters and tags."""
+
+    @property
+    def special(self) -> CharacterTokenizer:
+        """Special token -> id, above all characters."""
+        return self
+
+    def __missing__(self, tag: str) -> int:
+        self[tag] = LAST_CHARACTER + 1 + len(self)
+        return self[tag]
+
+    def encode(self, text: str) -> list[int]:
+        """Characters of a text, of which a long one is cut in its middle."""
+        cut = SHOWN_TEXT // 2
+        text = text if len(text) <= SHOWN_TEXT else f"{text[:cut]} ... {text[-cut:]}"
+        return list(map(ord, text))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text, with tags, in printable characters."""
+        tags = {token: tag for tag, token in self.items()}
+        return printable("".join(tags.get(token) or chr(token) for token in ids))
+
+
+def source_lines(source: PairSource) -> list[str]:
+    """Lines of text about what was read: fields that were ignored, and the first pair."""
+    names = sorted(source.ignored, key=lambda name: (-source.ignored[name], name))
+    ignored = ", ".join(f"{printable(name)} in {source.ignored[name]:,} rows" for name in names)
+    return [*([f"  ignored    {ignored}"] if ignored else []), *pair_lines(source.pairs[0])]
+
+
+def pair_lines(pair: Pair) -> list[str]:
+    """A pair as the template renders it, long texts cut."""
+    tokenizer = CharacterTokenizer()
+    prompt = tokenizer.decode(template.prompt_ids(tokenizer, pair.messages))
+    chosen, rejected = (tokenizer.decode(template.response_ids(tokenizer, answer))
+                        for answer in (pair.chosen, pair.rejected))
+    return [f"  a pair     {pair.place}, as rendered", f"    prompt   {prompt}",
+            f"    chosen   {chosen}", f"    rejected {rejected}"]
 
 
 def summary_lines(report: MergeReport) -> list[str]:
