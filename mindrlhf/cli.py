@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -18,15 +19,38 @@ class UserError(Exception):
     """
 
 
+# of files and disks that a user can name or fill; other OSErrors are faults of the program
+USERS_ERRNOS = {errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT,
+                errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EFBIG, errno.EIO}
+
+
+def printable(text: str) -> str:
+    """Text with control characters as visible escapes, so that it cannot control the terminal."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
 def run_command(main: Callable[[], object]) -> None:
-    """Call main(); a UserError ends the process with one line on stderr and status 2."""
+    """Call main(); an error that the user can fix ends the process with one line and status 2."""
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        end_with(str(error))
     except BrokenPipeError:  # the reader of stdout has exited: `... | head`
         sys.exit(1)
+    except OSError as error:
+        if error.errno not in USERS_ERRNOS:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        end_with(f"{place}{error.strerror}; give another path, or make room on its disk")
+    except MemoryError as error:
+        end_with(f"out of memory ({error or 'of this process'}); lower seq_length, batch_size or "
+                 "the number of workers, or give the machine more memory")
+
+
+def end_with(message: str) -> NoReturn:
+    """Print an error as one line on stderr, and end with status 2."""
+    print(f"error: {printable(message)}", file=sys.stderr, flush=True)
+    sys.exit(2)
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,8 +75,9 @@ def boolean(text: str) -> bool:
 
 def positive(text: str) -> int:
     """argparse type for a positive integer."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    if not text.isdecimal() or len(text) > 9 or int(text) == 0:
+        raise argparse.ArgumentTypeError(
+            f"expected a positive integer of at most 9 digits, got {shown(text)}")
     return int(text)
 
 
@@ -70,16 +95,26 @@ def existing_file(path: str | Path, what: str) -> Path:
     """The path of a file that must exist and must not be empty.
 
     Raises:
-        UserError: there is no such path, it is a folder, or it is empty.
+        UserError: there is no such path, it is a folder, it is empty, or no path is possible there.
     """
     path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; {what} must be a file")
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give the path of {what}")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path}: is empty; give {what} with content")
+    try:
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder; {what} must be a file")
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; give the path of {what}")
+        if path.stat().st_size == 0:
+            raise UserError(f"{path}: is empty; give {what} with content")
+    except OSError as error:  # a name of 300 characters, a folder that may not be entered
+        raise UserError(f"{shown(str(path))}: {error.strerror}; give the path of "
+                        f"{what}") from None
     return path
+
+
+def shown(value: object) -> str:
+    """repr of a value for an error, cut after 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def rank() -> int:

@@ -1,39 +1,95 @@
 """YAML settings: load, inherit, override, and report every problem in one error."""
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Hashable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mindrlhf.cli import UserError, existing_file
+from mindrlhf.cli import UserError, existing_file, shown
 from mindrlhf.contradictions import find_contradictions
 from mindrlhf.parallel import Plan, Settings
+from mindrlhf.recompute import recompute_for_mindformers
 from mindrlhf.schema import REQUIRED, find_problems
 
 
 class Loader(yaml.SafeLoader):
-    """yaml.SafeLoader that reads 5e-7 as a number and refuses a key that appears twice.
+    """yaml.SafeLoader for settings: plain keys and values, limited in number and depth.
 
-    YAML 1.1 reads 5e-7 as a string and requires 5.0e-7.
+    It reads 5e-7 as a number, which YAML 1.1 reads as a string, and dates as strings. It refuses a
+    key that appears twice. Aliases count as many values as they stand for.
     """
 
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.depth = 0
+        self.counts: dict[int, int] = {}  # id of a complete node -> number of its values
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        """Read a node, or raise MarkedYAMLError if it is too large, too deep or contains itself."""
+        mark = self.peek_event().start_mark
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise yaml.MarkedYAMLError(problem=f"more than {DEEPEST} levels", problem_mark=mark)
+        is_alias = self.check_event(yaml.AliasEvent)
+        node: Any = super().compose_node(parent, index)
+        self.depth -= 1
+        if not is_alias:
+            parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+            if isinstance(node, yaml.MappingNode):
+                parts = [part for pair in parts for part in pair]
+            self.counts[id(node)] = 1 + sum(self.counts[id(part)] for part in parts)
+        elif id(node) not in self.counts:
+            raise yaml.MarkedYAMLError(problem="an alias inside its own anchor", problem_mark=mark)
+        if self.counts[id(node)] > MOST_VALUES:
+            raise yaml.MarkedYAMLError(problem=f"more than {MOST_VALUES} values, those of aliases "
+                                       "included", problem_mark=mark)
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Build a value, or raise MarkedYAMLError if its text does not fit its type."""
+        if node.tag not in PLAIN_TAGS:
+            problem = f"the tag {shown(node.tag)} is not supported"
+        elif node.tag.endswith((":int", ":float")) and len(node.value) > LONGEST_NUMBER:
+            problem = f"a number of more than {LONGEST_NUMBER} digits"
+        else:
+            with contextlib.suppress(ValueError, KeyError, IndexError, TypeError, OverflowError):
+                return super().construct_object(node, deep)
+            problem = f"{shown(node.value)} does not fit the tag {node.tag}"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """Build a dict, or raise MarkedYAMLError if a key appears twice."""
+        """Build a dict, or raise MarkedYAMLError if a key appears twice or is not a word."""
+        if not isinstance(node, yaml.MappingNode):
+            raise yaml.MarkedYAMLError(problem="keys and values expected",
+                                       problem_mark=node.start_mark)
         seen = set()
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":
                 continue
+            if key_node.tag != "tag:yaml.org,2002:str":
+                raise yaml.MarkedYAMLError(problem="a key must be a word",
+                                           problem_mark=key_node.start_mark)
             key = self.construct_object(key_node)
             if key in seen:
-                raise yaml.MarkedYAMLError(problem=f"'{key}' appears twice",
+                raise yaml.MarkedYAMLError(problem=f"{shown(key)} appears twice",
                                            problem_mark=key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
+# limits of a YAML; ours have about 100 values in 4 levels
+LARGEST_YAML, MOST_VALUES, DEEPEST, LONGEST_NUMBER = 1 << 20, 10_000, 20, 100
+MOST_PROBLEMS = 20  # that an error lists
+PLAIN_TAGS = {f"tag:yaml.org,2002:{name}"
+              for name in ("null", "bool", "int", "float", "str", "seq", "map")}
+Loader.yaml_implicit_resolvers = {  # all but dates
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 Loader.add_implicit_resolver("tag:yaml.org,2002:float",
                              re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
 
@@ -55,10 +111,11 @@ def load_settings(path: str | Path, *, run_mode: str | tuple[str, ...],
     """
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
     settings = with_changes(read_yaml(path), given)
-    wrong = list(find_problems(settings))
-    problems = [str(problem) for problem in wrong]
+    wrong = list(islice(find_problems(settings), MOST_PROBLEMS + 1))
+    problems = [str(problem) for problem in wrong[:MOST_PROBLEMS]]
+    problems += ["and more"] if len(wrong) > MOST_PROBLEMS else []
     missing = [f"{key} is missing" for key in REQUIRED if get_setting(settings, key) is None]
-    if not missing:
+    if not missing and len(wrong) <= MOST_PROBLEMS:
         unreadable = {problem.key.split(".")[0] for problem in wrong if not problem.is_unknown}
         problems += find_contradictions(settings, unreadable)
         modes = run_mode if isinstance(run_mode, tuple) else (run_mode,)
@@ -94,7 +151,10 @@ def with_changes(settings: Settings, changes: Mapping[str, Any]) -> Settings:
         section = changed
         for part in parents:
             section = section.setdefault(part, {})
-        section[last] = value
+            if not isinstance(section, dict):  # find_problems reports it
+                break
+        else:
+            section[last] = value
     return changed
 
 
@@ -112,12 +172,14 @@ def read_yaml(path: str | Path, chain: tuple[Path, ...] = ()) -> Settings:
     existing_file(path, f"the base_config of {chain[-1]}" if chain else "the YAML of --config")
     if path.resolve() in [link.resolve() for link in chain]:
         raise UserError(f"{path}: its base_config leads back to it; remove one base_config")
+    if path.stat().st_size > LARGEST_YAML:
+        raise UserError(f"{path}: has more than {LARGEST_YAML >> 20} MB; give a YAML of settings")
     try:
         own = yaml.load(path.read_text(encoding="utf-8"), Loader)  # noqa: S506  a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else path
-        problem = getattr(error, "problem", None) or error
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise UserError(f"{place}: not YAML ({problem})") from None
     if not isinstance(own, dict):
         raise UserError(f"{path}: expected keys and values, got {type(own).__name__}")
@@ -125,7 +187,7 @@ def read_yaml(path: str | Path, chain: tuple[Path, ...] = ()) -> Settings:
     if base is None:
         return own
     if not isinstance(base, str):
-        raise UserError(f"{path}: base_config is {base!r}; give the name of one YAML file")
+        raise UserError(f"{path}: base_config is {shown(base)}; give the name of one YAML file")
     return overlay(read_yaml(path.parent / base, (*chain, path)), own)
 
 
@@ -170,13 +232,17 @@ def to_mindformers(settings: Settings) -> Any:
     required: Settings = {
         "micro_batch_interleave_num": 1, "moe_config": {}, "train_dataset_task": {},
         "train_dataset": {}, "model": {"model_config": {"checkpoint_name_or_path": ""}}}
-    if "parallel_config" in settings:
+    # without parallel_config, MindFormers ignores recompute_config
+    if "parallel_config" in settings or "recompute_config" in settings:
         required["parallel_config"] = {"pipeline_stage": 1, "micro_batch_num": 1}
     merged = overlay(settings, required)
     # the project handles these itself
     for key in ("eval_dataset", "load_checkpoint", "src_strategy", "resume_training"):
         merged.pop(key, None)
     merged["callbacks"] = []
+    if "recompute" in merged.get("recompute_config", {}):
+        value = merged["recompute_config"]["recompute"]
+        merged["recompute_config"]["recompute"] = recompute_for_mindformers(value)
     merged["runner_config"].setdefault("sink_size", 1)  # MindFormers' own default is none
     if "runner_wrapper" in merged:
         # MindFormers accumulates gradients only in semi-auto parallel mode; the project's training

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from mindrlhf.parallel import Plan, Settings
 
 LORA_KEYS = {"rank", "alpha", "dropout", "target_modules"}
+SAVING_KEYS = {"type", "prefix", "save_checkpoint_steps", "keep_checkpoint_max"}
 HALF_PRECISION = ("use_flash_attention and use_past need compute_dtype bfloat16 or float16 on an "
                   "NPU: its operators do not support float32")
 
@@ -61,6 +62,9 @@ def plan_contradictions(settings: Settings) -> Iterator[str]:
     if model.get("use_flash_attention") and model.get("multi_query_group_num", 1) % parts:
         yield ("multi_query_group_num must be a multiple of model_parallel, because flash "
                "attention cannot split a key-value head")
+    for size in ("hidden_size", "ffn_hidden_size"):
+        if model.get(size, 0) % parts:
+            yield f"{size} must be a multiple of model_parallel"
     if model.get("padded_vocab_size", 0) % plan.vocabulary_shards:
         yield "padded_vocab_size must be a multiple of data_parallel * model_parallel"
     if not plan.is_sharded and parts > 1:
@@ -81,6 +85,23 @@ def mode_contradictions(settings: Settings) -> Iterator[str]:
                "another level")
     if model.get("is_dynamic") and not model.get("use_past"):
         yield "is_dynamic needs use_past"
+
+
+def callback_contradictions(settings: Settings) -> Iterator[str]:
+    """The callbacks that training needs, each of them once and with its keys."""
+    if settings["run_mode"] != "finetune":
+        return
+    entries = settings.get("callbacks") or []
+    types = [entry["type"] for entry in entries]
+    for name in ("DPOMonitor", "DPOCheckpointMonitor"):
+        if name not in types:
+            yield f"training needs an entry of type {name}"
+    for name in sorted(set(types)):
+        if types.count(name) > 1:
+            yield f"{types.count(name)} entries of type {name}: keep one"
+    for entry in entries:
+        if entry["type"] == "DPOCheckpointMonitor" and set(entry) != SAVING_KEYS:
+            yield f"DPOCheckpointMonitor needs {', '.join(sorted(SAVING_KEYS - set(entry)))}"
 
 
 def loss_contradictions(settings: Settings) -> Iterator[str]:
@@ -105,6 +126,7 @@ GROUPS = {
     "attention": Group(attention_contradictions, ("model",)),
     "plan": Group(plan_contradictions, ("model", "parallel", "parallel_config")),
     "run_mode": Group(mode_contradictions, ("run_mode", "model", "context")),
+    "callbacks": Group(callback_contradictions, ("callbacks", "run_mode")),
     "dpo": Group(loss_contradictions, ("dpo",))}
 
 

@@ -1,13 +1,13 @@
 """Connects the launchers of a job's machines, so that all end when one does, and each says why.
 
-    launcher_link.py NODE MACHINES WORKERS ADDRESS PORT TIMEOUT PID ...
+    launcher_link.py NODE MACHINES WORKERS ADDRESS PORT TIMEOUT
 
-msrun_launcher.sh starts it; the PIDs are those of its processes. Machine 0 listens on ADDRESS:PORT;
-each other machine holds one connection to it. Connections, and the launcher through stdin, carry
-lines: `done` (the workers of a machine have finished), `end STATUS REASON`, and `alive` every few
-seconds. A machine that is silent has ended, and so has a launcher whose stdin closes without a
-word. So a lost worker is noticed at once; the other workers would wait for it in a collective, on
-NPUs for half an hour.
+msrun_launcher.sh starts it. Machine 0 listens on ADDRESS:PORT; each other machine holds one
+connection to it. Connections, and the launcher through stdin, carry lines: `done` (the workers of a
+machine have finished), `end STATUS REASON`, and `alive` every few seconds. A machine that is silent
+has ended, and so has a launcher whose stdin closes without a word (its workers end with it). So a
+lost worker is noticed at once; the other workers would wait for it in a collective, on NPUs for
+half an hour.
 
 Exit status: 0 when the workers of all machines have finished, otherwise that of what ended first.
 """
@@ -27,7 +27,7 @@ from typing import NamedTuple, TextIO
 BEAT = 2  # seconds between two lines
 SILENCE = 20  # seconds without a line after which a machine counts as lost
 NODE, MACHINES, WORKERS, PORT, TIMEOUT = map(int, (*sys.argv[1:4], *sys.argv[5:7]))
-ADDRESS, PIDS = sys.argv[4], [int(pid) for pid in sys.argv[7:]]
+ADDRESS = sys.argv[4]
 OTHERS = set(range(1, MACHINES)) if NODE == 0 else {0}
 PLAN = f"{WORKERS} workers on {MACHINES} machines"
 KILLED = f"the launcher of machine {NODE} was killed"
@@ -172,18 +172,6 @@ def never_connected(missing: list[int]) -> str:
             f"{PORT - 1} and {PORT} of machine 0")
 
 
-def end_workers() -> None:
-    """End the processes of a killed launcher: SIGTERM, and SIGKILL after 5 seconds."""
-    for tenth in range(51):
-        left = [pid for pid in PIDS if os.path.exists(f"/proc/{pid}")]
-        for pid in left if tenth in (0, 50) else ():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL if tenth else signal.SIGTERM)
-        if not left:
-            break
-        time.sleep(0.1)
-
-
 def main() -> None:
     """Wait for the end of the job, and pass it on to the other machines."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the launcher decides
@@ -198,9 +186,8 @@ def main() -> None:
         if machine != told_by:
             say(connection, f"end {status} {reason}" if status else "done")
     if told_by != NODE and status:
-        print(f"machine {NODE} stops: {reason}", file=sys.stderr, flush=True)
-    if reason == KILLED:
-        end_workers()
+        shown = "".join(char if char.isprintable() else "?" for char in reason)
+        print(f"machine {NODE} stops: {shown}", file=sys.stderr, flush=True)
     os._exit(status)  # threads are still reading
 
 

@@ -7,13 +7,15 @@
 # It sets the same environment as msrun (MindSpore's dynamic cluster), but it does not keep a core busy while it
 # waits, and it returns the exit status of a worker that fails. With one worker, the command runs without a cluster.
 # With several machines, run it on each; launcher_link.py connects the launchers, so that all end when one does.
+# Workers end with their launcher, even if that is killed: launcher_worker.py.
 set -u
 
 usage() {
   cat >&2 <<EOF
 usage: msrun_launcher.sh "COMMAND" [WORKERS [PORT LOG_DIR JOIN TIMEOUT]]
        msrun_launcher.sh "COMMAND" WORKERS LOCAL_WORKERS MASTER_ADDR PORT NODE_RANK LOG_DIR JOIN TIMEOUT
-  COMMAND        a Python script and its options, as one quoted argument
+  COMMAND        a Python script and its options, as one quoted argument; quotes and backslashes in it
+                 work as in a shell, nothing is evaluated: \$x, \$(...), ; and * are plain text
   WORKERS        total number of processes, one per NPU (default: 8)
   LOCAL_WORKERS  number of processes on this machine
   MASTER_ADDR    IP address of the machine with NODE_RANK 0
@@ -27,7 +29,8 @@ EOF
   exit 2
 }
 
-fail() { echo "error: $1" >&2; exit 2; }
+# A control character in a value must not reach the terminal.
+fail() { printf 'error: %s\n' "${1//[[:cntrl:]]/?}" >&2; exit 2; }
 
 workers=8 local_workers= address=127.0.0.1 port= node=0 log_dir= join=True timeout=600
 case $# in
@@ -40,7 +43,8 @@ esac
 command=$1
 local_workers=${local_workers:-$workers}
 for entry in "WORKERS=$workers" "LOCAL_WORKERS=$local_workers" "NODE_RANK=$node" "TIMEOUT=$timeout" "PORT=${port:-1}"; do
-  [[ ${entry#*=} =~ ^[0-9]+$ ]] || fail "${entry%%=*} is '${entry#*=}'; a whole number expected"
+  [[ ${entry#*=} =~ ^(0|[1-9][0-9]{0,8})$ ]] ||
+    fail "${entry%%=*} is '${entry#*=}'; a whole number of at most 9 digits expected"
 done
 [[ $workers -ge 1 && $local_workers -ge 1 && $local_workers -le $workers ]] ||
   fail "WORKERS is $workers, LOCAL_WORKERS $local_workers; from 1 to WORKERS expected"
@@ -50,35 +54,55 @@ machines=$((workers / local_workers))
 many workers as the others, and NODE_RANK must be below the number of machines"
 [[ $machines == 1 || (${port:-0} -ge 1 && $port -lt 65535) ]] ||
   fail "PORT is ${port:-0}; several machines need the same port, from 1 to 65534"
+[[ ${port:-0} -le 65535 ]] || fail "PORT is $port; from 1 to 65535 expected, or 0 for any free port"
 [[ $join == True || $join == False ]] || fail "JOIN is '$join'; True or False expected"
-python=${PYTHON:-python}
+python=${PYTHON:-python} scripts=${BASH_SOURCE%/*}
+[[ $scripts != "${BASH_SOURCE[0]}" ]] || scripts=.
 command -v "$python" > /dev/null || fail "no $python on the PATH; activate the virtual environment first"
-eval "arguments=($command)" || fail "unbalanced quotes in the command"
+mapfile -d '' -t arguments < <("$python" -IS "$scripts/launcher_words.py" "$command")
+[[ ${#arguments[@]} -gt 0 ]] || exit 2 # it has said why
+unset 'arguments[-1]'                  # the word `end`
 [[ ${#arguments[@]} -gt 0 ]] || usage
 [[ ${arguments[0]} != python && ${arguments[0]} != python3 ]] || arguments=("${arguments[@]:1}")
 [[ -f ${arguments[0]:-} ]] || fail "${arguments[0]:-}: no such script here"
-[[ $port == 0 ]] && port=
-port=${port:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
+[[ $workers == 1 || $node != 0 ]] || port=$("$python" -IS -c '
+import socket, sys
+server = socket.socket()
+server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+try:
+    server.bind(("", int(sys.argv[1])))
+except OSError as error:
+    sys.exit(f"error: PORT {sys.argv[1]}: {error.strerror}; give another one, or 0 for any free port")
+print(server.getsockname()[1])' "${port:-0}") || exit 2
 log_dir=${log_dir:-output/msrun_log/$(date +%Y%m%d-%H%M%S)-$$}
-mkdir -p "$log_dir" || fail "$log_dir: cannot be created; give another LOG_DIR"
+mkdir -p "$log_dir" 2> /dev/null || fail "$log_dir: cannot be created; give another LOG_DIR"
 
 pids=() scheduler= link=
 tell() { # LINE: send it to the launchers of the other machines
   [[ -z $link ]] || (trap '' PIPE; echo "$1" >&"$to_link") 2> /dev/null
 }
 stop_all() { # [SECONDS]: SIGTERM to all workers, and SIGKILL to those alive after so many seconds (default: 5)
-  local pid alive
-  for pid in "${pids[@]}"; do kill -TERM "$pid" 2> /dev/null; done
+  local pid alive number
+  [[ $! == "$link" ]] || pids+=("$!") # a signal may come between its start and its listing
   for ((waited = 0; waited < ${1:-5} * 10; waited++)); do
+    # once more after a second: a process that bash has just forked can lose a signal
+    [[ $waited == 0 || $waited == 10 ]] && number=TERM || number=0
     alive=
-    for pid in "${pids[@]}"; do kill -0 "$pid" 2> /dev/null && alive=1; done
+    for pid in "${pids[@]}"; do kill -"$number" "$pid" 2> /dev/null && alive=1; done
     [[ -n $alive ]] || break
     sleep 0.1
   done
   for pid in "${pids[@]}" $scheduler; do kill -KILL "$pid" 2> /dev/null; done
   wait "${pids[@]}" $scheduler 2> /dev/null
 }
-trap 'tell "end 130 the launcher of machine $node was interrupted"; stop_all; exit 130' INT
+interrupt() { # STATUS
+  tell "end $1 the launcher of machine $node was interrupted"
+  stop_all
+  exit "$1"
+}
+trap 'interrupt 130' INT
+trap 'interrupt 131' QUIT
+trap 'interrupt 141' PIPE
 terminate() { # allow time: training saves its state first
   tell "end 143 the launcher of machine $node was terminated"
   stop_all "$timeout"
@@ -86,13 +110,16 @@ terminate() { # allow time: training saves its state first
   exit 143
 }
 trap terminate TERM HUP
+# a worker's own process replaces launcher_worker.py; JOIN False lets the workers outlive the launcher
+with_launcher=("$python" -IS "$scripts/launcher_worker.py" $$)
+[[ $join == True ]] || with_launcher=()
 
 export MS_WORKER_NUM=$workers RANK_SIZE=$workers GLOG_v=${GLOG_v:-3}
 [[ -t 2 ]] && export MINDRLHF_TERMINAL=1 # interactive: draw progress bars
 if [[ $workers -gt 1 ]]; then
   export MS_SCHED_HOST=$address MS_SCHED_PORT=$port MS_TOPO_TIMEOUT=$timeout MS_NODE_RANK=$node
   if [[ $node == 0 ]]; then
-    MS_ROLE=MS_SCHED RANK_ID=0 "$python" "${arguments[@]}" > "$log_dir/scheduler.log" 2>&1 < /dev/null &
+    MS_ROLE=MS_SCHED RANK_ID=0 "${with_launcher[@]}" "$python" "${arguments[@]}" > "$log_dir/scheduler.log" 2>&1 < /dev/null &
     scheduler=$!
   fi
   export MS_ROLE=MS_WORKER
@@ -101,7 +128,8 @@ first=$((node * local_workers))
 for ((i = 0; i < local_workers; i++)); do
   rank=$((first + i))
   : > "$log_dir/worker_$rank.log"
-  MS_NODE_ID=$rank RANK_ID=$rank DEVICE_ID=$i "$python" "${arguments[@]}" > "$log_dir/worker_$rank.log" 2>&1 < /dev/null &
+  MS_NODE_ID=$rank RANK_ID=$rank DEVICE_ID=$i "${with_launcher[@]}" "$python" "${arguments[@]}" \
+    > "$log_dir/worker_$rank.log" 2>&1 < /dev/null &
   pids+=($!)
 done
 if [[ $join == False ]]; then
@@ -110,8 +138,7 @@ if [[ $join == False ]]; then
 fi
 if [[ $machines -gt 1 ]]; then
   coproc LINK {
-    exec "$python" -S "${BASH_SOURCE%/*}/launcher_link.py" "$node" "$machines" "$workers" "$address" \
-      $((port + 1)) "$timeout" "${pids[@]}" $scheduler
+    exec "$python" -S "$scripts/launcher_link.py" "$node" "$machines" "$workers" "$address" $((port + 1)) "$timeout"
   }
   link=$LINK_PID
   exec {to_link}>&"${LINK[1]}"
@@ -174,8 +201,8 @@ if [[ -n $link ]]; then
   status=$?
   [[ $status == 0 ]] || { stop_all; exit "$status"; }
 fi
-if [[ -n $scheduler ]]; then
-  kill -TERM "$scheduler" 2> /dev/null # all workers have ended
-  wait "$scheduler" 2> /dev/null
+if [[ -n $scheduler ]]; then # all workers have ended
+  pids=("$scheduler")
+  stop_all
 fi
 exit 0

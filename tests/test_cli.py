@@ -173,6 +173,10 @@ def test_booleans_are_real():
         cli.boolean("2")
 
 
+def test_text_cannot_control_the_terminal():
+    assert cli.printable("a\x1b[31m\r\n\0\u202e🙂中") == r"a\x1b[31m\r\n\x00\u202e🙂中"
+
+
 def test_existing_file_says_what_is_wrong(tmp_path):
     (tmp_path / "empty").touch()
     for path, part in (

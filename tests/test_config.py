@@ -94,7 +94,7 @@ def test_overrides_win_and_none_leaves_the_yaml(tmp_path):
             "callbacks: [{type: DPOMonitor, every: 2}]",
             ["callbacks", "DPOMonitor.every: unknown key"],
         ),
-        ("callbacks: [{type: Elsewhere}]", ["callbacks", "not Elsewhere"]),
+        ("callbacks: [{type: Elsewhere}]", ["callbacks", "not 'Elsewhere'"]),
         ("dpo: {beta: 0}", ["dpo.beta: expected a number above 0, got 0"]),
         ("dpo: {beta: '0.1'}", ["dpo.beta: expected a number above 0, got '0.1'"]),
         (

@@ -1,7 +1,10 @@
 """The launcher, with scripts that need no MindSpore: they print their arguments, fail, or wait."""
 
+import importlib
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,6 +13,7 @@ import pytest
 from conftest import ROOT
 
 LAUNCHER = ROOT / "scripts" / "msrun_launcher.sh"
+sys.path.insert(0, str(ROOT / "scripts"))
 SCRIPT = """
 import os, sys, time
 role, rank = os.environ.get("MS_ROLE", "none"), os.environ["RANK_ID"]
@@ -195,12 +199,95 @@ def test_join_false_leaves_the_workers_running(folder):
             "PORT is 0; several machines",
         ),
         (("script.py 'x", "1"), "quotes"),
+        (("script.py x\\", "1"), "quotes"),
+        (("script.py", "2", "65536", "logs", "True", "60"), "PORT is 65536; from 1 to 65535"),
+        (("script.py", "2", "99999999999999999999", "logs", "True", "60"), "at most 9 digits"),
+        (("script.py", "08"), "WORKERS is '08'; a whole number"),
+        (("script.py", "2", "0", "x" * 300, "True", "60"), "cannot be created"),
+        (("bad\x1b[31m\n.py", "1"), "bad?[31m"),
+        ((f"{'x' * 300}.py", "1"), "no such script"),
     ],
 )
 def test_wrong_arguments_are_named(folder, arguments, part):
     status, _, err = launch(folder, *arguments)
     assert status == 2
     assert part in err
+    assert "usage:" in err or len(err.splitlines()) == 1
+    assert all(char.isprintable() or char == "\n" for char in err)
+
+
+def test_a_port_in_use_is_named(folder):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        status, _, err = launch(folder, "script.py", "2", port, "logs", "True", "60")
+    assert status == 2
+    assert err == (
+        f"error: PORT {port}: Address already in use; give another one, or 0 for any free port\n"
+    )
+
+
+HOSTILE = "$(touch evil) `touch evil` ; touch evil & | > evil * ~ $HOME ); touch evil # (x {a,b} !"
+
+
+def test_the_command_is_split_and_never_evaluated(folder):
+    status, out, _ = launch(folder, f"script.py {HOSTILE} '{HOSTILE}'", "1")
+    assert status == 0
+    assert out.strip().endswith(str([*HOSTILE.split(), HOSTILE]))
+    assert sorted(os.listdir(folder)) == ["output", "script.py"]
+
+
+def test_the_command_is_split_as_bash_does(tmp_path):
+    """2,000 random words of the characters that matter, in one call of bash."""
+    words = importlib.import_module("launcher_words")
+    rng = random.Random(0)
+    commands = []
+    while len(commands) < 2000:
+        command = "".join(rng.choice("ab 中'\"\\\n") for _ in range(rng.randrange(1, 12)))
+        try:
+            words.split(command)
+        except ValueError:
+            continue
+        commands.append(command)
+    script = "".join(f'a=({command}\n)\nf "${{a[@]}}"\n' for command in commands)
+    result = subprocess.run(
+        ["bash", "-c", "f() { printf '%s\\0' \"$@\"; printf '\\1\\0'; }\n" + script],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    expected = [call.split("\0")[:-1] for call in result.stdout.split("\1\0")[:-1]]
+    assert len(expected) == len(commands)
+    for command, split in zip(commands, expected):
+        assert (words.split(command) or [""]) == split, command
+
+
+@pytest.mark.parametrize("number", ["SIGKILL", "SIGQUIT", "SIGPIPE", "SIGSEGV"])
+@pytest.mark.parametrize("machines", [1, 2])
+def test_workers_end_with_their_launcher_whatever_ends_it(folder, number, machines):
+    """Three workers that sleep, and their scheduler; with two machines, the first of them."""
+    if machines == 1:
+        process = start(folder, "script.py --wait", "3")
+    else:
+        where = ("6", "3", "127.0.0.1", "12375", "0", "logs", "True", "600")
+        process = start(folder, "script.py --wait", *where)
+    deadline = time.time() + 20
+    while len(left_over(folder)) < 5 and time.time() < deadline:
+        time.sleep(0.1)
+    time.sleep(0.5)  # until they sleep
+    os.kill(process.pid, signal.Signals[number])
+    process.wait(timeout=20)
+    deadline = time.time() + 5
+    while left_over(folder) and time.time() < deadline:
+        time.sleep(0.1)
+    assert not left_over(folder)
+
+
+def test_a_worker_whose_launcher_has_ended_already_does_not_start(folder):
+    tool = ROOT / "scripts" / "launcher_worker.py"
+    result = subprocess.run([sys.executable, tool, "1", "touch", "evil"], cwd=folder)
+    assert result.returncode == 137
+    assert not (folder / "evil").exists()
 
 
 def test_a_process_that_leaves_the_cluster_keeps_nothing_that_mindspore_takes_it_for_one_of_it(

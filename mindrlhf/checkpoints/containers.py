@@ -37,6 +37,7 @@ from mindrlhf.files import atomic_file
 SUFFIXES = (".ckpt", ".safetensors")
 FROM_CKPT = {name: dtype for dtype, (name, _) in DTYPES.items()}
 RECORD = 64 << 20  # bytes of a tensor in one record of a .ckpt
+MOST_DIMS = 32  # of a tensor: NumPy's limit
 CLOSING = b"crc_num"  # MindSpore may end a .ckpt with this word and ten bytes
 
 
@@ -82,6 +83,8 @@ def _read_safetensors(path: Path, file: BinaryIO) -> dict[str, StoredTensor]:
         if entry["dtype"] not in DTYPES:
             raise UserError(f"{path}: {name} has dtype {entry['dtype']}; "
                             f"supported: {', '.join(DTYPES)}")
+        if len(entry["shape"]) > MOST_DIMS:
+            raise UserError(f"{path}: {name} has more than {MOST_DIMS} dimensions")
         begin, end = entry["data_offsets"]
         span = (8 + size + begin, end - begin)
         tensors[name] = StoredTensor(name, entry["dtype"], tuple(entry["shape"]), file, (span,))
@@ -89,15 +92,17 @@ def _read_safetensors(path: Path, file: BinaryIO) -> dict[str, StoredTensor]:
 
 
 def _read_ckpt(path: Path, file: BinaryIO) -> dict[str, StoredTensor]:
-    tensors: dict[str, StoredTensor] = {}
+    found: dict[str, tuple[TensorSpec, list[tuple[int, int]]]] = {}
     try:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             for record in _records(content):
-                known = tensors.get(record.spec.name)
-                if known and known.spec != record.spec:
-                    raise ValueError(f"{record.spec.name} appears twice")
-                spans = (*known.spans, record.span) if known else (record.span,)
-                tensors[record.spec.name] = StoredTensor(*record.spec, file, spans)
+                spec, spans = found.setdefault(record.spec.name, (record.spec, []))
+                if spec != record.spec:
+                    raise ValueError(f"{spec.name} appears twice")
+                if record.span[1] or not spans:
+                    spans.append(record.span)
+        tensors = {name: StoredTensor(*spec, file, tuple(spans))
+                   for name, (spec, spans) in found.items()}
         for tensor in tensors.values():
             if tensor.nbytes != tensor.spec.nbytes:
                 raise ValueError(f"{tensor.name} is truncated")
@@ -146,6 +151,8 @@ def _parse_record(content: mmap.mmap, extent: _Extent) -> _Record | None:
     for number, value in _fields(content, *_extent(parts[2])):
         if number == 1:
             dims.append(_integer(value))
+            if len(dims) > MOST_DIMS:
+                raise ValueError(f"{name} has more than {MOST_DIMS} dimensions")
         elif number == 2:
             kind = content[slice(*_extent(value))].decode()
         elif number == 3:
@@ -197,8 +204,11 @@ def _varint(content: mmap.mmap, position: int) -> tuple[int, int]:
             raise ValueError("an integer of more than 64 bits")
 
 
-def require_intact(path: str | Path) -> None:
-    """Raise UserError unless a checkpoint file is intact: structure and, if present, checksum."""
+def require_intact(path: str | Path, *, needs_checksum: bool = False) -> None:
+    """Raise UserError unless a checkpoint file is intact: structure and, if present, checksum.
+
+    With needs_checksum, a .ckpt without one is damaged: training states always have it.
+    """
     open_tensors(path)
     if Path(path).suffix != ".ckpt":
         return
@@ -207,6 +217,9 @@ def require_intact(path: str | Path) -> None:
         file.seek(max(size - len(CLOSING) - 10, 0))
         tail = file.read()
         if tail[:-10] != CLOSING:
+            if needs_checksum:
+                raise UserError(f"{path}: its end, the checksum, is missing; the file was damaged "
+                                "after it was written; copy it again")
             return
         found, left = 0, size - len(tail)
         file.seek(0)

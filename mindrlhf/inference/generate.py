@@ -23,7 +23,8 @@ def predict(settings: Settings, text: str | None, adapters: str | None = None) -
         the answer without special tokens.
 
     Raises:
-        UserError: there is no text, it is too long, or weights, adapters and YAML do not match.
+        UserError: there is no text or no tokenizer, the text is too long, or weights, adapters and
+            YAML do not match.
     """
     from mindrlhf import runtime
     from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer

@@ -10,6 +10,8 @@ from pathlib import Path
 from mindrlhf.cli import UserError, existing_file
 from mindrlhf.models.glm4 import template
 
+LARGEST = 64 << 20  # bytes of a tokenizer.model; GLM-4's has 2.6 MB
+
 
 class Glm4Tokenizer:
     """Text to token ids and back.
@@ -29,8 +31,11 @@ class Glm4Tokenizer:
             path: a tokenizer.model; each line has a token in base64 and its rank.
 
         Raises:
-            UserError: the file is missing, or a line is invalid.
+            UserError: no file is given, it is missing, or a line is invalid.
         """
+        if not str(path):
+            raise UserError("no tokenizer given; --vocab_file, or --tokenizer in preprocessing, "
+                            "takes the tokenizer.model that came with the model")
         path = existing_file(path, "a tokenizer.model")
         _check(path)
         from mindformers import ChatGLM4Tokenizer
@@ -79,15 +84,28 @@ class Glm4Tokenizer:
 
 
 def _check(path: Path) -> None:
-    """Raise UserError unless every line is `base64 rank` and the ranks count up from 0."""
+    """Raise UserError unless a file is a tokenizer.model.
+
+    Every line is `base64 rank`, the ranks count up from 0, no token appears twice, and all 256
+    bytes are tokens: text of any kind is made of them.
+    """
+    cure = "give --tokenizer or --vocab_file the tokenizer.model that came with the model"
+    if path.stat().st_size > LARGEST:
+        raise UserError(f"{path}: has more than {LARGEST >> 20} MB; {cure}")
+    seen: dict[bytes, int] = {}  # token -> its line
     with open(path, "rb") as lines:
-        for number, line in enumerate(lines):
+        for number, line in enumerate(lines, 1):
             try:
-                token, rank = line.split()
-                base64.b64decode(token, validate=True)
-                if int(rank) != number:
+                text, rank = line.split()
+                token = base64.b64decode(text, validate=True)
+                if rank != b"%d" % (number - 1):
                     raise ValueError
             except (ValueError, binascii.Error):
-                raise UserError(f"{path}:{number + 1}: not a line of GLM-4's tokenizer.model (a "
-                                "token in base64 and its rank); give --tokenizer the file that "
-                                "came with the model") from None
+                raise UserError(f"{path}:{number}: not a line of GLM-4's tokenizer.model (a token "
+                                f"in base64 and its rank); {cure}") from None
+            if token in seen:
+                raise UserError(f"{path}:{number}: the token of line {seen[token]} again; {cure}")
+            seen[token] = number
+    if missing := sum(bytes([value]) not in seen for value in range(256)):
+        raise UserError(f"{path}: {missing} of the 256 bytes are not tokens, so that most text "
+                        f"cannot be encoded; {cure}")
