@@ -42,6 +42,9 @@ def parser() -> cli.Parser:
                             "config.json, or a sidecar")
     parse.add_argument("--allow_nonfinite", action="store_true",
                        help="accept NaN and inf in the input")
+    parse.add_argument("--overwrite", action="store_true",
+                       help="replace a checkpoint file that holds other weights; not with "
+                            "--reversed")
     return parse
 
 
@@ -51,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments.reversed and (arguments.hf_layout or arguments.config):
         raise cli.UserError("--hf_layout and --config need --reversed; see convert_weight.py "
                             "--help")
+    if arguments.reversed and arguments.overwrite:
+        raise cli.UserError("--overwrite replaces a checkpoint file; with --reversed, "
+                            "--output_path is a new folder: leave --overwrite out")
     source, target = arguments.input_path, arguments.output_path
     dtype, allow_nonfinite = arguments.dtype, arguments.allow_nonfinite
     if arguments.reversed:
@@ -59,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                                         allow_nonfinite=allow_nonfinite))
     else:
         cli.say(convert.to_mindspore(source, target, dtype=dtype,
-                                     allow_nonfinite=allow_nonfinite))
+                                     allow_nonfinite=allow_nonfinite,
+                                     overwrite=arguments.overwrite))
 
 
 if __name__ == "__main__":

@@ -43,6 +43,9 @@ def parser() -> cli.Parser:
                             "newest one that is intact on all ranks)")
     parse.add_argument("--format", choices=[suffix[1:] for suffix in SUFFIXES],
                        help="format of files that --dst_checkpoint does not name (default: ckpt)")
+    parse.add_argument("--overwrite", action="store_true",
+                       help="replace a checkpoint file that holds other weights; not with "
+                            "--dst_strategy")
     return parse
 
 
@@ -52,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = transform.open_source(arguments.src_checkpoint, arguments.src_strategy, arguments.step)
     suffix = arguments.format and f".{arguments.format}"
     target = transform.plan_target(source, arguments.dst_checkpoint, suffix=suffix,
-                                   strategy=arguments.dst_strategy, base=arguments.base_checkpoint)
+                                   strategy=arguments.dst_strategy, base=arguments.base_checkpoint,
+                                   overwrite=arguments.overwrite)
     cli.say(*transform.write_target(source, target))
 
 

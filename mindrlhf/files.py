@@ -1,20 +1,26 @@
-"""Atomic files, which get their name only when they are complete, and strict JSON."""
+"""Atomic files, which get their name only when they are complete; which files may be replaced;
+strict JSON.
+"""
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Generic, TypeVar
+from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
+
+import xxhash
 
 from mindrlhf.cli import UserError
 
 Opened = TypeVar("Opened")
+BLOCK = 4 << 20  # bytes that are hashed at once; they fit into a processor's cache
 
 
 def existing_parent(path: str | Path) -> Path:
@@ -28,6 +34,110 @@ def require_space(path: str | Path, nbytes: int) -> None:
     if free < nbytes:
         raise UserError(f"{path}: {nbytes / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; choose "
                         "another disk")
+
+
+class Output(NamedTuple):
+    """A file that a command is going to write.
+
+    Attributes:
+        path: of the file.
+        what: its kind, for messages: "a checkpoint".
+        is_kind: whether the file that has the path now is of this kind.
+    """
+    path: Path
+    what: str
+    is_kind: Callable[[Path], bool]
+
+
+def require_no_loss(outputs: Iterable[Output], inputs: Iterable[str | Path | None]) -> None:
+    """Check that a command writes over nothing that it reads, and over nothing of another kind.
+
+    Args:
+        outputs: the files to write.
+        inputs: files and folders that the command reads; None and "" are skipped.
+
+    Raises:
+        UserError: an output exists and is an input, a file in an input folder or a link to one, or
+            is of another kind.
+    """
+    existing = [output for output in outputs if os.path.lexists(output.path)]
+    read = _identities(filter(None, inputs)) if existing else {}
+    for path, what, is_kind in existing:
+        if os.path.isdir(path):
+            raise UserError(f"{path}: is a folder; give the name of a file")
+        found = read.get(_identity(path))
+        if found:
+            raise UserError(f"{path}: is the same file as {found}, which this command reads; give "
+                            "the output another name")
+        if os.path.exists(path) and not is_kind(path):  # a broken link may be replaced
+            raise UserError(f"{path}: exists and is not {what}, so it is not replaced; move it "
+                            "away, or give the output another name")
+
+
+def require_overwrite(path: str | Path, overwrite: bool, is_same: Callable[[], bool]) -> None:
+    """Check that an existing output may be replaced.
+
+    Args:
+        path: the file to write.
+        overwrite: the option --overwrite.
+        is_same: whether the existing file was made from the same inputs.
+
+    Raises:
+        UserError: it was made from other inputs, and --overwrite is not given.
+    """
+    if not overwrite and os.path.exists(path) and not is_same():
+        raise UserError(f"{path}: exists, made from other inputs; replace it with --overwrite, or "
+                        "give the output another name")
+
+
+def _identity(path: str | Path) -> tuple[int, int] | None:
+    """Device and number of the file that a path leads to; None if there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _identities(paths: Iterable[str | Path]) -> dict[tuple[int, int] | None, str]:
+    """Identity -> path, of files and of all files in folders, links followed."""
+    found: dict[tuple[int, int] | None, str] = {}
+    left = [os.fspath(path) for path in paths]
+    while left:
+        path = left.pop()
+        identity = _identity(path)
+        if identity is None or identity in found:  # missing, or a folder that links to itself
+            continue
+        found[identity] = path
+        if os.path.isdir(path):
+            with contextlib.suppress(OSError):
+                left += [entry.path for entry in os.scandir(path)]
+    return found
+
+
+def read_head(path: str | Path) -> bytes:
+    """The first 512 bytes of a file, in which formats name themselves; b"" if it is unreadable."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(512)
+    except OSError:
+        return b""
+
+
+def hash_file(path: str | Path) -> str:
+    """XXH3 (128 bits) of a file's content, 32 hex digits.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    content, block = xxhash.xxh3_128(), memoryview(bytearray(BLOCK))
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while size := file.readinto(block):
+                content.update(block[:size])
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); copy it again") from None
+    return content.hexdigest()
 
 
 def _temporary(path: Path) -> Path:

@@ -254,7 +254,7 @@ def test_an_old_sidecar_does_not_outlive_its_checkpoint(tmp_path, folder):
     shard.write_bytes(content)
     before = path.read_bytes()
     with pytest.raises(UserError):
-        convert(folder, path)
+        convert(folder, path, "--overwrite")
     assert path.read_bytes() == before
     assert not sidecar.path_beside(path).exists()
 

@@ -1,9 +1,11 @@
 """The training file: rows are read as written, writes are atomic, batching loses no row."""
 
 import json
+import random
 
 import numpy as np
 import pytest
+import xxhash
 
 from mindrlhf.cli import UserError
 from mindrlhf.data import mindrecord
@@ -66,7 +68,13 @@ def test_what_is_written_is_read(path):
         assert {name: values.tolist() for name, values in row.items()} == {
             name: values.tolist() for name, values in wanted.items()
         }
-    assert mindrecord.read_data_sidecar(path) == {"format": mindrecord.SIDECAR_FORMAT, **SIDECAR}
+    found = mindrecord.read_data_sidecar(path)
+    hashes = found.pop(mindrecord.HASHES)
+    assert found == {"format": mindrecord.SIDECAR_FORMAT, **SIDECAR}
+    assert hashes == {
+        "rows": xxhash.xxh3_128_hexdigest(path.read_bytes()),
+        "index": xxhash.xxh3_128_hexdigest(path.with_name(f"{path.name}.db").read_bytes()),
+    }
     assert sorted(file.name for file in path.parent.iterdir()) == [
         f"{path.name}{end}" for end in ("", ".db", ".json")
     ]
@@ -108,6 +116,50 @@ def test_a_missing_or_damaged_file_is_named(path):
     path.write_bytes(b"junk" * 1000)
     with pytest.raises(UserError, match="cannot be read"):
         list(mindrecord.read_rows(path))
+
+
+def flip(path, position):
+    """Flip one bit of a file; doing it twice restores the file."""
+    with open(path, "r+b") as file:
+        file.seek(position // 8)
+        byte = file.read(1)[0]
+        file.seek(position // 8)
+        file.write(bytes([byte ^ 1 << position % 8]))
+
+
+@pytest.mark.parametrize("end", ["", ".db"])
+def test_every_flipped_bit_is_refused_with_one_line(path, end):
+    """MindSpore's reader misses most of them, and some end the process."""
+    choose, damaged = random.Random(15), path.with_name(path.name + end)
+    sidecar = mindrecord.read_data_sidecar(path)
+    mindrecord.require_unchanged(path, sidecar)
+    for _ in range(10):
+        position = choose.randrange(8 * damaged.stat().st_size)
+        flip(damaged, position)
+        with pytest.raises(UserError, match="changed or damaged") as error:
+            mindrecord.require_unchanged(path, sidecar)
+        assert str(error.value).startswith(f"{damaged}: ")
+        assert "\n" not in str(error.value)
+        flip(damaged, position)
+    mindrecord.require_unchanged(path, sidecar)
+    assert len(list(mindrecord.read_rows(path))) == 5
+    mindrecord.require_unchanged(path, sidecar)  # reading changes nothing
+
+
+def test_a_cut_file_and_missing_hashes_are_refused(path):
+    sidecar = mindrecord.read_data_sidecar(path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="changed or damaged"):
+        mindrecord.require_unchanged(path, sidecar)
+    del sidecar[mindrecord.HASHES]
+    with pytest.raises(UserError, match=r"mindrecord\.json: has no xxh3_128.*preprocess again"):
+        mindrecord.require_unchanged(path, sidecar)
+
+
+def test_only_rank_0_reads_the_content(path, monkeypatch):
+    monkeypatch.setattr(mindrecord, "hash_file", None)
+    monkeypatch.setenv("RANK_ID", "1")
+    mindrecord.require_unchanged(path, mindrecord.read_data_sidecar(path))
 
 
 @pytest.mark.parametrize(

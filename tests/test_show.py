@@ -71,10 +71,6 @@ def test_another_tokenizer_is_refused(golden, tmp_path):
         show.main([str(golden.data), "--tokenizer", str(other)])
 
 
-def test_text_cannot_steer_the_terminal():
-    assert show.printable("a\x1b[31m\r\n\0\u202e🙂中") == r"a\x1b[31m\r\n\x00\u202e🙂中"
-
-
 def shift_mask(row):
     row["chosen_loss_mask"] = np.roll(row["chosen_loss_mask"], 1)
 

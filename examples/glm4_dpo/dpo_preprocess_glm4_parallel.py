@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mindrlhf import cli
-from mindrlhf.data import features, preference, preprocess
+from mindrlhf.data import features, formats, preference, preprocess
 
 EXAMPLE = """  bash ../../scripts/msrun_launcher.sh "dpo_preprocess_glm4_parallel.py \\
     --src pairs.jsonl --dst dpo.mindrecord --config process_glm4_9b.yaml \\
@@ -26,7 +26,8 @@ def parser() -> cli.Parser:
     parse = cli.Parser(__doc__, EXAMPLE)
     add = parse.add_argument
     add("--src", required=True, nargs="+", metavar="PATH",
-        help="preference pairs: .jsonl or .json files, also .gz, or folders of them")
+        help="preference pairs: .jsonl, .json or .csv files, also .gz or .zst, .parquet files, "
+             "folders of them, or a folder that datasets' save_to_disk wrote")
     add("--dst", required=True,
         help="training data to write, .mindrecord; its folder is created")
     add("--config", required=True, help="YAML with run_mode preprocess")
@@ -39,9 +40,9 @@ def parser() -> cli.Parser:
              "the run that saved them")
     add("--seq_len", type=cli.positive, help="positions (tokens) of a row")
     add("--dataset_type", default="auto", choices=preference.DATASET_TYPES,
-        help="fields of a row (default: auto, from the first row). cvalues: prompt, pos_resp, "
-             "neg_resp; dpo: conversations, chosen, rejected, with from and value; pairs: chosen, "
-             "rejected, with or without prompt, strings or messages with role and content")
+        help="fields of a row (default: auto, from the first row). "
+             f"{formats.describe_fields(formats.FORMATS)}. Any of them may have system and history "
+             "beside; the tutorial explains them all")
     add("--truncation", default="keep_end", choices=features.TRUNCATIONS,
         help="if prompt + answer exceed a row: cut the oldest tokens of the prompt (keep_end, the "
              "default) or the newest (keep_start), or drop the pair. Answers are never cut")
@@ -56,6 +57,8 @@ def parser() -> cli.Parser:
              "no prompt is in both files (default: 0)")
     add("--pack", type=cli.boolean, default=True, metavar="True|False",
         help="put as many pairs into a row as fit (default: True), or one")
+    add("--overwrite", action="store_true",
+        help="replace training data at DST that were made from other inputs")
     return parse
 
 

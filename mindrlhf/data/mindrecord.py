@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from mindrlhf.cli import UserError, existing_file
+from mindrlhf.cli import UserError, existing_file, rank
 from mindrlhf.data.features import TokenPair, row_columns
-from mindrlhf.files import staging_folder, write_json
+from mindrlhf.files import Output, hash_file, read_head, staging_folder, write_json
 from mindrlhf.records import COLUMNS, SIDES
 
 SIDECAR_FORMAT = 1
+HASHES = "xxh3_128"  # key of the sidecar: content hash of each file
+HASHED = {"rows": "", "index": ".db"}  # name in the sidecar -> ending of the file's path
 REQUIRED_KEYS = ("seq_len", "pairs_per_row", "rows", "template", "tokenizer", "checkpoint", "pairs")
 
 
@@ -77,9 +79,12 @@ def write_rows(path: str | Path, rows: Iterable[Mapping[str, np.ndarray]], *, se
             for row in rows:
                 writer.write_raw_data([row])
             writer.commit()
+            hashes = {name: hash_file(folder / f"{path.name}{end}")
+                      for name, end in HASHED.items()}
             path.unlink(missing_ok=True)
             shutil.move(folder / f"{path.name}.db", path.with_name(f"{path.name}.db"))
-            write_json(data_sidecar_path(path), {"format": SIDECAR_FORMAT, **sidecar})
+            write_json(data_sidecar_path(path),
+                       {"format": SIDECAR_FORMAT, **sidecar, HASHES: hashes})
             shutil.move(folder / path.name, path)
     except (OSError, RuntimeError) as error:
         raise UserError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from None
@@ -129,6 +134,59 @@ def read_data_sidecar(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{sidecar}: not a sidecar of training data ({error}); preprocess "
                         "again") from None
     return content
+
+
+def data_outputs(path: str | Path) -> list[Output]:
+    """The files of a training file: rows, index and sidecar."""
+    return [Output(Path(path), "a MindRecord", _is_mindrecord),
+            Output(Path(f"{path}.db"), "the index of a MindRecord",
+                   lambda path: read_head(path).startswith(b"SQLite format 3\0")),
+            Output(data_sidecar_path(path), "the sidecar of training data",
+                   lambda path: all(word in read_head(path) for word in (b'"format"', b'"rows"')))]
+
+
+def _is_mindrecord(path: Path) -> bool:
+    """Whether a file begins as MindSpore begins its MindRecords: size of a JSON header, header."""
+    head = read_head(path)
+    return head[8:10] == b'{"' and b'"header_size"' in head
+
+
+def find_damage(path: str | Path, sidecar: Mapping[str, Any]) -> str | None:
+    """Compare the rows and the index of a training file with the hashes in its sidecar.
+
+    Args:
+        path: of the .mindrecord.
+        sidecar: the result of read_data_sidecar(path).
+
+    Returns:
+        what is wrong, in one line, or None.
+    """
+    recorded = sidecar.get(HASHES)
+    if not isinstance(recorded, dict):
+        return (f"{data_sidecar_path(path)}: has no {HASHES}, the content hash of the data; "
+                "preprocess again")
+    for name, end in HASHED.items():
+        if recorded.get(name) != hash_file(f"{path}{end}"):
+            return (f"{path}{end}: was changed or damaged after preprocessing: its content hash is "
+                    "not the one in the sidecar; remove it and preprocess again")
+    return None
+
+
+def require_unchanged(path: str | Path, sidecar: Mapping[str, Any]) -> None:
+    """Check the content of a training file before MindSpore opens it; only rank 0 reads it.
+
+    MindSpore's reader checks nothing: a flipped bit may end the process or change a log-prob.
+
+    Args:
+        path: of the .mindrecord.
+        sidecar: the result of read_data_sidecar(path).
+
+    Raises:
+        UserError: rows or index are not as they were written, or the sidecar has no hashes.
+    """
+    problem = find_damage(path, sidecar) if rank() == 0 else None
+    if problem:
+        raise UserError(problem)
 
 
 def require_made_for(path: str | Path, sidecar: Mapping[str, Any], *, seq_len: int | None,

@@ -6,15 +6,16 @@ import json
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mindrlhf import cli, config
+from mindrlhf import cli, config, files
 from mindrlhf.arithmetic import ceil_div
 from mindrlhf.checkpoints import fingerprints
 from mindrlhf.cli import UserError
 from mindrlhf.config import Settings
-from mindrlhf.data import merge, mindrecord, preference, reference, summary
+from mindrlhf.data import merge, mindrecord, preference, reference, sources, summary
 from mindrlhf.data.parts import Part, Parts
 from mindrlhf.models.glm4 import load, sidecar, template
 from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
@@ -33,6 +34,7 @@ class Options:
     duplicates: str = "keep"
     eval_ratio: float = 0.0
     pack: bool = True
+    overwrite: bool = False
 
 
 OPTION_NAMES = [field.name for field in fields(Options)]
@@ -87,6 +89,9 @@ def preprocess(options: Options, config_path: str, overrides: dict[str, Any]) ->
                 "Nothing to do")
         parts.remove()
         return
+    for path in paths:
+        files.require_overwrite(path, options.overwrite,
+                                partial(is_of_run, path, run.origin["run"]))
     score_parts(parts, todo, source, settings, tokenizer, options)
     if cli.rank() == 0:
         report = merge.merge_parts(
@@ -107,8 +112,15 @@ def load_preprocess_settings(options: Options, config_path: str, overrides: dict
     if Plan.of(settings).is_sharded and not settings["parallel"].get("full_batch"):
         raise UserError(f"{config_path}: parallel.full_batch must be True to preprocess with a "
                         "parallel plan, because every card gets the full batch")
-    if Path(options.dst).is_dir():
-        raise UserError(f"{options.dst}: is a folder; --dst is the name of a file")
+    outputs = [*mindrecord.data_outputs(options.dst), files.Output(
+        Path(f"{options.dst}.png"), "a PNG picture",
+        lambda path: files.read_head(path).startswith(b"\x89PNG"))]
+    if options.eval_ratio:
+        outputs += mindrecord.data_outputs(merge.eval_path(options.dst))
+    files.require_no_loss(outputs, [  # shards in a folder are no MindRecords
+        *sources.find_files(options.src), config_path,
+        settings["load_checkpoint"] if Path(settings["load_checkpoint"]).is_file() else None,
+        settings["processor"]["tokenizer"]["vocab_file"]])
     return settings
 
 
@@ -120,7 +132,7 @@ def read_source(options: Options) -> tuple[preference.PairSource, list[bool]]:
         drop=[reason for reason, choice in choices.items() if choice == "drop"])
     detected = " (detected from its fields)" if options.dataset_type == "auto" else ""
     cli.say(f"{len(source.pairs):,} pairs in {len(source.files)} file(s), "
-            f"--dataset_type {source.dataset_type}{detected}")
+            f"--dataset_type {source.dataset_type}{detected}", *summary.source_lines(source))
     return source, preference.choose_held_out(source.pairs, options.eval_ratio)
 
 
@@ -156,10 +168,23 @@ def describe_run(options: Options, settings: Settings, source: preference.PairSo
     return RunDescription(origin, identity)
 
 
-def is_made(paths: Iterable[str | Path], run: str) -> bool:
-    """Whether all files exist already, made by the same run."""
+def is_of_run(path: str | Path, run: str) -> bool:
+    """Whether a training file exists and its sidecar names the run."""
     try:
-        return all(mindrecord.read_data_sidecar(path).get("run") == run for path in paths)
+        return mindrecord.read_data_sidecar(path).get("run") == run
+    except UserError:
+        return False
+
+
+def is_made(paths: Iterable[str | Path], run: str) -> bool:
+    """Whether all files exist already, undamaged and made by the same run.
+
+    Every worker hashes the files: all must come to the same answer.
+    """
+    try:
+        return all(is_of_run(path, run)
+                   and not mindrecord.find_damage(path, mindrecord.read_data_sidecar(path))
+                   for path in paths)
     except UserError:
         return False
 

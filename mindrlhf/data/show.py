@@ -34,11 +34,6 @@ def parser() -> cli.Parser:
     return parse
 
 
-def printable(text: str) -> str:
-    """Text with control characters as visible escapes, so that it cannot control the terminal."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
-
-
 def marked(row: Mapping[str, np.ndarray], side: str, segment: validation.Segment,
            tokenizer: Glm4Tokenizer) -> str:
     """Text of one sequence, with scored tokens in brackets.
@@ -56,7 +51,7 @@ def marked(row: Mapping[str, np.ndarray], side: str, segment: validation.Segment
     pieces, at = [], 0
     while at < len(ids):
         stop = next((n for n in range(at, len(ids)) if scored[n] != scored[at]), len(ids))
-        text = printable(tokenizer.decode(ids[at:stop], show_special=True))
+        text = cli.printable(tokenizer.decode(ids[at:stop], show_special=True))
         pieces.append(f"{opening}{text}{closing}" if scored[at] else text)
         at = stop
     return "".join(pieces)
@@ -115,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print some rows, and check the file."""
     arguments = parser().parse_args(argv)
     sidecar = mindrecord.read_data_sidecar(arguments.file)
+    mindrecord.require_unchanged(arguments.file, sidecar)
     from mindrlhf import runtime
     runtime.quiet_mindformers()
     from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer

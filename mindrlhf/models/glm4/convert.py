@@ -8,6 +8,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,7 +104,8 @@ class Conversion:
         return converted
 
 
-def to_mindspore(source: str, target: str, *, dtype: str, allow_nonfinite: bool = False) -> str:
+def to_mindspore(source: str, target: str, *, dtype: str, allow_nonfinite: bool = False,
+                 overwrite: bool = False) -> str:
     """Convert a Hugging Face folder to a checkpoint file and its sidecar.
 
     Args:
@@ -111,14 +113,19 @@ def to_mindspore(source: str, target: str, *, dtype: str, allow_nonfinite: bool 
         target: .ckpt or .safetensors file to write.
         dtype: a key of DTYPES.
         allow_nonfinite: accept NaN and inf.
+        overwrite: replace a checkpoint that holds other weights.
 
     Returns:
         one line about the result.
 
     Raises:
-        UserError: the folder is not a GLM-4 or is damaged, or the file cannot be written.
+        UserError: the folder is not a GLM-4 or is damaged, or the file cannot be written or must
+            not be replaced.
     """
     containers.require_suffix(target)
+    read = [*Path(source).glob("*.safetensors"),
+            *(Path(source, name) for name in (hf.INDEX, "config.json"))]
+    files.require_no_loss(sidecar.checkpoint_outputs(target), read)
     conversion = Conversion(DTYPES[dtype], allow_nonfinite)
     with _progress(target) as progress:
         found = hf.read_hf_folder(source)
@@ -127,6 +134,8 @@ def to_mindspore(source: str, target: str, *, dtype: str, allow_nonfinite: bool 
             ranges = [Range(found.tensors[part.name], 0, found.tensors[part.name].elements)
                       for part in parts]
             items.append(conversion.item(name, shapes[name], ranges))
+        files.require_overwrite(target, overwrite,
+                                partial(sidecar.holds_already, target, items, found.config))
         _prepare(items, target, progress)
         sidecar.remove_sidecar(target)  # after an interruption it would describe other weights
         identity = containers.write_tensors(target, items, progress.update)
@@ -163,6 +172,7 @@ def to_hugging_face(source: str, target: str, *, dtype: str, allow_nonfinite: bo
         if problem:
             raise UserError(f"{source}: the weights do not have the shapes that its config "
                             f"implies. {problem}")
+        sidecar.require_recorded_weights(source, stored)
         items = []
         for name, parts in weight_names.hf_parts(model, layout).items():
             first = 0

@@ -7,18 +7,24 @@ them to output/model.json, from where they pass to the merged checkpoint.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from mindrlhf import cli
 from mindrlhf.checkpoints.containers import open_tensors
+from mindrlhf.checkpoints.fingerprints import Fingerprint, digest
 from mindrlhf.checkpoints.fingerprints import fingerprint as fingerprint_of
+from mindrlhf.checkpoints.tensors import DTYPES, StoredTensor, TensorItem, pieces
 from mindrlhf.cli import UserError
-from mindrlhf.files import read_json, write_json
+from mindrlhf.files import Output, read_json, write_json
 from mindrlhf.models.glm4 import model_config, weight_names
 from mindrlhf.models.glm4.model_config import ModelConfig
 
@@ -107,6 +113,68 @@ def remove_sidecar(checkpoint: str | Path) -> None:
 def sample_fingerprint(checkpoint: str | Path) -> str:
     """Fingerprint of a sample of the values: fast, and enough to tell checkpoints apart."""
     return fingerprint_of(open_tensors(checkpoint), sample=True)
+
+
+def sample_of_items(items: Sequence[TensorItem]) -> str:
+    """The sample_fingerprint() of a checkpoint that is still to be written."""
+    identity = Fingerprint()
+    for item in items:
+        digests = []
+        for _, count in pieces(math.prod(item.shape))[:1]:
+            made = item.make()
+            whole = isinstance(made, (np.ndarray, np.generic))
+            first = np.asarray(made if whole else next(iter(made))).reshape(-1)[:count]
+            digests.append(digest(np.ascontiguousarray(first, DTYPES[item.dtype][1])
+                                  .view(np.uint8).data))
+        identity.add(item.spec, digests)
+    return identity.hexdigest()
+
+
+def checkpoint_outputs(checkpoint: str | Path) -> list[Output]:
+    """The files of a checkpoint that is to be written: weights and sidecar."""
+    def can_read(path: Path, read: Callable[[Path], object]) -> bool:
+        try:
+            read(path)
+        except UserError:
+            return False
+        return True
+
+    return [Output(Path(checkpoint), "an intact checkpoint", partial(can_read, read=open_tensors)),
+            Output(path_beside(checkpoint), "the sidecar of a checkpoint",
+                   partial(can_read, read=read_sidecar))]
+
+
+def holds_already(checkpoint: str | Path, items: Sequence[TensorItem],
+                  config: ModelConfig | None) -> bool:
+    """Whether a checkpoint file holds these weights and this config; a sample is compared.
+
+    Args:
+        checkpoint: an existing file.
+        items: the tensors that would be written.
+        config: the config that would be written to its sidecar, or None if it is unknown.
+    """
+    beside = path_beside(checkpoint)
+    if beside.is_file() and read_sidecar(beside).config != config:
+        return False
+    return sample_fingerprint(checkpoint) == sample_of_items(items)
+
+
+def require_recorded_weights(checkpoint: str | Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """Compare all values of a checkpoint with the fingerprint in its own sidecar, if it has one.
+
+    Args:
+        checkpoint: a file, or a folder of shards.
+        tensors: name -> tensor: all that are in the file, or the joined shards.
+
+    Raises:
+        UserError: they differ.
+    """
+    path = Path(checkpoint)
+    beside = path / MODEL if path.is_dir() else path_beside(path)
+    recorded = read_sidecar(beside).about.get("fingerprint") if beside.is_file() else None
+    if recorded and recorded != fingerprint_of(tensors):
+        raise UserError(f"{path}: was changed or damaged after it was written: its weights do not "
+                        f"have the fingerprint in {beside}; copy both again")
 
 
 def read_sidecar(path: str | Path) -> Sidecar:
@@ -229,7 +297,7 @@ def copy_to_result(source: str | Path, target: str | Path, *, dtype: str,
     config = read_sidecar(path).config
     if Path(target).is_dir():
         write_json(Path(target) / MODEL, {"numbers": asdict(config), "source": str(source),
-                                          "source_fingerprint": fingerprint})
+                                          "dtype": dtype, "fingerprint": fingerprint})
     else:
         write_sidecar(target, config, dtype=dtype, fingerprint=fingerprint, source=source)
     return True

@@ -15,7 +15,7 @@ from mindrlhf.checkpoints import fingerprints, layouts, reshard, shards
 from mindrlhf.checkpoints.containers import SUFFIXES, open_tensors, write_tensors
 from mindrlhf.checkpoints.tensors import StoredTensor, TensorItem, TensorSpec, Values, round_to
 from mindrlhf.cli import UserError
-from mindrlhf.files import require_space, staging_folder
+from mindrlhf.files import require_no_loss, require_overwrite, require_space, staging_folder
 from mindrlhf.models.glm4 import load, lora, sidecar
 from mindrlhf.models.glm4.load import OpenedCheckpoint
 from mindrlhf.models.glm4.weight_names import is_adapter, is_weight
@@ -108,7 +108,8 @@ def _require_equal_ranks(opened: OpenedCheckpoint) -> dict[str, StoredTensor]:
 
 
 def plan_target(source: SourceCheckpoint, path: str | Path, *, strategy: str | None = None,
-                suffix: str | None = None, base: str | None = None) -> TargetCheckpoint:
+                suffix: str | None = None, base: str | None = None,
+                overwrite: bool = False) -> TargetCheckpoint:
     """Decide what to write.
 
     Args:
@@ -117,9 +118,11 @@ def plan_target(source: SourceCheckpoint, path: str | Path, *, strategy: str | N
         strategy: folder or file of strategies of the plan to shard for; None: one file.
         suffix: ".ckpt" or ".safetensors"; None: that of the path, or .ckpt.
         base: base weights to add LoRA adapters to, or None.
+        overwrite: replace a file that holds other weights.
 
     Raises:
-        UserError: the options contradict each other or the source.
+        UserError: the options contradict each other or the source, or the path must not be
+            replaced.
     """
     path, found = Path(path), layouts.find_strategy(strategy)
     if strategy and not found:
@@ -127,6 +130,9 @@ def plan_target(source: SourceCheckpoint, path: str | Path, *, strategy: str | N
                         "output/strategy")
     _check_adapters(source, base, found)
     if found:
+        if overwrite:
+            raise UserError("--overwrite replaces a checkpoint file; with --dst_strategy, "
+                            "--dst_checkpoint is a new folder: leave --overwrite out")
         if path.suffix in SUFFIXES:
             raise UserError(f"{path}: with --dst_strategy, --dst_checkpoint is a folder; --format "
                             "sets the type of its files")
@@ -139,8 +145,14 @@ def plan_target(source: SourceCheckpoint, path: str | Path, *, strategy: str | N
         path = path / f"merged{suffix or '.ckpt'}"
     elif suffix and path.suffix != suffix:
         raise UserError(f"{path}: is not --format {suffix[1:]}; leave one of them out")
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; give the name of a file")
+    place = source.opened.place
+    read = ([file.parent for file in source.opened.files] if place.is_dir()  # rank_0, rank_1, ...
+            else [place])
+    require_no_loss(sidecar.checkpoint_outputs(path), [*read, source.opened.strategy, base])
+    described = sidecar.find_sidecar(place)
+    config = sidecar.read_sidecar(described).config if described else None
+    require_overwrite(path, overwrite, lambda: sidecar.holds_already(
+        path, _unsharded_items(source, base, source.tensors), config))
     return TargetCheckpoint(path, [path.name], None, base)
 
 
@@ -164,9 +176,14 @@ def write_target(source: SourceCheckpoint, target: TargetCheckpoint) -> list[str
         lines about the result.
 
     Raises:
-        UserError: the disk is too small, the strategies do not fit the source, or the target
-            differs when it is read back.
+        UserError: the source is not what its sidecar says, the disk is too small, the strategies
+            do not fit the source, or the target differs when it is read back.
     """
+    place = source.opened.place
+    sidecar.require_recorded_weights(
+        place, source.tensors if place.is_dir() else open_tensors(place))
+    if target.base:
+        sidecar.require_recorded_weights(target.base, open_tensors(target.base))
     with staging_folder(target.path) as folder:
         files = [folder / "out" / name for name in target.names]
         written = _write_files(source, target, files, folder)
@@ -176,7 +193,7 @@ def write_target(source: SourceCheckpoint, target: TargetCheckpoint) -> list[str
         target.path.parent.mkdir(parents=True, exist_ok=True)
         os.replace(folder / "out" if target.strategy else files[0], target.path)
     described = sidecar.copy_to_result(
-        source.opened.place, target.path, dtype=written.cards[0][0].dtype,
+        place, target.path, dtype=written.cards[0][0].dtype,
         fingerprint=written.fingerprint)
     lines = []
     if source.is_adapted and not target.base:
@@ -235,12 +252,7 @@ def _write_unsharded(source: SourceCheckpoint, target: TargetCheckpoint, file: P
     Raises:
         UserError: see write_target().
     """
-    place = source.opened.files[0]
-    metadata = {name: tensor for name, tensor in open_tensors(place).items()
-                if name in lora.METADATA}
-    tensors = {**tensors, **metadata}
-    items = (_with_adapters(tensors, target.base, place) if target.base
-             else [TensorItem(*tensor.spec, tensor.chunks) for tensor in tensors.values()])
+    items = _unsharded_items(source, target.base, tensors)
     cards = [[item.spec for item in items]]
     size = reshard.size_on_disk(cards)
     require_space(file, size)
@@ -248,6 +260,24 @@ def _write_unsharded(source: SourceCheckpoint, target: TargetCheckpoint, file: P
         identity = write_tensors(file, items, bar.update)
     reshard.verify_files(identity, [file], None, is_expected=is_weight)
     return Written(identity, cards)
+
+
+def _unsharded_items(source: SourceCheckpoint, base: str | None,
+                     tensors: Mapping[str, StoredTensor]) -> list[TensorItem]:
+    """The tensors of an unsharded target.
+
+    Args:
+        source: the checkpoint to transform.
+        base: checkpoint to add LoRA adapters to, or None.
+        tensors: name -> unsharded tensor, of the weights or adapters.
+    """
+    place = source.opened.files[0]
+    metadata = {name: tensor for name, tensor in open_tensors(place).items()
+                if name in lora.METADATA}
+    tensors = {**tensors, **metadata}
+    if base:
+        return _with_adapters(tensors, base, place)
+    return [TensorItem(*tensor.spec, tensor.chunks) for tensor in tensors.values()]
 
 
 def _with_adapters(adapters: Mapping[str, StoredTensor], base_path: str,
