@@ -18,6 +18,7 @@ from mindrlhf import cli, config
 from mindrlhf.arithmetic import ceil_div
 from mindrlhf.checkpoints import containers, strict
 from mindrlhf.parallel import Plan
+from mindrlhf.recompute import recomputed_layers
 
 REWARDS = ("chosen_reward", "rejected_reward")
 METRICS = ("loss", *REWARDS, "grad_norm")
@@ -141,8 +142,10 @@ def write_settings(rehearsal: Rehearsal, process: str, predict: str, folder: str
     callbacks = [
         {**entry, "save_checkpoint_steps": 2} if "save_checkpoint_steps" in entry else entry
         for entry in settings["callbacks"]]
+    some = 0 < recomputed_layers(settings) < settings["model"]["model_config"]["num_layers"]
     many = config.with_changes(_shrink(rehearsal, settings), {
         **RUN, "callbacks": callbacks,
+        **({"recompute_config.recompute": 1} if some else {}),  # one of the two layers
         "dpo.logps_chunk_size": chunk and SIZES["model.model_config.seq_length"] * plan.data})
     rows = settings["runner_config"]["batch_size"] * plan.data
     kept = {f"model.model_config.{name}": settings["model"]["model_config"][name] for name in KEPT}

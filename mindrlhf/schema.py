@@ -2,9 +2,14 @@
 from __future__ import annotations
 
 import difflib
+import re
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Optional, Union
 
+from mindrlhf.cli import shown
+
+LARGEST_INTEGER = 2**31 - 1  # MindSpore keeps sizes and counts of steps in 32 bits
 RUN_MODES = ("preprocess", "finetune", "predict")
 
 # What is expected instead of a value; None if the value is valid.
@@ -17,7 +22,19 @@ def _boolean(value: Any) -> str | None:
 
 
 def _text(value: Any) -> str | None:
-    return None if isinstance(value, str) else "a string"
+    if not isinstance(value, str):
+        return "a string"
+    # control characters, and surrogates, which no file name can have
+    bad = any(ord(char) < 32 or 127 <= ord(char) < 160 or 0xD800 <= ord(char) < 0xE000
+              for char in value)
+    return "a string without control characters" if bad else None
+
+
+def _name(value: Any) -> str | None:
+    """Accept what is part of a file's name: it must not lead out of its folder."""
+    good = isinstance(value, str) and re.fullmatch(r"\w[\w.-]*", value)
+    return None if good and len(value.encode()) <= 64 else (
+        "a plain name of at most 64 letters, digits, _, . and -, without a folder")
 
 
 def _text_or_false(value: Any) -> str | None:
@@ -25,22 +42,26 @@ def _text_or_false(value: Any) -> str | None:
 
 
 def _integer(low: int, high: int | None = None) -> Check:
-    """Accept integers from low to high."""
+    """Accept integers from low to high; without high, to LARGEST_INTEGER."""
     limits = f"of at least {low}" if high is None else f"from {low} to {high}"
     expected = f"an integer {limits}"
 
     def check(value: Any) -> str | None:
+        if high is None and type(value) is int and value > LARGEST_INTEGER:
+            return f"an integer from {low} to {LARGEST_INTEGER}"
         good = type(value) is int and value >= low and (high is None or value <= high)
         return None if good else expected
     return check
 
 
 def _number(low: float, high: float | None = None, *, above: bool = False) -> Check:
-    """Accept numbers from low (with above: greater than low) to less than high."""
+    """Accept finite numbers from low (with above: greater than low) to less than high."""
     expected = f"a number {'above' if above else 'of at least'} {low}"
     expected += "" if high is None else f" and below {high}"
 
     def check(value: Any) -> str | None:
+        if type(value) in (int, float) and not abs(value) <= sys.float_info.max:  # NaN too
+            return expected.replace("a number", "a finite number")
         good = (type(value) in (int, float) and (value > low if above else value >= low)
                 and (high is None or value < high))
         return None if good else expected
@@ -67,13 +88,22 @@ def _list_of(check: Check, length: int | None = None) -> Check:
     return check_list
 
 
+def _layer_count(value: Any) -> str | None:
+    """Accept what MindFormers takes for recomputation, and a plain number of layers."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    good = isinstance(value, bool) or (type(value) is int and value >= 0)
+    return None if good else ("True, False, a number of layers from 0, or a list of one number, "
+                              "because there is one pipeline stage")
+
+
 _DATASET: Schema = {
     "data_loader": {"type": _one_of("MindDataset"), "dataset_dir": _text, "shuffle": _boolean}}
 _CALLBACKS: dict[str, Schema] = {
     "DPOMonitor": {"per_print_times": _integer(1), "max_bad_steps": _integer(1)},
     "EvalMonitor": {"eval_step_interval": _integer(0),
                     "best_metric": _one_of("loss", "dpo_loss", "accuracy", "margin")},
-    "DPOCheckpointMonitor": {"prefix": _text, "save_checkpoint_steps": _integer(1),
+    "DPOCheckpointMonitor": {"prefix": _name, "save_checkpoint_steps": _integer(1),
                              "keep_checkpoint_max": _integer(1)}}
 
 
@@ -81,8 +111,8 @@ def _callbacks(value: Any) -> str | None:
     if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
         return "a list of entries with a type"
     for entry in value:
-        if entry.get("type") not in _CALLBACKS:
-            return f"entries of type {' or '.join(_CALLBACKS)}, not {entry.get('type')}"
+        if not isinstance(entry.get("type"), str) or entry["type"] not in _CALLBACKS:
+            return f"entries of type {' or '.join(_CALLBACKS)}, not {shown(entry.get('type'))}"
         options = {key: item for key, item in entry.items() if key != "type"}
         for problem in find_problems(options, _CALLBACKS[entry["type"]], f"{entry['type']}."):
             return f"entries without problems: {problem}"
@@ -117,7 +147,7 @@ SCHEMA: Schema = {
             "do_sample": _boolean, "top_k": _integer(0), "top_p": _number(0, above=True),
             "temperature": _number(0, above=True), "repetition_penalty": _number(0, above=True)},
         "arch": {"type": _one_of("Glm4DPO", "ChatGLM2ForConditionalGeneration")}},
-    "trainer": {"type": _one_of("CausalLanguageModelingTrainer"), "model_name": _text},
+    "trainer": {"type": _one_of("CausalLanguageModelingTrainer"), "model_name": _name},
     "processor": {"tokenizer": {"type": _one_of("ChatGLM4Tokenizer"), "vocab_file": _text}},
     "dpo": {
         "beta": _number(0, above=True), "loss_type": _one_of("sigmoid", "robust", "hinge", "ipo"),
@@ -150,7 +180,7 @@ SCHEMA: Schema = {
         "data_parallel": _integer(1), "model_parallel": _integer(1), "vocab_emb_dp": _boolean,
         "use_seq_parallel": _boolean, "gradient_aggregation_group": _integer(1)},
     "recompute_config": {
-        "recompute": _boolean, "select_recompute": _boolean, "mp_comm_recompute": _boolean,
+        "recompute": _layer_count, "select_recompute": _boolean, "mp_comm_recompute": _boolean,
         "parallel_optimizer_comm_recompute": _boolean, "recompute_slice_activation": _boolean},
     "callbacks": _callbacks,
 }
@@ -160,7 +190,7 @@ HINTS = {
 REQUIRED = (
     "seed", "run_mode", "output_dir", "context.device_target", "model.model_config.seq_length",
     "model.arch.type", "dpo.beta", "runner_config.batch_size", "parallel.parallel_mode",
-    "processor.tokenizer.type")
+    "processor.tokenizer.type", "processor.tokenizer.vocab_file")
 
 
 class Problem(NamedTuple):
@@ -192,21 +222,21 @@ def find_problems(settings: dict[str, Any], schema: Schema = SCHEMA,
         a problem for each key that is unknown or has an invalid value.
     """
     for key, value in settings.items():
-        name = f"{prefix}{key}"
+        name = f"{prefix}{key if len(str(key)) <= 80 else f'{key[:77]}...'}"
         expected = schema.get(key)
         if expected is None:
             yield Problem(name, f"unknown key; {_hint(key, schema)}", is_unknown=True)
         elif not isinstance(expected, dict):
             if wanted := expected(value):
-                yield Problem(name, f"expected {wanted}, got {value!r}")
+                yield Problem(name, f"expected {wanted}, got {shown(value)}")
         elif isinstance(value, dict):
             yield from find_problems(value, expected, f"{name}.")
         else:
-            yield Problem(name, f"expected a section, got {value!r}")
+            yield Problem(name, f"expected a section, got {shown(value)}")
 
 
 def _hint(key: str, schema: Schema) -> str:
     """What may be meant by an unknown key."""
-    close = difflib.get_close_matches(str(key), schema, 1)
+    close = difflib.get_close_matches(str(key)[:80], schema, 1)
     meant = f"did you mean {close[0]}?" if close else f"known here: {', '.join(schema)}"
     return HINTS.get(key, meant)

@@ -14,7 +14,7 @@ from conftest import ROOT
 LAYERS = (
     ("arithmetic", "cli", "records"),
     ("files", "parallel", "schema"),
-    ("contradictions",),
+    ("contradictions", "recompute"),
     ("config",),
     ("checkpoints", "cpu"),
     ("runtime",),

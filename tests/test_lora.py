@@ -62,7 +62,10 @@ def test_a_resumed_run_goes_on_as_the_unbroken_one(trained, golden, tmp_path):
     output, config_file = trained
     state = output / "checkpoint/rank_0/glm4_dpo-step_00000002.ckpt"
     result = run_script(
-        RUN_DPO, *arguments(golden, config_file, tmp_path, more=["--resume", state])
+        RUN_DPO,
+        *arguments(
+            golden, config_file, tmp_path, more=["--resume", state, "--eval_dataset", golden.data]
+        ),
     )
     assert result.returncode == 0, result.stderr
     for key in ("loss", "margin", "grad_norm", "learning_rate"):

@@ -17,7 +17,7 @@ from conftest import EXAMPLE
 
 from mindrlhf import cli, config
 from mindrlhf.plan import __main__ as tool
-from mindrlhf.plan import hours, memory, parameters, traffic
+from mindrlhf.plan import advice, hours, memory, parameters, traffic
 
 NAMES = {
     "transformer.embedding.embedding_weight": 0,
@@ -329,14 +329,14 @@ def advice_of(tmp_path, text, memory_gb=64):
     path = tmp_path / "plan.yaml"
     path.write_text(f"base_config: {EXAMPLE / 'finetune_glm4_9b.yaml'}\n{text}\n")
     settings = config.load_settings(path, run_mode="finetune")
-    return tool.advice(settings, 8, tool.room(settings, memory_gb))
+    return advice.advice(settings, 8, advice.room(settings, memory_gb))
 
 
 @pytest.mark.parametrize(
     ("text", "change"),
     [
         ("dpo: {logps_chunk_size: 0}", "dpo.logps_chunk_size 4096"),
-        ("recompute_config: {recompute: False}", "recompute_config.recompute True"),
+        ("recompute_config: {recompute: False}", "recompute_config.recompute 36"),
         ("runner_config: {batch_size: 2}", "runner_config.batch_size 1"),
         (
             "parallel_config: {data_parallel: 8, model_parallel: 1}",

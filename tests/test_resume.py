@@ -14,6 +14,7 @@ from test_training import MORE, RUN_DPO, arguments, records, write_overlay
 
 from mindrlhf.cli import UserError
 from mindrlhf.training import state
+from mindrlhf.training.identity import Identity
 
 EXACT = (
     "loss",
@@ -197,6 +198,7 @@ def saver(tmp_path, network, free):
         prefix="p",
         save_checkpoint_steps=1,
         keep_checkpoint_max=2,
+        run=Identity("0" * 16, {}),
     )
     monitor._free = lambda: free[0]
     return monitor
@@ -228,6 +230,26 @@ def test_a_full_disk_is_told_before_it_costs_anything(tmp_path, capsys):
     with pytest.raises(UserError, match="Make room"):
         monitor.on_train_end(context)
     assert signal.getsignal(signal.SIGTERM) == former
+
+
+def test_pruning_leaves_the_states_of_other_runs(tmp_path):
+    """Before: the newest numbers stayed, so a new run deleted its own states."""
+    from mindspore import nn
+
+    network = nn.Dense(2, 2)
+    network.optimizer = SimpleNamespace(global_step=1)
+    parameters = SimpleNamespace(network=network, cur_epoch_num=1)
+    other, own = saver(tmp_path, network, [10**9]), saver(tmp_path, network, [10**9])
+    other.run = Identity("1" * 16, {})
+    for monitor, steps in ((other, (2, 50)), (own, (1, 3, 4, 5))):
+        for step in steps:
+            monitor.progress.step = step
+            monitor.save_state(parameters)
+    damaged = state.state_folder(tmp_path) / state.state_name("p", 1)
+    damaged.write_bytes(b"damaged")
+    own.progress.step = 6
+    own.save_state(parameters)
+    assert list(state.saved_states(tmp_path)) == [1, 2, 5, 6, 50]
 
 
 def test_two_workers_stop_after_the_same_step(tmp_path, monkeypatch):

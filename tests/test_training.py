@@ -204,7 +204,13 @@ def test_resumed_run_goes_on_as_the_unbroken_one_and_needs_no_check(run, golden,
     state = output / "checkpoint/rank_0/glm4_dpo-step_00000003.ckpt"
     config = training_yaml(golden.folder, "plain")
     result = run_script(
-        RUN_DPO, *arguments(golden, config, tmp_path / "resumed", more=["--resume", state])
+        RUN_DPO,
+        *arguments(
+            golden,
+            config,
+            tmp_path / "resumed",
+            more=["--resume", state, "--eval_dataset", golden.data],
+        ),
     )
     assert result.returncode == 0, result.stderr
     resumed, unbroken = records(tmp_path / "resumed"), records(output)[3:]
@@ -382,6 +388,8 @@ def test_weights_that_do_not_fit_stop_every_command(
                 golden.data,
                 "--vocab_file",
                 golden.tokenizer,
+                "--output_dir",
+                tmp_path / "out",
             ],
         ),
         "predict": (

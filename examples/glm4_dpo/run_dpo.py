@@ -43,6 +43,11 @@ def parser() -> cli.Parser:
     parse.add_argument("--resume", metavar="auto|FILE",
                        help="finetune: resume from the newest intact state in output_dir, or from "
                             "a file of output/checkpoint/rank_0")
+    parse.add_argument("--allow_changes", type=cli.boolean, metavar="True|False",
+                       help="finetune: with --resume, go on with other settings, data or weights "
+                            "than those of the state (default: False)")
+    parse.add_argument("--overwrite", action="store_true",
+                       help="finetune: remove an earlier run in output_dir first")
     parse.add_argument("--output_dir", metavar="FOLDER",
                        help="for checkpoints, strategies and metrics (default: ./output)")
     return parse
@@ -62,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "processor.tokenizer.vocab_file": arguments.vocab_file})
     if settings["run_mode"] == "finetune":
         from mindrlhf.training import run
-        run.finetune(settings)
+        run.finetune(settings, overwrite=arguments.overwrite,
+                     allow_changes=bool(arguments.allow_changes))
     else:
         from mindrlhf.inference import generate
         answer = generate.predict(settings, arguments.predict_data, arguments.adapter_checkpoint)

@@ -8,6 +8,7 @@ from mindrlhf.models.glm4.model_config import ModelConfig
 from mindrlhf.parallel import Plan
 from mindrlhf.plan import traffic
 from mindrlhf.plan.memory import shares_of, widths
+from mindrlhf.recompute import recomputed_layers
 
 # operations a second of an Ascend 910B in bfloat16, as commonly stated for its larger variant; the
 # smaller one has 313e12
@@ -57,7 +58,7 @@ def step_operations(settings: dict[str, Any], recomputed: float | None = None) -
     """
     operations = forward_operations(settings)
     if recomputed is None:
-        recomputed = float(settings.get("recompute_config", {}).get("recompute", False))
+        recomputed = recomputed_layers(settings) / ModelConfig.of(settings).num_layers
     backward = 1 if "lora" in settings else 2  # frozen matrices need no gradient
     again = 1 if settings["dpo"]["logps_chunk_size"] else 0
     return (operations.layers * (1 + backward + recomputed)
@@ -76,14 +77,34 @@ def tokens_per_second(operations: float, *, peak: float = PEAK,
     return peak * efficiency / operations
 
 
-def seconds_per_step(settings: dict[str, Any], devices: int) -> StepTime:
-    """Time of a step. The parts of an accumulated batch count as steps of their own."""
+def seconds_per_step(settings: dict[str, Any], devices: int, peak: float = PEAK) -> StepTime:
+    """Time of a step. The parts of an accumulated batch count as steps of their own.
+
+    Args:
+        settings: as config.load_settings returns them.
+        devices: number of cards.
+        peak: operations a second of a card at its peak.
+    """
     plan, shares = Plan.of(settings, devices), shares_of(settings, devices)
     positions = shares.group / plan.model  # model parallelism splits their matrix products
     if settings["run_mode"] == "preprocess":
-        return StepTime(positions / tokens_per_second(sum(forward_operations(settings))), 0.0)
+        operations = float(sum(forward_operations(settings)))
+        return StepTime(positions / tokens_per_second(operations, peak=peak), 0.0)
     received = sum(traffic.traffic_volumes(settings, devices).values())
-    return StepTime(positions / tokens_per_second(step_operations(settings)), received / BANDWIDTH)
+    rate = tokens_per_second(step_operations(settings), peak=peak)
+    return StepTime(positions / rate, received / BANDWIDTH)
+
+
+def card_rate(settings: dict[str, Any], devices: int, seconds: float) -> float:
+    """Positions a second of one card, padding included.
+
+    Args:
+        settings: as config.load_settings returns them.
+        devices: number of cards.
+        seconds: of a step.
+    """
+    plan = Plan.of(settings, devices)
+    return shares_of(settings, devices).group / plan.model / seconds
 
 
 def steps_per_epoch(settings: dict[str, Any], devices: int, rows: int) -> int:
@@ -97,15 +118,16 @@ def steps_per_epoch(settings: dict[str, Any], devices: int, rows: int) -> int:
     return ceil_div(rows, settings["runner_config"]["batch_size"] * Plan.of(settings, devices).data)
 
 
-def run_hours(settings: dict[str, Any], devices: int, rows: int) -> Span:
+def run_hours(settings: dict[str, Any], devices: int, rows: int, peak: float = PEAK) -> Span:
     """Hours of a run.
 
     Args:
         settings: as config.load_settings returns them.
         devices: number of cards.
         rows: of the data. Each has a chosen and a rejected side.
+        peak: operations a second of a card at its peak.
     """
-    step = seconds_per_step(settings, devices)
+    step = seconds_per_step(settings, devices, peak)
     epochs = settings["runner_config"].get("epochs", 1)
     count = steps_per_epoch(settings, devices, rows) * epochs / 3600
     return Span(count * max(step), count * sum(step))

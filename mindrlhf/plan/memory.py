@@ -15,6 +15,7 @@ from mindrlhf.arithmetic import ceil_div
 from mindrlhf.models.glm4.model_config import ModelConfig
 from mindrlhf.parallel import MOST_CHUNKS, Plan
 from mindrlhf.plan.parameters import BYTES, held
+from mindrlhf.recompute import recomputed_layers
 
 RESIDUAL = 4  # bytes: residuals and norms are float32 (layernorm_compute_type)
 BUFFERS = 2e9  # assumption: the communication library's buffers, and memory lost to fragmentation
@@ -70,7 +71,7 @@ class Peak(NamedTuple):
     """The moment of a step with the most memory.
 
     Attributes:
-        where: "log-probs", "last layer" or "first layer".
+        where: "log-probs", "last layer", "last recomputed layer" or "first layer".
         bytes: memory of a card.
     """
     where: str
@@ -210,10 +211,9 @@ def memory_parts(settings: dict[str, Any], devices: int) -> dict[str, float]:
     plan, sizes = Plan.of(settings, devices), ModelConfig.of(settings)
     model, training = settings["model"]["model_config"], settings["run_mode"] == "finetune"
     trained = [part for part in table.values() if part.trained and training]
-    recompute = settings.get("recompute_config", {}).get("recompute", False)
-    whole = layer_whole(settings, shares.group)
-    kept = layer_kept(settings, shares) if recompute else whole
-    work = whole if recompute or not training else 0
+    again, whole = recomputed_layers(settings), layer_whole(settings, shares.group)
+    kept = again * layer_kept(settings, shares) + (sizes.num_layers - again) * whole
+    work = whole if again or not training else 0
     casts = training or model["param_init_type"] != model["compute_dtype"]
     mask_bytes = 1 if model.get("use_flash_attention") else 4  # of an element
     logits = chunks(settings, shares).size * sizes.padded_vocab_size // shares.vocabulary * 4
@@ -223,7 +223,7 @@ def memory_parts(settings: dict[str, Any], devices: int) -> dict[str, float]:
         "Adam's moments": sum(2 * 4 * math.prod(part.slice) for part in trained),
         "gradients": sum(part.bytes for part in trained),
         "weights in compute type": compute_copies(settings, devices) if casts else 0,
-        "kept by the layers": sizes.num_layers * kept * training,
+        "kept by the layers": kept * training,
         "embedding and last norm": head_kept(settings, shares, plan.model),
         "mask": shares.group * model["seq_length"] * mask_bytes,
         "one layer at work": work + layer_work(settings, shares.group) * training,
@@ -235,15 +235,18 @@ def memory_parts(settings: dict[str, Any], devices: int) -> dict[str, float]:
 def peak_memory_of(settings: dict[str, Any], devices: int) -> Peak:
     """The most memory that a card holds at once.
 
-    A step has three candidates: the log-probs, when all layers wait for their gradient; the last
-    layer, whose backward pass comes first; and the first layer, when the gradients of all weights
-    are alive. With gradient accumulation, the sum of the gradients is always alive.
+    A step has four candidates: the log-probs, when all layers wait for their gradient; the last
+    layer, whose backward pass comes first; the last of the recomputed layers, which are the first
+    ones of the network, when the others are done; and the first layer, when the gradients of all
+    weights are alive. With gradient accumulation, the sum of the gradients is always alive.
 
     Args:
         settings: as config.load_settings returns them, of run_mode finetune or preprocess.
         devices: number of cards.
     """
-    found = memory_parts(settings, devices)
+    found, shares = memory_parts(settings, devices), shares_of(settings, devices)
+    layers, again = ModelConfig.of(settings).num_layers, recomputed_layers(settings)
+    gradient_work = layer_work(settings, shares.group)
     kept, gradients, work = (
         found[name] for name in ("kept by the layers", "gradients", "one layer at work"))
     always = sum(found[name] for name in (
@@ -252,6 +255,13 @@ def peak_memory_of(settings: dict[str, Any], devices: int) -> Peak:
     if settings["runner_config"].get("gradient_accumulation_steps", 1) > 1:
         always += gradients
     peaks = [Peak("log-probs", kept + found["logits of a chunk"] + found["gradients of chunks"]),
-             Peak("last layer", kept + work), Peak("first layer", gradients + work)]
+             Peak("first layer", gradients + work)]
+    if again in (0, layers) or settings["run_mode"] != "finetune":
+        peaks.insert(1, Peak("last layer", kept + work))
+    else:
+        waiting = again * layer_kept(settings, shares)
+        done = gradients * (layers - again) / layers
+        peaks[1:1] = [Peak("last layer", kept + gradient_work),
+                      Peak("last recomputed layer", waiting + done + work)]
     peak = max(peaks, key=lambda each: each.bytes)
     return Peak(peak.where, always + peak.bytes)

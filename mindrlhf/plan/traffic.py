@@ -12,6 +12,7 @@ from mindrlhf.models.glm4.model_config import ModelConfig
 from mindrlhf.parallel import Plan
 from mindrlhf.plan.memory import RESIDUAL, compute_bytes, shares_of, widths
 from mindrlhf.plan.parameters import BYTES, held
+from mindrlhf.recompute import recomputed_layers
 
 
 class LayerTraffic(NamedTuple):
@@ -75,13 +76,12 @@ def traffic_volumes(settings: dict[str, Any], devices: int) -> dict[str, float]:
     shares, sizes = shares_of(settings, devices), ModelConfig.of(settings)
     compute, hidden, layers = compute_bytes(settings), sizes.hidden_size, sizes.num_layers
     forward, once = layer(settings, devices)
-    recompute = settings.get("recompute_config", {}).get("recompute", False)
-    again = forward - once if recompute else 0
+    again = recomputed_layers(settings) * (forward - once)
     products = 2 * _remote(plan.model) * shares.group * hidden
     fetched = (shares.everywhere - shares.split) * hidden * compute
     residuals = layers * compute + RESIDUAL * (plan.model > 1)
     return {**_parameter_traffic(settings, devices),
-            "tensor-parallel gathers": layers * (2 * forward + again),
+            "tensor-parallel gathers": layers * 2 * forward + again,
             "tensor-parallel all-reduces": 2 * products * residuals,
             "hidden states for the logits": 2 * fetched}
 

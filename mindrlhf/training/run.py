@@ -11,15 +11,16 @@ from mindspore import nn
 from mindspore.train.callback import Callback
 
 from mindrlhf import cli, config, runtime
-from mindrlhf.checkpoints import fingerprints
+from mindrlhf.checkpoints import containers, fingerprints
 from mindrlhf.data import mindrecord
 from mindrlhf.data.dataset import open_dataset
 from mindrlhf.models.glm4 import build, load, sidecar, template
 from mindrlhf.models.glm4.weight_names import is_adapter, is_base_weight
 from mindrlhf.parallel import Plan
-from mindrlhf.training import state, train_step  # noqa: F401  train_step registers the training step
+from mindrlhf.training import identity, state, train_step  # noqa: F401  train_step registers the training step
 from mindrlhf.training.callbacks import BEST, DPOMonitor, EvalMonitor, Progress
 from mindrlhf.training.evaluate import Evaluator
+from mindrlhf.training.identity import Identity
 from mindrlhf.training.journal import Journal, read_records
 from mindrlhf.training.saving import DPOCheckpointMonitor, check_optimizer_state
 
@@ -47,7 +48,8 @@ class Feed:
     shard: int
 
 
-def finetune(settings: dict[str, Any]) -> None:
+def finetune(settings: dict[str, Any], *, overwrite: bool = False,
+             allow_changes: bool = False) -> None:
     """Train GLM-4 with DPO, as one worker of a run.
 
     MindFormers' Trainer builds the optimizer, runs the loop and calls our step and callbacks. In
@@ -62,10 +64,12 @@ def finetune(settings: dict[str, Any]) -> None:
 
     Args:
         settings: as config.load_settings returns them, of run_mode finetune.
+        overwrite: remove an earlier run in output_dir.
+        allow_changes: resume with other settings, data or weights than those of the state.
 
     Raises:
-        UserError: data, weights, YAML, workers or the state to resume from do not match, or a step
-            fails.
+        UserError: data, weights, YAML, workers or the state to resume from do not match, output_dir
+            holds another run, or a step fails.
     """
     config.require_workers(settings, cli.workers())
     data = open_data(settings)  # before the workers connect, so that errors come early
@@ -73,13 +77,17 @@ def finetune(settings: dict[str, Any]) -> None:
     if not resumed:
         config.require_weights(settings)
     sidecar.require_same_model(resumed or settings.get("load_checkpoint"), settings)
+    run = begin_run(settings, data, resumed, overwrite=overwrite, allow_changes=allow_changes)
+    if resumed:
+        resumed = state.own_state(resumed)
+        state.set_aside_later(settings["output_dir"], state.steps_done(resumed))
     run_config = config.to_mindformers(settings)
     runtime.start_device(run_config, parallel=cli.workers() > 1)
     model = build.build_network(run_config)
     load_policy(model, settings, data, resumed)
     if not resumed:
         sidecar.copy_to_run(settings["load_checkpoint"], settings["output_dir"])
-    train(model, run_config, settings, data, resumed)
+    train(model, run_config, settings, data, run, resumed)
     runtime.end_worker()
 
 
@@ -101,6 +109,7 @@ def open_data(settings: dict[str, Any]) -> Data:
     sidecars = {}
     for each in filter(None, (path, eval_path)):
         sidecars[each] = mindrecord.read_data_sidecar(each)
+        mindrecord.require_unchanged(each, sidecars[each])
         mindrecord.require_made_for(each, sidecars[each], seq_len=model["seq_length"],
                                     template=template.VERSION, tokenizer=tokenizer.fingerprint,
                                     checkpoint=None)
@@ -108,7 +117,7 @@ def open_data(settings: dict[str, Any]) -> Data:
 
 
 def open_state(settings: dict[str, Any]) -> Path | None:
-    """The training state to resume from (resume_training: a path, or auto), or None.
+    """A rank's training state to resume from (resume_training: a path, or auto), or None.
 
     Raises:
         UserError: the named state cannot be used.
@@ -121,10 +130,36 @@ def open_state(settings: dict[str, Any]) -> Path | None:
     if path is None:
         cli.say(f"nothing to resume in {state.state_folder(folder)}: starting from the beginning")
         return None
-    step = state.steps_done(path)
-    state.set_aside_later(folder, step)
-    cli.say(f"resuming from {path}, step {step}")
+    cli.say(f"resuming from {path}, step {state.steps_done(path)}")
     return path
+
+
+def begin_run(settings: dict[str, Any], data: Data, resumed: Path | None, *, overwrite: bool,
+              allow_changes: bool) -> Identity:
+    """Make sure that this run mixes with no other: neither its folder, nor the state to resume.
+
+    Args:
+        settings: of the run.
+        data: of the run.
+        resumed: a rank's state to resume from, or None.
+        overwrite: remove an earlier run in output_dir.
+        allow_changes: resume with other settings, data or weights than those of the state.
+
+    Raises:
+        UserError: the state is another run's, or output_dir holds another run.
+    """
+    resume = bool(settings.get("resume_training"))
+    if overwrite and resume:
+        raise cli.UserError("--overwrite removes the run that --resume continues; give one of them")
+    run = identity.describe_training(settings, data.train, data.eval)
+    if resumed:
+        saved = identity.identity_in(containers.open_tensors(resumed), resumed)
+        run = identity.continue_run(resumed, saved, run, allow_changes=allow_changes)
+    names = ("load_checkpoint", "src_strategy", "processor.tokenizer.vocab_file")
+    read = [config.get_setting(settings, name) for name in names]
+    identity.claim_folder(settings["output_dir"], run, resumed=resumed, resume=resume,
+                          overwrite=overwrite, inputs=[*read, data.train_path, data.eval_path])
+    return run
 
 
 def load_policy(model: nn.Cell, settings: dict[str, Any], data: Data, resumed: Path | None) -> None:
@@ -182,7 +217,7 @@ def open_rows(path: str, made: dict[str, Any], feed: Feed, *, shuffle: bool) -> 
                         shard=feed.shard)
 
 
-def train(model: nn.Cell, run_config: Any, settings: dict[str, Any], data: Data,
+def train(model: nn.Cell, run_config: Any, settings: dict[str, Any], data: Data, run: Identity,
           resumed: Path | None) -> None:
     """Train, with evaluations if there are held-out data.
 
@@ -191,6 +226,7 @@ def train(model: nn.Cell, run_config: Any, settings: dict[str, Any], data: Data,
         run_config: MindFormerConfig of the settings, after runtime.start_device.
         settings: of the run.
         data: of the run.
+        run: its identity.
         resumed: the state to resume from, or None.
 
     Raises:
@@ -213,7 +249,7 @@ def train(model: nn.Cell, run_config: Any, settings: dict[str, Any], data: Data,
             f"seed {settings['seed']}")
     run_config.lr_schedule.total_steps = total
     journal = Journal(settings["output_dir"], progress.first) if cli.rank() == 0 else None
-    callbacks = make_callbacks(model, settings, data, progress, journal, resumed)
+    callbacks = make_callbacks(model, settings, data, progress, journal, run, resumed)
     if resumed:
         resume_trainer(settings, resumed, progress.first)
     trainer = Trainer(args=run_config, task="text_generation", model=model, train_dataset=dataset,
@@ -236,7 +272,8 @@ def resume_trainer(settings: dict[str, Any], resumed: Path, steps: int) -> None:
 
 
 def make_callbacks(model: nn.Cell, settings: dict[str, Any], data: Data, progress: Progress,
-                   journal: Journal | None, resumed: Path | None) -> list[Callback]:
+                   journal: Journal | None, run: Identity, resumed: Path | None
+                   ) -> list[Callback]:
     """The callbacks of a run, in the order in which they act: check, evaluate, save, stop.
 
     Args:
@@ -245,13 +282,15 @@ def make_callbacks(model: nn.Cell, settings: dict[str, Any], data: Data, progres
         data: of the run.
         progress: shared by the callbacks.
         journal: on rank 0, else None.
+        run: its identity.
         resumed: the state to resume from, or None.
     """
     options = {entry["type"]: {key: value for key, value in entry.items() if key != "type"}
                for entry in settings["callbacks"]}
     dpo = settings["dpo"]
     saver = DPOCheckpointMonitor(
-        progress, journal, model, output_dir=settings["output_dir"], lora=settings.get("lora"),
+        progress, journal, model, output_dir=settings["output_dir"], run=run,
+        lora=settings.get("lora"),
         **options["DPOCheckpointMonitor"])
     check = dpo["check_reference"] and not resumed
     chain: list[Callback] = [DPOMonitor(

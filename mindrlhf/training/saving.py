@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import mindspore as ms
+import numpy as np
 from mindspore import nn
 from mindspore.train.callback import Callback
 
@@ -22,6 +23,7 @@ from mindrlhf.models.glm4.lora import adapter_metadata
 from mindrlhf.models.glm4.weight_names import is_base_weight
 from mindrlhf.training import state
 from mindrlhf.training.callbacks import Progress
+from mindrlhf.training.identity import TENSOR, Identity, identity_in
 from mindrlhf.training.journal import Journal
 
 
@@ -38,18 +40,21 @@ class DPOCheckpointMonitor(Callback):
         output_dir: parent of checkpoint/, checkpoint_network/ and checkpoint_best/.
         prefix: of the file names.
         save_checkpoint_steps: steps between two states.
-        keep_checkpoint_max: number of states to keep; older ones are deleted.
+        keep_checkpoint_max: number of this run's states to keep; its older ones are deleted.
+        run: its identity goes into each state.
         lora: the section of the YAML, or None. With it, adapters are saved without the frozen
             weights.
     """
 
     def __init__(self, progress: Progress, journal: Journal | None, network: nn.Cell, *,
                  output_dir: str | Path, prefix: str, save_checkpoint_steps: int,
-                 keep_checkpoint_max: int, lora: Mapping[str, Any] | None = None) -> None:
+                 keep_checkpoint_max: int, run: Identity,
+                 lora: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.progress, self.journal, self.network = progress, journal, network
         self.output, self.prefix = Path(output_dir), prefix
         self.every, self.keep = save_checkpoint_steps, keep_checkpoint_max
+        self.run = run
         self.name_filter = (lambda name: not is_base_weight(name)) if lora else None
         self.metadata = adapter_metadata(lora) if lora else {}
         self.stop_file, self.created = self.output / ".stop", time.time()
@@ -119,7 +124,7 @@ class DPOCheckpointMonitor(Callback):
             return None
 
     def save_state(self, parameters: Any) -> None:
-        """Write a state, then delete the oldest ones.
+        """Write a state, then delete this run's oldest ones.
 
         Args:
             parameters: MindSpore's record of the run, original_args() of a run context.
@@ -127,10 +132,19 @@ class DPOCheckpointMonitor(Callback):
         name = state.state_name(self.prefix, self.progress.step)
         cell = parameters.network
         extra = {"step_num": self.progress.step, "epoch_num": parameters.cur_epoch_num,
-                 "loss_scale": 1.0, "global_step": cell.optimizer.global_step, **self.metadata}
+                 "loss_scale": 1.0, "global_step": cell.optimizer.global_step,
+                 TENSOR: ms.Tensor(np.frombuffer(self.run.to_bytes(), np.uint8)), **self.metadata}
         if self._save(cell, state.state_folder(self.output), name, extra):
-            for path in list(state.saved_states(self.output).values())[:-self.keep]:
+            own = filter(self._is_own, state.saved_states(self.output).values())
+            for path in list(own)[:-self.keep]:
                 path.unlink()
+
+    def _is_own(self, path: Path) -> bool:
+        """Whether this run saved a state."""
+        with contextlib.suppress(cli.UserError):  # damaged
+            saved = identity_in(containers.open_tensors(path), path)
+            return saved is not None and saved.id == self.run.id
+        return False
 
     def save_weights(self, place: str, name: str) -> None:
         """Write the weights alone, and their step beside them, which merging checks on all ranks.
@@ -141,7 +155,7 @@ class DPOCheckpointMonitor(Callback):
         """
         folder = self.output / place / f"rank_{cli.rank()}"
         if self._save(self.network, folder, name, self.metadata):
-            write_json(folder / STEP, {"step": self.progress.step})
+            write_json(folder / STEP, {"step": self.progress.step, "run": self.run.id})
 
     def _save(self, cell: nn.Cell, folder: Path, name: str, extra: dict[str, Any]) -> bool:
         """Save a cell's parameters; they get their name when complete. Return whether it worked."""

@@ -41,11 +41,11 @@ def saved_states(output_dir: str | Path, rank: int | None = None) -> dict[int, P
 
 
 def require_intact_state(path: str | Path) -> None:
-    """Raise UserError unless a state is intact: structure, step and, if it has one, checksum."""
+    """Raise UserError unless a state is intact: structure, step and checksum."""
     step = steps_done(path)
     if step_in_name(path) not in (None, step):
         raise UserError(f"{path}: holds step {step}, unlike its name; rename it back")
-    require_intact(path)
+    require_intact(path, needs_checksum=True)
 
 
 def choose_state(output_dir: str | Path, resume: str | Path) -> Path | None:
@@ -56,19 +56,15 @@ def choose_state(output_dir: str | Path, resume: str | Path) -> Path | None:
         resume: "auto", or the path of a state of rank 0.
 
     Returns:
-        path of this rank's state, or None if "auto" finds none.
+        path of a rank's state (own_state gives this rank's), or None if "auto" finds none.
 
     Raises:
-        UserError: the named state is missing or damaged, or its folder holds states of later steps.
+        UserError: the named state is missing, or output_dir holds this rank's states of later
+            steps.
     """
     if resume == "auto":
         return _newest_intact(output_dir)
     path = cli.existing_file(resume, "a state to resume from (output/checkpoint/rank_0/...)")
-    if path.parent.name == "rank_0":  # each rank has its own
-        rank = cli.rank()
-        path = cli.existing_file(path.parent.with_name(f"rank_{rank}") / path.name,
-                                 f"the state of rank {rank}")
-    require_intact_state(path)
     later = [step for step in saved_states(output_dir) if step > steps_done(path)]
     if later:
         raise UserError(f"{state_folder(output_dir)}: has states of later steps "
@@ -77,15 +73,29 @@ def choose_state(output_dir: str | Path, resume: str | Path) -> Path | None:
     return path
 
 
+def own_state(path: Path) -> Path:
+    """This rank's state, given a rank's.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    if path.parent.name.startswith("rank_"):  # each rank has its own
+        rank = cli.rank()
+        path = cli.existing_file(path.parent.with_name(f"rank_{rank}") / path.name,
+                                 f"the state of rank {rank}")
+    require_intact_state(path)
+    return path
+
+
 def _newest_intact(output_dir: str | Path) -> Path | None:
-    """This rank's state of the newest step that is intact on every rank, or None."""
+    """A rank's state of the newest step that is intact on every rank, or None."""
     found = [saved_states(output_dir, rank) for rank in range(cli.workers())]
     # on several machines, a folder may hold the states of this machine only
     ranks: list[Mapping[Any, Path]] = [states for states in found if states]
     common = set.intersection(*map(set, ranks)) if ranks else set()
     for candidate in newest_first(ranks, common, require_intact_state):
         if candidate.step and candidate.step.number is not None:
-            return saved_states(output_dir)[candidate.step.number]
+            return candidate.step.files[0]
         cli.say(f"skipped: {candidate.problem}")
     return None
 

@@ -18,7 +18,7 @@ from mindrlhf.cli import UserError
 from mindrlhf.models.glm4 import weight_names
 from mindrlhf.models.glm4.lora import METADATA
 from mindrlhf.models.glm4.model_config import ModelConfig
-from mindrlhf.models.glm4.weight_names import is_adapter, is_cache, is_weight
+from mindrlhf.models.glm4.weight_names import is_adapter, is_adapter_weight, is_cache, is_weight
 
 if TYPE_CHECKING:
     from mindspore import nn
@@ -50,7 +50,7 @@ class OpenedCheckpoint:
         if self.strategy:
             is_lora = any(map(is_adapter, self.ranks[0]))  # LoRA saves adapters only
             return dict(join_shards(self.ranks, self.strategy, self.place,
-                                    is_expected=is_adapter if is_lora else is_weight))
+                                    is_expected=is_adapter_weight if is_lora else is_weight))
         for tensors in self.ranks[1:]:
             require_alike(self.ranks[0], tensors)
         return self.ranks[0]

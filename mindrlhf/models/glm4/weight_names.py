@@ -165,6 +165,11 @@ def is_adapter(name: str) -> bool:
     return name.endswith((LORA_A, LORA_B))
 
 
+def is_adapter_weight(name: str) -> bool:
+    """Whether a name is an adapter's matrix, and not an optimizer's moment of one."""
+    return is_weight(name) and is_adapter(name)
+
+
 def is_base_weight(name: str) -> bool:
     """Whether a parameter is a weight of the model, and not of an adapter."""
     return is_weight(name) and not is_adapter(name)
