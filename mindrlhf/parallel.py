@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 Settings = dict[str, Any]  # a YAML's section -> key -> value, as config.load_settings returns them
-# of a batch's log-probs in a sharded graph, which holds the operators of every chunk
+# chunks of a batch's log-probs, at most, in a sharded graph, which holds the operators of every chunk
 MOST_CHUNKS = 64
+# parallel_mode of a sharded plan: in a YAML, and once MindFormers has set its context from it
+SEMI_AUTO_PARALLEL = (1, "semi_auto_parallel")
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Plan:
             settings: as config.load_settings returns them, or a MindFormerConfig.
             cards: number of cards in parallel mode 0, which the YAML does not contain.
         """
-        if settings["parallel"]["parallel_mode"] != 1:
+        if settings["parallel"]["parallel_mode"] not in SEMI_AUTO_PARALLEL:
             return cls(data=cards)
         sizes = settings.get("parallel_config") or {}
         return cls(

@@ -246,3 +246,14 @@ def test_the_9b_yamls_state_how_their_graphs_are_compiled(name, jit_config):
     context = load(EXAMPLE / f"{name}.yaml")["context"]
     assert context["jit_config"] == jit_config
     assert context["max_call_depth"] == 10000
+
+
+def test_a_plan_is_the_same_before_and_after_mindformers_read_it():
+    """MindFormers replaces parallel_mode 1 by the context's name for it."""
+    from mindrlhf.parallel import Plan
+
+    settings = config.load_settings(EXAMPLE / "finetune_glm4_9b.yaml", run_mode="finetune")
+    plan = Plan.of(settings)
+    assert (plan.data, plan.model, plan.vocabulary_shards) == (4, 2, 8)
+    later = config.with_changes(settings, {"parallel.parallel_mode": "semi_auto_parallel"})
+    assert Plan.of(later) == plan
