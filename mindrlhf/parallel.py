@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Settings = dict[str, Any]  # a YAML's section -> key -> value, as config.load_settings returns them
-# chunks of a batch's log-probs, at most, in a sharded graph, which holds the operators of every chunk
+# most chunks of log-probs in a sharded graph, which holds the operators of every chunk
 MOST_CHUNKS = 64
 # parallel_mode of a sharded plan: in a YAML, and once MindFormers has set its context from it
 SEMI_AUTO_PARALLEL = (1, "semi_auto_parallel")

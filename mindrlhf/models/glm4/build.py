@@ -22,9 +22,10 @@ def build_network(run_config: Any) -> nn.Cell:
     Returns:
         the network with random weights; load.load_weights() sets the real ones.
     """
+    plan = Plan.of(run_config)  # before MindFormers makes an object of parallel_config
     build_parallel_config(run_config)
     model = build_by_mindformers(run_config.model, default_args={
-        "parallel_config": run_config.parallel_config, "plan": Plan.of(run_config),
+        "parallel_config": run_config.parallel_config, "plan": plan,
         "dpo": run_config.dpo, "lora": run_config.lora})
     patches.fix_cpu(model)
     if can_optimize(run_config.model.model_config):
