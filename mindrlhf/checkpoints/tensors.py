@@ -64,7 +64,13 @@ class TensorItem(NamedTuple):
 
     @classmethod
     def of_array(cls, name: str, dtype: str, array: np.ndarray) -> TensorItem:
-        """An item whose stored values are in memory."""
+        """An item whose values are in memory.
+
+        Args:
+            name: of the tensor.
+            dtype: a key of DTYPES.
+            array: the stored values; bfloat16 as uint16.
+        """
         return cls(name, dtype, array.shape, lambda: array)
 
     @property

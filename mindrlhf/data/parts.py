@@ -158,7 +158,12 @@ class Parts:
         return self.folder / f"part-{number:06d}.progress"
 
     def report(self, number: int, pairs: int, tokens: int) -> None:
-        """Record the progress of an unfinished part."""
+        """Record the progress of an unfinished part.
+
+        Args:
+            number: of the part.
+            pairs, tokens: scored so far.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._progress_path(number).write_text(f"[{pairs}, {tokens}]")
 

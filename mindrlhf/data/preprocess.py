@@ -105,7 +105,16 @@ def preprocess(options: Options, config_path: str, overrides: dict[str, Any]) ->
 
 def load_preprocess_settings(options: Options, config_path: str, overrides: dict[str, Any]
                              ) -> Settings:
-    """Load the settings of a run, and check what can be checked without MindSpore."""
+    """Load the settings of a run, and check what can be checked without MindSpore.
+
+    Args:
+        options: of the command line.
+        config_path: YAML with run_mode preprocess.
+        overrides: dotted key -> value; None if the command line does not say.
+
+    Raises:
+        UserError: a setting, a file or the number of workers is wrong.
+    """
     settings = config.load_settings(config_path, run_mode="preprocess", overrides=overrides)
     config.require_weights(settings)
     config.require_workers(settings, cli.workers())

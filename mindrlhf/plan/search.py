@@ -206,6 +206,12 @@ def search_plans(path: str, settings: dict[str, Any], devices: int, limit: float
 
 
 def nothing_fits(settings: dict[str, Any], devices: int, limit: float) -> str:
-    """One line: no plan of the search fits, and what to do."""
+    """One line: no plan of the search fits, and what to do.
+
+    Args:
+        settings: of the YAML.
+        devices: number of cards.
+        limit: bytes of a card that may be used.
+    """
     return (f"no plan fits {limit / 1e9:.0f} GB a card on {devices} cards: "
             f"{adapter_advice(settings, devices, limit)}")

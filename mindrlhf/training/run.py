@@ -264,7 +264,13 @@ def train(model: nn.Cell, run_config: Any, settings: dict[str, Any], data: Data,
 
 
 def resume_trainer(settings: dict[str, Any], resumed: Path, steps: int) -> None:
-    """Prepare MindFormers' Trainer to continue from a state after so many optimizer steps."""
+    """Prepare MindFormers' Trainer to continue from a state.
+
+    Args:
+        settings: of the run.
+        resumed: the state of this rank.
+        steps: optimizer steps behind it.
+    """
     runtime.resume_after(steps)
     if Plan.of(settings).is_sharded:
         saved = (lambda name: not is_base_weight(name)) if "lora" in settings else None
