@@ -35,6 +35,12 @@ def folder(tmp_path):
     return tmp_path
 
 
+def heed_signals():
+    """Bash traps no signal that it inherits ignored, and a job in the background ignores these."""
+    for number in (signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start(folder, *arguments):
     environment = {**os.environ, "PYTHON": sys.executable}
     return subprocess.Popen(
@@ -45,6 +51,7 @@ def start(folder, *arguments):
         stderr=subprocess.PIPE,
         env=environment,
         start_new_session=True,
+        preexec_fn=heed_signals,
     )
 
 

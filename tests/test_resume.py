@@ -110,6 +110,8 @@ def test_killed_damaged_and_terminated_it_ends_as_the_unbroken_run(
     assert [record["step"] for record in found] == list(range(1, 13))
     for left, right in zip(found, unbroken):
         assert {key: left[key] for key in EXACT} == {key: right[key] for key in EXACT}, left["step"]
+    network = "checkpoint_network/rank_0/glm4_dpo-network.ckpt"
+    assert (tmp_path / network).read_bytes() == (golden.folder / "unbroken" / network).read_bytes()
     states = state.saved_states(tmp_path, 0)
     assert list(states) == list(range(4, 13))  # keep_checkpoint_max 9
     assert all(state.steps_done(path) == step for step, path in states.items())
