@@ -224,24 +224,6 @@ PLAIN = {
 }  # 2 key-value heads cannot be split over more cards
 
 
-def test_heads_spread_over_all_cards(rehearsal, launch):
-    """1 x 4, with optimizer sharding."""
-    folder = rehearsal[0]
-    launch(
-        "wide",
-        "run_dpo.py",
-        "many.yaml",
-        {
-            "parallel_config": {"data_parallel": 1, "model_parallel": 4},
-            "runner_config": {"batch_size": 4},
-            **PLAIN,
-        },
-        training(folder, "wide"),
-        workers=4,
-    )
-    assert_as_one_process(folder, "wide")
-
-
 def logits(folder, vocabulary):
     """Shapes, as strings, of the tensors in rank 0's compiled graph that have several dimensions
     and whose last one is `vocabulary`.
