@@ -11,9 +11,7 @@ virtual machine still has to get the memory from its host.
 
 from __future__ import annotations
 
-import argparse
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -147,19 +145,5 @@ def compare(folder: Path) -> None:
     print(f"{'fingerprint':34}{seconds:8.2f}{'':14}{(peak - base) / 1e6:10.0f} MB")
 
 
-def main() -> None:
-    """Read the options."""
-    parse = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parse.add_argument(
-        "--folder",
-        default=tempfile.gettempdir(),
-        help="where the files go; they are deleted at the end (default: %(default)s)",
-    )
-    with tempfile.TemporaryDirectory(dir=parse.parse_args().folder, prefix="convert-") as name:
-        compare(Path(name))
-
-
 if __name__ == "__main__":
-    main()
+    processes.in_folder(__doc__, compare)

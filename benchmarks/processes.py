@@ -5,12 +5,14 @@ Each benchmark imports this module before mindrlhf, so that a clone works withou
 
 from __future__ import annotations
 
+import argparse
 import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,6 +35,25 @@ def run(code: str, *arguments: object) -> tuple[float, int]:
         sys.exit(done.stderr)
     seconds, peak = done.stdout.split()
     return float(seconds), int(peak)
+
+
+def in_folder(description: str | None, compare: Callable[[Path], None]) -> None:
+    """Read --folder, and call compare with an empty folder in it, which is deleted at the end.
+
+    Args:
+        description: for --help, of the benchmark.
+        compare: the benchmark.
+    """
+    parse = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parse.add_argument(
+        "--folder",
+        default=tempfile.gettempdir(),
+        help="where the files go; they are deleted at the end (default: %(default)s)",
+    )
+    with tempfile.TemporaryDirectory(dir=parse.parse_args().folder) as name:
+        compare(Path(name))
 
 
 def copy(source: Path, target: Path) -> float:

@@ -12,9 +12,7 @@ copy of its input, and the best of two counts.
 
 from __future__ import annotations
 
-import argparse
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -154,19 +152,5 @@ def compare(folder: Path) -> None:
     print(f"MindSpore gets {reshard.GROUP / 1e6:.0f} MB of tensors at once, or one larger tensor")
 
 
-def main() -> None:
-    """Read the options."""
-    parse = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parse.add_argument(
-        "--folder",
-        default=tempfile.gettempdir(),
-        help="where the files go; they are deleted at the end (default: %(default)s)",
-    )
-    with tempfile.TemporaryDirectory(dir=parse.parse_args().folder, prefix="transform-") as name:
-        compare(Path(name))
-
-
 if __name__ == "__main__":
-    main()
+    processes.in_folder(__doc__, compare)

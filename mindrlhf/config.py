@@ -201,6 +201,12 @@ def overlay(base: Settings, own: Settings) -> Settings:
     return merged
 
 
+def callback_options(settings: Settings) -> dict[str, dict[str, Any]]:
+    """The options of the YAML's callbacks: type -> option -> value."""
+    return {entry["type"]: {key: value for key, value in entry.items() if key != "type"}
+            for entry in settings.get("callbacks", [])}
+
+
 def require_workers(settings: Settings, workers: int) -> None:
     """Raise UserError if the parallel plan does not fit the number of workers.
 

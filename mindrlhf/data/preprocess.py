@@ -191,9 +191,9 @@ def is_made(paths: Iterable[str | Path], run: str) -> bool:
     Every worker hashes the files: all must come to the same answer.
     """
     try:
-        return all(is_of_run(path, run)
-                   and not mindrecord.find_damage(path, mindrecord.read_data_sidecar(path))
-                   for path in paths)
+        made = {path: mindrecord.read_data_sidecar(path) for path in paths}
+        return all(content.get("run") == run and not mindrecord.find_damage(path, content)
+                   for path, content in made.items())
     except UserError:
         return False
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mindrlhf import config
 from mindrlhf.parallel import Plan
 from mindrlhf.plan import hours, memory, traffic
 from mindrlhf.plan.advice import advice
@@ -60,8 +61,7 @@ def disk_lines(settings: dict[str, Any], devices: int) -> list[str]:
         settings: as config.load_settings returns them.
         devices: number of cards.
     """
-    saver = next((entry for entry in settings.get("callbacks", [])
-                  if entry["type"] == "DPOCheckpointMonitor"), None)
+    saver = config.callback_options(settings).get("DPOCheckpointMonitor")
     if saver is None:
         return []
     saved = [part for part in held(settings, devices).values()

@@ -75,6 +75,12 @@ def shapes(settings: dict[str, Any], devices: int,
                     yield changes
 
 
+def current_values(settings: dict[str, Any]) -> dict[str, Any]:
+    """The values of KEYS in a YAML, recomputation as a number of layers."""
+    values = {key: config.get_setting(settings, key, 1) for key in KEYS}
+    return {**values, "recompute_config.recompute": recomputed_layers(settings)}
+
+
 def measure_plan(settings: dict[str, Any], devices: int, workload: Workload | None = None,
                  peak: float = hours.PEAK) -> FittingPlan:
     """Memory and speed of settings.
@@ -85,14 +91,13 @@ def measure_plan(settings: dict[str, Any], devices: int, workload: Workload | No
         workload: the data, if they are known.
         peak: operations a second of a card at its peak.
     """
-    changes = {key: config.get_setting(settings, key, 1) for key in KEYS}
-    changes["recompute_config.recompute"] = recomputed_layers(settings)
     length = settings["model"]["model_config"]["seq_length"]
     tokens = hours.card_rate(settings, devices,
                              sum(hours.seconds_per_step(settings, devices, peak)))
     in_row = workload.pairs_per_row(length) if workload else None
-    return FittingPlan(changes, memory.peak_memory_of(settings, devices).bytes, tokens,
-                     None if in_row is None else tokens * devices / (2 * length) * in_row)
+    pairs = None if in_row is None else tokens * devices / (2 * length) * in_row
+    return FittingPlan(current_values(settings), memory.peak_memory_of(settings, devices).bytes,
+                       tokens, pairs)
 
 
 def find_plans(settings: dict[str, Any], devices: int, limit: float,
@@ -161,9 +166,7 @@ def write_overlay(path: str, base: str, settings: dict[str, Any], best: FittingP
         settings: of that YAML.
         best: the plan.
     """
-    layers = recomputed_layers(settings)
-    current = {key: config.get_setting(settings, key, 1) for key in KEYS}
-    current["recompute_config.recompute"] = layers
+    current = current_values(settings)
     changes = {key: value for key, value in best.changes.items() if value != current[key]}
     folder = Path(path).resolve().parent
     content = config.with_changes(

@@ -1,7 +1,7 @@
 """The identity of a run: what its numbers depend on. Each state holds it, and so does run.json.
 
-A new run gets a folder without results of another one; a resumed run must be the run that saved its
-state, or name what has changed.
+A new run enters no folder that holds the results of another. A resumed run must have the identity
+in its state, or the user must accept each difference.
 """
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mindrlhf import cli
+from mindrlhf import cli, config
 from mindrlhf.checkpoints import fingerprints
 from mindrlhf.checkpoints.runs import STEP
 from mindrlhf.checkpoints.tensors import StoredTensor
@@ -84,8 +84,6 @@ def describe_training(settings: Mapping[str, Any], train: Mapping[str, Any],
     path, data = settings.get("load_checkpoint"), settings.get("train_dataset", {})
     weights = load.open_weights(path, settings.get("src_strategy") or None) if path else None
     runner = settings["runner_config"]
-    callbacks = {entry["type"]: {key: value for key, value in entry.items() if key != "type"}
-                 for entry in settings.get("callbacks", [])}
     values = {
         "workers": cli.workers(), "seed": settings["seed"],
         # the first values of each tensor: enough to tell weights apart, and fast. A resumed run
@@ -96,7 +94,7 @@ def describe_training(settings: Mapping[str, Any], train: Mapping[str, Any],
         "train_dataset.data_loader.shuffle": data.get("data_loader", {}).get("shuffle", True),
         **{f"runner_config.{key}": runner.get(key, default) for key, default in RUNNER.items()},
         **dict(_flatten({name: settings[name] for name in SECTIONS if name in settings})),
-        **dict(_flatten(callbacks, CALLBACKS))}
+        **dict(_flatten(config.callback_options(dict(settings)), CALLBACKS))}
     values = json.loads(json.dumps(values))  # tuples become lists, as in a state
     made_of = {name: value for name, value in values.items() if not name.startswith(CALLBACKS)}
     text = json.dumps(made_of, sort_keys=True)
@@ -138,7 +136,7 @@ def identity_in(tensors: Mapping[str, StoredTensor], path: str | Path) -> Identi
 
 
 def find_changes(saved: Identity, now: Identity) -> dict[str, tuple[Any, Any]]:
-    """What differs: name -> (value in saved, value now). Weights that are not given do not."""
+    """What differs: name -> (value in saved, value now). Weights are compared only if given now."""
     names = dict.fromkeys([*saved.values, *now.values])
     return {name: (saved.values.get(name), now.values.get(name)) for name in names
             if saved.values.get(name) != now.values.get(name)

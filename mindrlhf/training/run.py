@@ -186,12 +186,12 @@ def load_policy(model: nn.Cell, settings: dict[str, Any], data: Data, resumed: P
         loaded = load.load_weights(model, path, strategy=strategy)
     if resumed or not settings["dpo"]["check_reference"]:
         return
-    identity = fingerprints.fingerprint(loaded)
+    weights = fingerprints.fingerprint(loaded)
     for file, made in ((data.train_path, data.train), (data.eval_path, data.eval)):
         if file and made:
             mindrecord.require_made_for(file, made, seq_len=made["seq_len"],
                                         template=made["template"], tokenizer=None,
-                                        checkpoint=identity)
+                                        checkpoint=weights)
 
 
 def feed_of(settings: dict[str, Any]) -> Feed:
@@ -291,13 +291,10 @@ def make_callbacks(model: nn.Cell, settings: dict[str, Any], data: Data, progres
         run: its identity.
         resumed: the state to resume from, or None.
     """
-    options = {entry["type"]: {key: value for key, value in entry.items() if key != "type"}
-               for entry in settings["callbacks"]}
-    dpo = settings["dpo"]
+    options, dpo = config.callback_options(settings), settings["dpo"]
     saver = DPOCheckpointMonitor(
         progress, journal, model, output_dir=settings["output_dir"], run=run,
-        lora=settings.get("lora"),
-        **options["DPOCheckpointMonitor"])
+        lora=settings.get("lora"), **options["DPOCheckpointMonitor"])
     check = dpo["check_reference"] and not resumed
     chain: list[Callback] = [DPOMonitor(
         progress, journal, sft_weight=dpo["sft_weight"],

@@ -55,6 +55,11 @@ class OpenedCheckpoint:
             require_alike(self.ranks[0], tensors)
         return self.ranks[0]
 
+    def adapter_metadata(self) -> dict[str, StoredTensor]:
+        """Rank and alpha of LoRA adapters, named as in lora.METADATA; empty for full weights."""
+        return {name: tensor for name, tensor in open_tensors(self.files[0]).items()
+                if name in METADATA}
+
 
 def open_checkpoint(path: str | Path, strategy: str | None = None, *, step: int | None = None,
                     report_skipped: Callable[[str], None] | None = None) -> OpenedCheckpoint:
@@ -119,9 +124,7 @@ def open_adapters(path: str | Path, strategy: str | None = None) -> dict[str, St
         strategy: of the shards, as open_checkpoint takes it.
     """
     opened = open_checkpoint(path, strategy)
-    metadata = {name: tensor for name, tensor in open_tensors(opened.files[0]).items()
-                if name in METADATA}
-    return {**opened.whole_tensors(), **metadata}
+    return {**opened.whole_tensors(), **opened.adapter_metadata()}
 
 
 def require_whole_model(found: Mapping[str, tuple[int, ...]], place: str | Path,

@@ -271,12 +271,9 @@ def _unsharded_items(source: SourceCheckpoint, base: str | None,
         base: checkpoint to add LoRA adapters to, or None.
         tensors: name -> unsharded tensor, of the weights or adapters.
     """
-    place = source.opened.files[0]
-    metadata = {name: tensor for name, tensor in open_tensors(place).items()
-                if name in lora.METADATA}
-    tensors = {**tensors, **metadata}
+    tensors = {**tensors, **source.opened.adapter_metadata()}
     if base:
-        return _with_adapters(tensors, base, place)
+        return _with_adapters(tensors, base, source.opened.files[0])
     return [TensorItem(*tensor.spec, tensor.chunks) for tensor in tensors.values()]
 
 
