@@ -25,8 +25,7 @@ import numpy as np
 
 from mindrlhf import cli, config
 from mindrlhf.data import mindrecord, preference
-from mindrlhf.data.features import TokenPair, tokenize_pair
-from mindrlhf.data.packing import pack_pairs
+from mindrlhf.data.features import TokenGroup, TokenPair, row_inputs, tokenize_pair
 from mindrlhf.models.glm4 import sidecar
 from mindrlhf.models.glm4.model_config import ModelConfig
 from mindrlhf.records import COLUMNS, INPUTS, SIDES, StepOutput
@@ -182,29 +181,31 @@ def check_attention(report: Checklist, scorer: Scorer, tokens: Sequence[TokenPai
     Args:
         report: of the check.
         scorer: computes log-probs.
-        tokens: the pairs; the first two share a row.
+        tokens: the pairs; the first two share a row, each a group of its own.
     """
     import mindspore as ms
-    row = mindrecord.make_row(tokens[:2], np.zeros((2, 2)), [0, 1], seq_len=SEQ_LEN,
-                              width=scorer.width, pad_id=scorer.pad_id)
-    columns = {name: np.stack([row[f"{side}_{name}"] for side in SIDES]) for name in INPUTS}
-    first = len(tokens[0].prompt + tokens[0].chosen)
-    answer = first + len(tokens[1].prompt)
+    groups = [TokenGroup(pair.prompt, [pair.rejected, pair.chosen]) for pair in tokens[:2]]
+    columns = row_inputs(groups, SEQ_LEN, scorer.pad_id)
+    first = tokens[0].size
+    other = first + len(tokens[1].prompt) - 1
+    answer = other + len(tokens[1].rejected)
     half = answer + len(tokens[1].chosen) // 2
-    columns["loss_mask"][0, half:] = 0  # score the first half only
+    columns["answer_ids"][half:][columns["answer_ids"][half:] == 4] = 5  # the half is answer 4
 
     def logp(changed: slice) -> float:
         """Log-prob of the half answer, after the tokens at some positions have changed."""
         input_ids = columns["input_ids"].copy()
-        input_ids[0, changed] = (input_ids[0, changed] + 1) % 256
-        batch = [ms.Tensor(values) for values in {**columns, "input_ids": input_ids}.values()]
-        return float(scorer.network(*batch).asnumpy()[0, 1])
+        input_ids[changed] = (input_ids[changed] + 1) % 256
+        batch = {**columns, "input_ids": input_ids}
+        return float(scorer.network(*(ms.Tensor(batch[name][None]) for name in INPUTS))
+                     .asnumpy()[0, 3])
 
     plain = logp(slice(0, 0))
-    hidden = {"later tokens": slice(half, SEQ_LEN), "the other pair in the row": slice(0, first)}
+    hidden = {"later tokens": slice(half, SEQ_LEN), "the other answer": slice(other, answer),
+              "the other group in the row": slice(0, first)}
     for what, changed in hidden.items():
         report.off(f"attention does not see {what}", abs(logp(changed) - plain), LEAK, "nats")
-    moved = abs(logp(slice(first, answer)) - plain)
+    moved = abs(logp(slice(first, other)) - plain)
     report.line(moved > 0.1, "attention sees the prompt",
                 f"a changed prompt moves the log-prob by {moved:.2g} nats")
 
@@ -212,12 +213,7 @@ def check_attention(report: Checklist, scorer: Scorer, tokens: Sequence[TokenPai
 def _make_batch(tokens: Sequence[TokenPair], references: np.ndarray, pad_id: int) -> list[Tensor]:
     """All pairs, packed, in columns as COLUMNS orders them. references: (N, 2), nats."""
     import mindspore as ms
-    lengths = np.array([[len(pair.prompt + getattr(pair, side)) for side in SIDES]
-                        for pair in tokens])
-    rows = pack_pairs(lengths, SEQ_LEN)
-    width = max(map(len, rows))
-    made = [mindrecord.make_row([tokens[k] for k in row], references[row], row, seq_len=SEQ_LEN,
-                                width=width, pad_id=pad_id) for row in rows]
+    made = mindrecord.make_rows(tokens, references, seq_len=SEQ_LEN, pad_id=pad_id)
     return [ms.Tensor(np.stack([row[name] for row in made])) for name in COLUMNS]
 
 
@@ -318,7 +314,7 @@ def check_precision(report: Checklist, precision: Precision, device: str, golden
         settings = golden_settings(precision, "preprocess", device, golden)
         scorer = Scorer(build_and_load(settings, golden.weights), seq_len=SEQ_LEN, batch_size=1,
                         pad_id=golden.tokenizer.pad_id)
-        logps = scorer(golden.tokens)
+        logps = scorer.score_pairs(golden.tokens)
         report.off(f"log-probs of {logps.size} answers are PyTorch's",
                    np.abs(logps - golden.logps).max(), precision.logps, "nats")
         check_attention(report, scorer, golden.tokens)

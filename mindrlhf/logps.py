@@ -41,25 +41,22 @@ class SequenceLogps(nn.Cell):
             self.token_logps = FullVocabularyLogps(output_layer, vocab_size, chunk_size=chunk_size,
                                                    trained=trained)
 
-    def construct(self, hidden: Tensor, labels: Tensor, loss_mask: Tensor, segment_ids: Tensor,
-                  pairs: int) -> tuple:
+    def construct(self, hidden: Tensor, labels: Tensor, answer_ids: Tensor,
+                  answers: int) -> Tensor:
         """
         Args:
             hidden: (B, S, H), the input of the output layer.
-            labels, loss_mask, segment_ids: int32 (B, S), see features.row_columns.
-            pairs: P, the largest number of segments in a row.
+            labels, answer_ids: int32 (B, S), see features.row_inputs.
+            answers: A, the largest number of answers in a row.
 
         Returns:
-            (log-probs (B, P), numbers of scored tokens (B, P)), both float32. Entries of segments
-            that a row does not have are 0.
+            log-probs, float32 (B, A), 0 for answers that a row does not have.
         """
         batch, length, width = hidden.shape
         logps = self.token_logps(hidden.reshape((-1, width)), labels.reshape((-1,)))
-        mask = loss_mask.astype(ms.float32)
-        scored = logps.reshape((batch, length)) * mask
-        numbers = ops.arange(1, pairs + 1).astype(ms.int32).reshape((1, 1, -1))
-        member = ops.equal(segment_ids.expand_dims(2), numbers).astype(ms.float32)  # (B, S, P)
-        return (scored.expand_dims(2) * member).sum(1), (mask.expand_dims(2) * member).sum(1)
+        numbers = ops.arange(1, answers + 1).astype(ms.int32).reshape((1, 1, -1))
+        member = ops.equal(answer_ids.expand_dims(2), numbers).astype(ms.float32)  # (B, S, A)
+        return (logps.reshape((batch, length, 1)) * member).sum(1)
 
 
 class FullVocabularyLogps(nn.Cell):

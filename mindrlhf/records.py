@@ -16,34 +16,37 @@ class Column(NamedTuple):
 
     Attributes:
         dtype: "int32" or "float32".
-        size: its only dimension: "seq_len", the positions of a row (S), or "pairs", the most pairs
-            in a row of the file (P).
+        size: its only dimension: "seq_len", the positions of a row (S), "answers" or "pairs", the
+            most answers (A) or pairs (P) in a row of the file.
+        filler: the value where a row has no answer or no pair.
     """
     dtype: str
     size: str
+    filler: int = 0
 
 
 SIDES = ("chosen", "rejected")
-INPUTS = ("input_ids", "labels", "loss_mask", "segment_ids")  # int32 (S,) each; data/features.py
+INPUTS = {  # what the model sees; data/features.py builds it
+    "input_ids": Column("int32", "seq_len"),
+    "labels": Column("int32", "seq_len"),
+    "group_ids": Column("int32", "seq_len"),  # 1, 2, ... for each group, 0 for padding
+    "answer_ids": Column("int32", "seq_len"),  # 1, 2, ... for each answer of the row, else 0
+    "positions": Column("int32", "seq_len")}  # of the rotary embedding
 COLUMNS = {
-    "chosen_input_ids": Column("int32", "seq_len"),
-    "chosen_labels": Column("int32", "seq_len"),
-    "chosen_loss_mask": Column("int32", "seq_len"),
-    "chosen_segment_ids": Column("int32", "seq_len"),
-    "chosen_ref_logps": Column("float32", "pairs"),  # reference log-probs of the answers, nats
-    "rejected_input_ids": Column("int32", "seq_len"),
-    "rejected_labels": Column("int32", "seq_len"),
-    "rejected_loss_mask": Column("int32", "seq_len"),
-    "rejected_segment_ids": Column("int32", "seq_len"),
-    "rejected_ref_logps": Column("float32", "pairs"),
-    "pair_ids": Column("int32", "pairs")}  # row numbers in the source, -1 where there is no pair
+    **INPUTS,
+    "reference_logps": Column("float32", "answers"),  # log-prob of each answer, nats
+    "answer_tokens": Column("int32", "answers"),  # scored tokens of each answer
+    "chosen": Column("int32", "pairs", -1),  # answer of each pair, counted from 0 in the row
+    "rejected": Column("int32", "pairs", -1),
+    "pair_ids": Column("int32", "pairs", -1)}  # row number of each pair in the source
 PLACE = {name: place for place, name in enumerate(COLUMNS)}
 
 # Sums over the pairs of a batch, as Glm4DPO returns them.
 SUMS = (
     "pairs",  # number of pairs
-    "tokens",  # of both sides, prompts included
-    "chosen_tokens",  # scored tokens
+    "positions",  # of all rows, padding included
+    "tokens",  # positions that are not padding
+    "chosen_tokens",  # scored tokens of each pair's answers
     "rejected_tokens",
     "dpo_loss",
     "sft_nll",  # -log pi(y_w|x)
@@ -60,7 +63,7 @@ class StepOutput(NamedTuple):
 
     Attributes:
         loss: float32 (), of the global batch.
-        overflow: bool (), whether a gradient was not finite, so that no weight changed.
+        overflow: bool (), whether a gradient or a sum was not finite, so that no weight changed.
         loss_scale: 1; MindFormers expects it at this position.
         learning_rate: float32 ().
         grad_norm: float32 (), before clipping.

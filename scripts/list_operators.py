@@ -284,7 +284,7 @@ def columns(settings: dict[str, Any]) -> list[Any]:
     """A batch of training data, as a card of the plan reads it."""
     from mindrlhf.training.run import feed_of
     rows, sizes = feed_of(settings).batch_size, {"seq_len": LENGTH, "pairs": PAIRS}
-    return [tensor((rows, sizes[size]), kind) for kind, size in COLUMNS.values()]
+    return [tensor((rows, sizes[column.size]), column.dtype) for column in COLUMNS.values()]
 
 
 def train(model: Any, run_config: Any, settings: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from mindrlhf.models.glm4 import build, load
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "glm4_dpo"
 GOLDEN = ROOT / "tests" / "golden" / "case_1"
-SEQ_LEN = 320
+SEQ_LEN = 384
 sys.path[:0] = [str(ROOT), str(EXAMPLE)]
 os.environ.setdefault("GLOG_v", "3")
 

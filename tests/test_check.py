@@ -35,7 +35,7 @@ def test_it_passes_here_in_the_settings_of_the_tiny_model(capsys, monkeypatch):
     lines, status = run(capsys, monkeypatch, training=True)
     assert status == 0, "\n".join(lines)
     assert lines[-1].startswith("PASS after")
-    assert len([line for line in lines if line.startswith("  pass")]) == 1 + 2 * 12
+    assert len([line for line in lines if line.startswith("  pass")]) == 1 + 2 * 13
     found = re.findall(
         r"log-probs of 16 answers are PyTorch's +off by (\S+) nats \(allowed: 0.0003\)",
         "\n".join(lines),
@@ -44,9 +44,9 @@ def test_it_passes_here_in_the_settings_of_the_tiny_model(capsys, monkeypatch):
     assert all(0 < float(number) < 3e-4 for number in found)
 
 
-def hide_nothing(self, segment_ids):
+def hide_nothing(self, group_ids, answer_ids):
     """In place of Glm4DPO.attention_mask."""
-    rows, length = segment_ids.shape
+    rows, length = group_ids.shape
     return ops.zeros((rows, 1, length, length), self.mask_dtype)
 
 
@@ -57,7 +57,8 @@ def test_a_mask_that_hides_nothing_fails(capsys, monkeypatch):
     assert failed(lines) == [
         "log-probs of 16 answers are PyTorch's",
         "attention does not see later tokens",
-        "attention does not see the other pair in the row",
+        "attention does not see the other answer",
+        "attention does not see the other group in the row",
     ]
     assert lines[-1].startswith("FAIL after")
 

@@ -1,6 +1,4 @@
-"""Shift, loss mask, segments and truncation: hand-made values, and properties of any pairs."""
-
-from collections import Counter
+"""Labels, answers, positions and truncation: hand-made values, and properties of any pairs."""
 
 import numpy as np
 import pytest
@@ -10,85 +8,90 @@ from hypothesis import strategies as st
 
 from mindrlhf.data.features import (
     TRUNCATIONS,
-    TokenPair,
-    row_columns,
+    TokenGroup,
+    group_size,
+    row_inputs,
     tokenize_pair,
     truncate_prompt,
 )
 from mindrlhf.data.preference import Pair
 from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
-from mindrlhf.records import SIDES
 
 PAD = 9999
 
 
-def test_one_pair_by_hand():
-    """Prompt a b c, answer D E, six positions: position 2 predicts D, position 3 predicts E."""
-    columns = row_columns([TokenPair([1, 2, 3], [4, 5], [6])], "chosen", 6, PAD)
-    assert columns["input_ids"].tolist() == [1, 2, 3, 4, 5, PAD]
-    assert columns["labels"].tolist() == [2, 3, 4, 5, PAD, PAD]
-    assert columns["loss_mask"].tolist() == [0, 0, 1, 1, 0, 0]
-    assert columns["segment_ids"].tolist() == [1, 1, 1, 1, 1, 0]
-    columns = row_columns([TokenPair([1, 2, 3], [4, 5], [6])], "rejected", 6, PAD)
-    assert columns["labels"].tolist() == [2, 3, 6, PAD, PAD, PAD]
-    assert columns["loss_mask"].tolist() == [0, 0, 1, 0, 0, 0]
+def lists(columns):
+    return {name: values.tolist() for name, values in columns.items()}
 
 
-def test_two_pairs_by_hand():
-    columns = row_columns(
-        [TokenPair([1], [2], [3]), TokenPair([4, 5], [6, 7], [8])], "chosen", 6, PAD
-    )
-    assert columns["input_ids"].tolist() == [1, 2, 4, 5, 6, 7]
-    assert columns["labels"].tolist() == [
-        2,
-        PAD,
-        5,
-        6,
-        7,
-        PAD,
-    ]  # nothing leads from a pair to the next
-    assert columns["loss_mask"].tolist() == [1, 0, 0, 1, 1, 0]
-    assert columns["segment_ids"].tolist() == [1, 1, 2, 2, 2, 2]
+def test_a_group_by_hand():
+    """Prompt 1 2 3, answers 4 5 and 6 7 8: positions 2, 3 predict the first, 4 to 6 the second."""
+    columns = row_inputs([TokenGroup([1, 2, 3], [[4, 5], [6, 7, 8]])], 8, PAD)
+    assert lists(columns) == {
+        "input_ids": [1, 2, 3, 4, 3, 6, 7, PAD],
+        "labels": [PAD, PAD, 4, 5, 6, 7, 8, PAD],
+        "group_ids": [1, 1, 1, 1, 1, 1, 1, 0],
+        "answer_ids": [0, 0, 1, 1, 2, 2, 2, 0],
+        "positions": [0, 1, 2, 3, 2, 3, 4, 0],
+    }
+
+
+def test_two_groups_by_hand():
+    """The second group begins anew; its answers are counted on."""
+    groups = [TokenGroup([1], [[2], [3]]), TokenGroup([4, 5], [[6, 7]])]
+    assert lists(row_inputs(groups, 6, PAD)) == {
+        "input_ids": [1, 1, 4, 5, 6, PAD],
+        "labels": [2, 3, PAD, 6, 7, PAD],
+        "group_ids": [1, 1, 2, 2, 2, 0],
+        "answer_ids": [1, 2, 0, 3, 3, 0],
+        "positions": [0, 0, 0, 1, 2, 0],
+    }
 
 
 @st.composite
 def rows(draw):
-    """(pairs, S); all tokens of the row differ, so that each can be traced."""
-    sizes = draw(st.lists(st.tuples(*[st.integers(1, 9)] * 3), max_size=6))
-    numbers = iter(range(10_000))
-    pairs = [
-        TokenPair(*([next(numbers) for _ in range(size)] for size in triple)) for triple in sizes
-    ]
-    used = max(
-        [sum(len(pair.prompt) + len(getattr(pair, side)) for pair in pairs) for side in SIDES]
+    """(groups, S); all tokens of the row differ, so that each can be traced."""
+    sizes = draw(
+        st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(1, 9), min_size=1, max_size=4)))
     )
-    return pairs, used + draw(st.integers(0, 5))
+    numbers = iter(range(100_000))
+    groups = [
+        TokenGroup(
+            [next(numbers) for _ in range(prompt)],
+            [[next(numbers) for _ in range(size)] for size in answers],
+        )
+        for prompt, answers in sizes
+    ]
+    used = sum(group_size(prompt, sum(answers)) for prompt, answers in sizes)
+    return groups, used + draw(st.integers(0, 5))
 
 
-@given(rows(), st.sampled_from(SIDES))
-def test_every_response_token_is_scored_once_and_nothing_else(drawn, side):
-    pairs, seq_len = drawn
-    columns = row_columns(pairs, side, seq_len, PAD)
+@given(rows())
+def test_every_response_token_is_scored_once_and_nothing_else(drawn):
+    """Each answer's positions, after those of its prompt, are the sequence prompt + answer."""
+    groups, seq_len = drawn
+    columns = row_inputs(groups, seq_len, PAD)
     assert all(
         values.shape == (seq_len,) and values.dtype == np.int32 for values in columns.values()
     )
-    ids, labels, mask = columns["input_ids"], columns["labels"], columns["loss_mask"]
-    scored = labels[mask == 1].tolist()
-    assert Counter(scored) == Counter(token for pair in pairs for token in getattr(pair, side))
-    assert set(mask.tolist()) <= {0, 1}
-    for place in np.flatnonzero(mask):  # shift: the predicted token is one position later
-        assert labels[place] == ids[place + 1]
-        assert columns["segment_ids"][place] == columns["segment_ids"][place + 1]
-    for number, pair in enumerate(pairs, 1):
-        member = columns["segment_ids"] == number
-        assert ids[member].tolist() == pair.prompt + getattr(pair, side)
-        assert mask[member].sum() == len(getattr(pair, side))
-    padding = columns["segment_ids"] == 0
+    ids, labels, answer_ids = columns["input_ids"], columns["labels"], columns["answer_ids"]
+    responses = [
+        (number, group, response)
+        for number, group in enumerate(groups, 1)
+        for response in group.answers
+    ]
+    assert labels[answer_ids > 0].tolist() == [token for *_, ids in responses for token in ids]
+    for answer, (number, group, response) in enumerate(responses, 1):
+        prompt = (columns["group_ids"] == number) & (answer_ids == 0)
+        own = answer_ids == answer
+        sequence = group.prompt + response
+        assert ids[prompt | own].tolist() == sequence[:-1]
+        assert columns["positions"][prompt | own].tolist() == list(range(len(sequence) - 1))
+        assert labels[own].tolist() == sequence[len(group.prompt) :]
+    padding = columns["group_ids"] == 0
     assert (ids[padding] == PAD).all()
-    assert not mask[padding].any()
-    assert padding.sum() == seq_len - sum(
-        len(pair.prompt) + len(getattr(pair, side)) for pair in pairs
-    )
+    assert not answer_ids[padding].any()
+    assert (labels[answer_ids == 0] == PAD).all()
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +130,7 @@ MESSAGES = (("system", "abcd"), ("user", "efgh"), ("assistant", "ij"), ("user", 
 def test_the_prompt_loses_text_only(tokenizer, truncation, cut, left):
     tokens = tokenize_pair(tokenizer, Pair(MESSAGES, "yes", "no, thanks"))
     short, lost = truncate_prompt(
-        tokens, tokens.longest - cut, tokenizer=tokenizer, truncation=truncation
+        tokens, tokens.size - cut, tokenizer=tokenizer, truncation=truncation
     )
     assert lost == cut
     assert tokenizer.decode(short.prompt, show_special=True) == left
@@ -136,12 +139,12 @@ def test_the_prompt_loses_text_only(tokenizer, truncation, cut, left):
 
 def test_a_pair_goes_where_its_answer_and_tags_do_not_fit(tokenizer):
     tokens = tokenize_pair(tokenizer, Pair(MESSAGES, "yes", "no, thanks"))
-    assert truncate_prompt(tokens, tokens.longest - 14, tokenizer=tokenizer) == (None, 0)
-    assert truncate_prompt(tokens, tokens.longest, tokenizer=tokenizer, truncation="drop") == (
+    assert truncate_prompt(tokens, tokens.size - 14, tokenizer=tokenizer) == (None, 0)
+    assert truncate_prompt(tokens, tokens.size, tokenizer=tokenizer, truncation="drop") == (
         tokens,
         0,
     )
-    assert truncate_prompt(tokens, tokens.longest - 1, tokenizer=tokenizer, truncation="drop") == (
+    assert truncate_prompt(tokens, tokens.size - 1, tokenizer=tokenizer, truncation="drop") == (
         None,
         0,
     )
@@ -163,13 +166,13 @@ def test_properties_of_truncation(tokenizer):
         short, lost = truncate_prompt(tokens, seq_len, tokenizer=tokenizer, truncation=truncation)
         tags = [token for token in tokens.prompt if token >= 316]
         room = (
-            seq_len - max(len(tokens.chosen), len(tokens.rejected)) - len(tags) - len(messages)
+            seq_len + len(tokens.prompt) - tokens.size - len(tags) - len(messages)
         )  # a newline a tag
         if short is None:
-            assert room < 0 or (truncation == "drop" and tokens.longest > seq_len)
+            assert room < 0 or (truncation == "drop" and tokens.size > seq_len)
             return
-        assert short.longest == min(tokens.longest, seq_len)
-        assert lost == tokens.longest - short.longest
+        assert short.size == min(tokens.size, seq_len)
+        assert lost == tokens.size - short.size
         assert [token for token in short.prompt if token >= 316] == tags
         assert (short.chosen, short.rejected) == (tokens.chosen, tokens.rejected)
 

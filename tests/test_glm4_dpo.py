@@ -9,7 +9,9 @@ from conftest import GOLDEN, SEQ_LEN, load_model
 from mindspore import nn, ops
 
 from mindrlhf.cpu import operators, patches
-from mindrlhf.data.features import TokenPair, row_columns
+from mindrlhf.data import mindrecord
+from mindrlhf.data.features import TokenPair
+from mindrlhf.records import COLUMNS
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +31,12 @@ class Logits(nn.Cell):
         super().__init__(auto_prefix=False)
         self.model = model
 
-    def construct(self, input_ids, segment_ids):
-        mask = self.model.attention_mask(segment_ids)
-        hidden = self.model.transformer(input_ids=input_ids, full_attention_mask=mask)
+    def construct(self, input_ids, group_ids, answer_ids, positions):
+        hidden = self.model.hidden_states(input_ids, group_ids, answer_ids, positions)
         return self.model.transformer.output_layer(hidden)
+
+
+POSITIONS = np.arange(SEQ_LEN, dtype=np.int32).reshape(1, -1)
 
 
 def move_last(logits_of, length, vocabulary=330):
@@ -48,20 +52,33 @@ def move_last(logits_of, length, vocabulary=330):
 
 def test_training_model_is_causal(training_model):
     network = Logits(training_model)
-    one_segment = ms.Tensor(np.ones((1, SEQ_LEN), np.int32))
-    earlier, last = move_last(lambda ids: network(ms.Tensor(ids), one_segment).asnumpy(), SEQ_LEN)
+    layout = ms.Tensor(POSITIONS * 0 + 1), ms.Tensor(POSITIONS * 0), ms.Tensor(POSITIONS)
+    earlier, last = move_last(lambda ids: network(ms.Tensor(ids), *layout).asnumpy(), SEQ_LEN)
     assert earlier == 0
     assert last > 0.1
 
 
-def test_training_model_sees_no_other_segment(training_model):
+def test_training_model_sees_no_other_group_and_no_other_answer(training_model):
+    """Two groups of 100 positions of prompt and two answers of 46 positions each."""
     network = Logits(training_model)
     ids = np.random.default_rng(1).integers(0, 330, (1, SEQ_LEN)).astype(np.int32)
-    segments = np.repeat([[1, 2]], SEQ_LEN // 2, axis=1).reshape(1, -1).astype(np.int32)
-    before = network(ms.Tensor(ids), ms.Tensor(segments)).asnumpy()
-    ids[0, : SEQ_LEN // 2] = 5
-    after = network(ms.Tensor(ids), ms.Tensor(segments)).asnumpy()
-    assert np.abs(after - before)[0, SEQ_LEN // 2 :].max() == 0
+    groups = np.repeat([1, 2], SEQ_LEN // 2).astype(np.int32).reshape(1, -1)
+    answers = np.repeat([0, 1, 2, 0, 3, 4], [100, 46, 46] * 2).astype(np.int32).reshape(1, -1)
+    layout = [ms.Tensor(values) for values in (groups, answers, POSITIONS)]
+
+    def change(begin, end):
+        """Which of the six pieces of the logits change with the tokens of a piece."""
+        before = network(ms.Tensor(ids), *layout).asnumpy()
+        changed = ids.copy()
+        changed[0, begin:end] = 5
+        moved = np.abs(network(ms.Tensor(changed), *layout).asnumpy() - before)[0].max(1)
+        borders = np.cumsum([0, 100, 46, 46, 100, 46, 46])
+        return [bool(moved[a:b].max() > 0) for a, b in zip(borders, borders[1:])]
+
+    assert change(0, 100) == [True, True, True, False, False, False]
+    assert change(100, 146) == [False, True, False, False, False, False]
+    assert change(146, 192) == [False, False, True, False, False, False]
+    assert change(192, 292) == [False, False, False, True, True, True]
 
 
 def test_predict_model_is_causal(predict_model):
@@ -115,21 +132,9 @@ def test_generation_ends_at_each_stop_token(predict_model, stop):
     assert set(output[len(prompt) + 1 :].tolist()) <= {316}  # nothing but padding
 
 
-def columns(rows, ref=None, width=None):
-    """Columns of a batch of rows (lists of TokenPair); reference log-probs default to zero."""
-    width = width or max(map(len, rows))
-    result = []
-    for side in ("chosen", "rejected"):
-        made = [row_columns(row, side, SEQ_LEN, 316) for row in rows]
-        result += [
-            ms.Tensor(np.stack([row[name] for row in made]))
-            for name in ("input_ids", "labels", "loss_mask", "segment_ids")
-        ]
-        result.append(
-            ms.Tensor(np.zeros((len(rows), width), np.float32) if ref is None else ref[side])
-        )
-    pair_ids = [[*range(len(row)), *[-1] * (width - len(row))] for row in rows]
-    return [*result, ms.Tensor(np.array(pair_ids, np.int32))]
+def columns(rows):
+    """Columns of a batch of rows, as Tensors."""
+    return [ms.Tensor(np.stack([row[name] for row in rows])) for name in COLUMNS]
 
 
 def token_pairs(expected):
@@ -145,27 +150,22 @@ def test_loss_and_metrics_by_hand(training_model, expected):
     """
     from mindrlhf.training import metrics
 
-    pairs = token_pairs(expected)
-    rows = [pairs[0:2], pairs[2:3], pairs[3:5], []]  # a row without pairs changes nothing
-    places = [[0, 1], [2], [3, 4], []]
-    width = 2
-    ref = {}
-    for side, shift in (("chosen", 1.0), ("rejected", -2.0)):
-        ref[side] = np.zeros((4, width), np.float32)
-        for row, place in enumerate(places):
-            ref[side][row, : len(place)] = [
-                expected["pairs"][k][f"ref_{side}_logps"] + shift for k in place
-            ]
-    tokens = sum(len(pair["chosen_ids"]) for pair in expected["pairs"][:5])
-    weights = ms.Tensor(np.tile([[1 / 5, 1 / tokens]], (4, 1)), ms.float32)
-    loss, sums, faulty = training_model(tuple(columns(rows, ref, width)), weights)
+    five = expected["pairs"][:5]
+    references = np.array(
+        [[pair["ref_chosen_logps"] + 1, pair["ref_rejected_logps"] - 2] for pair in five]
+    )
+    rows = mindrecord.make_rows(token_pairs(expected)[:5], references, seq_len=SEQ_LEN, pad_id=316)
+    sizes = {"seq_len": SEQ_LEN, "answers": len(rows[0]["reference_logps"])}
+    rows.append(mindrecord.make_row([], pad_id=316, pairs=len(rows[0]["chosen"]), **sizes))
+    tokens = sum(len(pair["chosen_ids"]) for pair in five)
+    weights = ms.Tensor(np.tile([[1 / 5, 1 / tokens]], (len(rows), 1)), ms.float32)
+    loss, sums, faulty = training_model(tuple(columns(rows)), weights)
     assert (faulty.asnumpy() == -1).all()
     found = metrics.compute_metrics(sums.asnumpy(), sft_weight=1.0)
-    five = expected["pairs"][:5]
     nll = -sum(pair["ref_chosen_logps"] for pair in five) / tokens
     assert found["pairs"] == 5
     assert found["tokens"] == sum(
-        2 * len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in five
+        len(p["prompt_ids"]) - 1 + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in five
     )
     assert found["accuracy"] == 0
     for name, value, tolerance in (

@@ -5,14 +5,14 @@ import json
 import mindspore as ms
 import numpy as np
 import pytest
-from conftest import GOLDEN, load_model
+from conftest import GOLDEN, SEQ_LEN, load_model
 from safetensors.numpy import load_file
 from test_glm4_dpo import columns, token_pairs
 
 from mindrlhf import runtime
+from mindrlhf.data import mindrecord
 from mindrlhf.models.glm4 import model_config, weight_names
 
-PLACES = ((0, 1), (2, 3, 4), (5,), (6, 7))  # which pairs stand in which row
 TOLERANCE = 1e-4  # of the largest element of each gradient
 
 
@@ -26,19 +26,16 @@ def batch(expected, pytorch):
     pairs and tokens.
     """
     pairs = token_pairs(expected)
-    references = {}
-    for side in ("chosen", "rejected"):
-        references[side] = np.zeros((len(PLACES), 3), np.float32)
-        for row, place in enumerate(PLACES):
-            references[side][row, : len(place)] = pytorch[f"{side}_ref_logps"][list(place)]
+    references = np.stack([pytorch[f"{side}_ref_logps"] for side in ("chosen", "rejected")], 1)
+    rows = mindrecord.make_rows(pairs, references, seq_len=SEQ_LEN, pad_id=316)
     tokens = sum(len(pair.chosen) for pair in pairs)
-    weights = ms.Tensor(np.tile([[1 / len(pairs), 1 / tokens]], (len(PLACES), 1)), ms.float32)
-    return tuple(columns([[pairs[k] for k in place] for place in PLACES], references)), weights
+    weights = ms.Tensor(np.tile([[1 / len(pairs), 1 / tokens]], (len(rows), 1)), ms.float32)
+    return tuple(columns(rows)), weights
 
 
 @pytest.mark.parametrize(
     ("sft_weight", "chunk", "plan", "flash"),
-    [  # 2560 positions: the last chunk is shorter
+    [  # 1152 positions: the last chunk is shorter
         (0.0, 0, False, False),
         (1.0, 200, False, False),
         (1.0, 200, True, False),

@@ -10,12 +10,13 @@ import xxhash
 from mindrlhf.cli import UserError
 from mindrlhf.data import mindrecord
 from mindrlhf.data.dataset import open_dataset
-from mindrlhf.data.features import TokenPair
+from mindrlhf.data.features import AnswerPair, TokenGroup
 from mindrlhf.records import COLUMNS
 
-S, P = 24, 3
+S, A, P = 24, 4, 3
 SIDECAR = {
     "rows": 5,
+    "answers_per_row": A,
     "pairs_per_row": P,
     "seq_len": S,
     "pairs": {"written": 5},
@@ -27,39 +28,41 @@ SIDECAR = {
 
 def rows(count=5):
     for number in range(count):
-        pair = TokenPair([1, 2, 3 + number], [7, 8], [9])
-        yield mindrecord.make_row(
-            [pair], [(-1.5 - number, -2.5)], [number], seq_len=S, width=P, pad_id=0
+        group = TokenGroup(
+            [1, 2, 3 + number], [[7, 8], [9]], [AnswerPair(0, 1, number)], [-1.5 - number, -2.5]
         )
+        yield mindrecord.make_row([group], pad_id=0, seq_len=S, answers=A, pairs=P)
 
 
 @pytest.fixture
 def path(tmp_path):
     path = tmp_path / "new folder" / "train.set.1.mindrecord"
-    mindrecord.write_rows(path, rows(), seq_len=S, width=P, sidecar=SIDECAR)
+    mindrecord.write_rows(path, rows(), SIDECAR)
     return path
 
 
 def test_a_row_by_hand():
-    pairs = [TokenPair([1, 2], [3], [4, 5]), TokenPair([6], [7, 8], [9])]
-    row = mindrecord.make_row(pairs, [(-1, -2), (-3, -4)], [17, 4], seq_len=6, width=3, pad_id=0)
+    groups = [
+        TokenGroup([1, 2], [[3], [4, 5]], [AnswerPair(1, 0, 17)], [-1, -2]),
+        TokenGroup([6], [[7, 8], [9]], [AnswerPair(0, 1, 4), AnswerPair(1, 0, 5)], [-3, -4]),
+    ]
+    row = mindrecord.make_row(groups, pad_id=0, seq_len=8, answers=5, pairs=4)
     assert list(row) == list(COLUMNS)
     assert {name: values.tolist() for name, values in row.items()} == {
-        "chosen_input_ids": [1, 2, 3, 6, 7, 8],
-        "chosen_labels": [2, 3, 0, 7, 8, 0],
-        "chosen_loss_mask": [0, 1, 0, 1, 1, 0],
-        "chosen_segment_ids": [1, 1, 1, 2, 2, 2],
-        "chosen_ref_logps": [-1, -3, 0],
-        "rejected_input_ids": [1, 2, 4, 5, 6, 9],
-        "rejected_labels": [2, 4, 5, 0, 9, 0],
-        "rejected_loss_mask": [0, 1, 1, 0, 1, 0],
-        "rejected_segment_ids": [1, 1, 1, 1, 2, 2],
-        "rejected_ref_logps": [-2, -4, 0],
-        "pair_ids": [17, 4, -1],
+        "input_ids": [1, 2, 2, 4, 6, 7, 6, 0],
+        "labels": [0, 3, 4, 5, 7, 8, 9, 0],
+        "group_ids": [1, 1, 1, 1, 2, 2, 2, 0],
+        "answer_ids": [0, 1, 2, 2, 3, 3, 4, 0],
+        "positions": [0, 1, 1, 2, 0, 1, 0, 0],
+        "reference_logps": [-1, -2, -3, -4, 0],
+        "answer_tokens": [1, 2, 2, 1, 0],
+        "chosen": [1, 2, 3, -1],
+        "rejected": [0, 3, 2, -1],
+        "pair_ids": [17, 4, 5, -1],
     }
-    for name, (dtype, size) in COLUMNS.items():
-        assert row[name].dtype == dtype
-        assert row[name].shape == ({"seq_len": 6, "pairs": 3}[size],)
+    for name, column in COLUMNS.items():
+        assert row[name].dtype == column.dtype
+        assert row[name].shape == ({"seq_len": 8, "answers": 5, "pairs": 4}[column.size],)
 
 
 def test_what_is_written_is_read(path):
@@ -81,7 +84,7 @@ def test_what_is_written_is_read(path):
 
 
 def test_a_second_file_takes_the_place_of_the_first(path):
-    mindrecord.write_rows(path, rows(2), seq_len=S, width=P, sidecar={**SIDECAR, "rows": 2})
+    mindrecord.write_rows(path, rows(2), {**SIDECAR, "rows": 2})
     assert len(list(mindrecord.read_rows(path))) == 2
     assert mindrecord.read_data_sidecar(path)["rows"] == 2
 
@@ -92,18 +95,14 @@ def test_nothing_stands_under_the_final_name_when_writing_fails(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        mindrecord.write_rows(
-            tmp_path / "a.mindrecord", broken(), seq_len=S, width=P, sidecar=SIDECAR
-        )
+        mindrecord.write_rows(tmp_path / "a.mindrecord", broken(), SIDECAR)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot be written"):
-        mindrecord.write_rows(
-            tmp_path / "file" / "a.mindrecord", rows(), seq_len=S, width=P, sidecar=SIDECAR
-        )
+        mindrecord.write_rows(tmp_path / "file" / "a.mindrecord", rows(), SIDECAR)
 
 
 def test_a_missing_or_damaged_file_is_named(path):
@@ -163,11 +162,17 @@ def test_only_rank_0_reads_the_content(path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "{}", '{"format": 0}', json.dumps({"format": 1, "rows": 1})]
+    "content", ["", "{", "[]", "{}", json.dumps({"format": mindrecord.SIDECAR_FORMAT, "rows": 1})]
 )
 def test_a_sidecar_that_is_none(path, content):
     mindrecord.data_sidecar_path(path).write_text(content)
     with pytest.raises(UserError, match=r"\.json: (not a sidecar|is empty)"):
+        mindrecord.read_data_sidecar(path)
+
+
+def test_data_of_an_older_format_are_refused(path):
+    mindrecord.data_sidecar_path(path).write_text(json.dumps({**SIDECAR, "format": 1}))
+    with pytest.raises(UserError, match=r"format 1, not 2\); preprocess again"):
         mindrecord.read_data_sidecar(path)
 
 
@@ -210,10 +215,10 @@ def test_every_pair_is_in_one_batch_of_one_worker(path, batch_size, shards, shuf
 
 
 def test_a_row_without_pairs_weighs_nothing():
-    row = mindrecord.make_row([], [], [], seq_len=S, width=P, pad_id=0)
+    row = mindrecord.make_row([], pad_id=0, **mindrecord.column_sizes(SIDECAR))
     assert not any(
-        np.any(row[f"{side}_{name}"])
-        for side in ("chosen", "rejected")
-        for name in ("loss_mask", "segment_ids", "ref_logps")
+        np.any(row[name])
+        for name in ("group_ids", "answer_ids", "reference_logps", "answer_tokens")
     )
-    assert (row["pair_ids"] == -1).all()
+    for name in ("chosen", "rejected", "pair_ids"):
+        assert (row[name] == -1).all()

@@ -53,23 +53,26 @@ def test_queries_see_what_the_mask_leaves_them():
     values = np.array([3.0, 5.0, 10.0])
     qkv = ms.Tensor(np.stack([np.zeros(3), np.zeros(3), values], 1)[None], ms.float32)
     bias = ms.Tensor(np.triu(np.full((3, 3), -10000.0), 1)[None, None], ms.float32)
-    own, swapped, swap = map(
-        ms.Tensor, cells.rotation(np.ones((3, 0)), np.ones((3, 0)), heads=1, groups=1, width=1)
-    )
+    rotation = cells.Rotation(np.ones((3, 0)), np.ones((3, 0)), heads=1, groups=1, width=1)
+    own, swapped, swap = rotation(ms.Tensor([[0, 1, 2]], ms.int32))
     context = cells.Attention(1, 1)(qkv, bias, own, swapped, swap)
     np.testing.assert_allclose(context.asnumpy().ravel(), [3, 4, 6], rtol=1e-6)
 
 
 def test_rotation_turns_pairs_and_leaves_the_rest():
-    """(1, 2) rotated by 90 degrees is (-2, 1); the channels after the first R do not change.
-    Queries are halved: width 4.
+    """At position 1, (1, 2) is rotated by 90 degrees to (-2, 1); the channels after the first R do
+    not change. Position 0 rotates nothing. Queries are halved: width 4.
     """
-    own, swapped, swap = cells.rotation(
-        np.array([[0.0]]), np.array([[1.0]]), heads=1, groups=1, width=4
+    rotation = cells.Rotation(
+        np.array([[1.0], [0.0]]), np.array([[0.0], [1.0]]), heads=1, groups=1, width=4
     )
+    positions = ms.Tensor([[1, 0], [0, 0]], ms.int32)
+    own, swapped, swap = (table.asnumpy() for table in rotation(positions))
     head = np.array([1.0, 2, 3, 4])
     turned = head * own + (head @ swap) * swapped
     np.testing.assert_allclose(turned[0, :, 0], [[-1, 0.5, 1.5, 2], [-2, 1, 3, 4]])
+    for row, place in ((0, 1), (1, 0), (1, 1)):
+        np.testing.assert_allclose(turned[row, :, place], [head / 2, head])
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def rows(path):
 def by_pair(path):
     """Number of a pair -> its log-probs."""
     return {
-        number: [row[f"{side}_ref_logps"][place] for side in SIDES]
+        number: [row["reference_logps"][row[side][place]] for side in SIDES]
         for row in rows(path)
         for place, number in enumerate(row["pair_ids"])
         if number >= 0
@@ -97,14 +97,13 @@ def by_pair(path):
 
 def tokens_of(path):
     """Number of a pair -> its tokens on both sides."""
-    return {
-        int(row["pair_ids"][place]): [
-            row[f"{side}_input_ids"][slice(*validation.segments(row, side)[place])].tolist()
-            for side in SIDES
-        ]
-        for row in mindrecord.read_rows(path)
-        for place in range((row["pair_ids"] >= 0).sum())
-    }
+    found = {}
+    for row in mindrecord.read_rows(path):
+        answers = validation.read_answers(row)
+        for place in range((row["pair_ids"] >= 0).sum()):
+            sides = [answers[row[side][place]] for side in SIDES]
+            found[int(row["pair_ids"][place])] = [side.prompt + side.response for side in sides]
+    return found
 
 
 def assert_whole(golden, path):
@@ -183,9 +182,10 @@ def test_the_last_screen_and_the_picture(golden, expected, tmp_path, capsys, mon
     out = capsys.readouterr().out
     pairs = expected["pairs"]
     tokens = sum(
-        2 * len(pair["prompt_ids"]) + len(pair["chosen_ids"]) + len(pair["rejected_ids"])
+        len(pair["prompt_ids"]) - 1 + len(pair["chosen_ids"]) + len(pair["rejected_ids"])
         for pair in pairs
     )
+    unshared = tokens + sum(len(pair["prompt_ids"]) - 1 for pair in pairs)
     for side in SIDES:
         mean = sum(pair[f"ref_{side}_logps"] for pair in pairs) / sum(
             len(pair[f"{side}_ids"]) for pair in pairs
@@ -198,7 +198,9 @@ def test_the_last_screen_and_the_picture(golden, expected, tmp_path, capsys, mon
     assert f"shortest {longer[0]}, " in out
     assert f"longest {longer[-1]} tokens" in out
     assert f"median {(longer[3] + longer[4]) / 2:.0f}, " in out
-    assert f"{tokens:,} real, {tokens / (2 * 3 * SEQ_LEN):.1%} of all positions" in out
+    assert "8 prompts, 16 answers\n" in out
+    assert f"tokens     {tokens:,}, {tokens / (3 * SEQ_LEN):.1%} of all positions; " in out
+    assert f"{unshared:,} if each pair repeated its prompt and answers" in out
     assert "8 read = 8 written + 0 dropped" in out
     assert "--dataset_type cvalues (detected from its fields)" in out
     assert (tmp_path / "a.mindrecord.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -268,7 +270,8 @@ def test_what_is_dropped_cut_or_odd_is_counted_with_its_lines(golden, tmp_path, 
     assert sorted(by_pair(path)) == [0, 1, 3, 4, 6]
     tokens = tokens_of(path)[1]
     tokenizer = Glm4Tokenizer(golden.tokenizer)
-    assert max(map(len, tokens)) == SEQ_LEN  # not a token more is cut than must be
+    (row,) = [row for row in mindrecord.read_rows(path) if 1 in row["pair_ids"]]
+    assert (row["group_ids"] > 0).all()  # not a token more is cut than must be
     assert all(
         tokenizer.decode(side[:4], show_special=True).startswith("[gMASK]<sop><|user|>\n")
         for side in tokens
@@ -452,7 +455,7 @@ def test_in_a_model_parallel_plan_all_compute_every_part_and_rank_0_writes(
         scorer = open_scorer(alone, tokenizer, packed=packed)
 
         def score(pairs, report):
-            scored.append(len(pairs))
+            scored.append(len(pairs.pairs))
             return scorer(pairs, report)
 
         score.seq_len = scorer.seq_len

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from mindrlhf import config
 from mindrlhf.cli import UserError
-from mindrlhf.data import reference
 from mindrlhf.data.features import TokenPair
-from mindrlhf.data.parts import LARGEST, SMALLEST, Part
-from mindrlhf.data.reference import Parts, Scorer, make_part, part_size
+from mindrlhf.data.groups import find_sequences
+from mindrlhf.data.parts import LARGEST, SMALLEST, Part, Parts, split_bundles
+from mindrlhf.data.reference import Scorer, make_part
 from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
 
 
@@ -58,58 +58,66 @@ def test_log_probs_are_pytorch_s_in_any_company(scorer, pairs, wanted):
     """Packed, alone in a row, in another order, in larger batches: within 1e-4 of each other and
     3e-4 of PyTorch.
     """
-    packed = scorer(pairs)
+    packed = scorer.score_pairs(pairs)
     assert packed.dtype == np.float32
     assert np.abs(packed - wanted).max() < 3e-4
-    turned = scorer(pairs[::-1])[::-1]
-    company = scorer(pairs[:1] + pairs[3:] * 3)[:1]
-    alone = np.concatenate([scorer([pair]) for pair in pairs])
+    turned = scorer.score_pairs(pairs[::-1])[::-1]
+    company = scorer.score_pairs(pairs[:1] + pairs[3:] * 3)[:1]
+    alone = np.concatenate([scorer.score_pairs([pair]) for pair in pairs])
     single = Scorer(
         scorer.network.model, seq_len=scorer.seq_len, batch_size=1, pad_id=5, packed=False
     )
-    assert single.width == 1
-    for other in (turned, alone, single(pairs)):
+    for other in (turned, alone, single.score_pairs(pairs)):
         assert np.abs(other - packed).max() < 1e-4
     assert np.abs(company - packed[:1]).max() < 1e-4
 
 
 def test_logits_in_chunks_give_the_same(golden, pairs, wanted):
-    """200 of 2 x 2 x 320 positions at a time; the last chunk is not full."""
+    """200 of 2 x 384 positions at a time; the last chunk is not full."""
     model = load_model(golden, "process", {"dpo.logps_chunk_size": 200})
     chunked = Scorer(model, seq_len=SEQ_LEN, batch_size=2, pad_id=316)
-    assert np.abs(chunked(pairs) - wanted).max() < 3e-4
-    assert (
-        np.abs(Scorer(model, seq_len=SEQ_LEN, batch_size=1, pad_id=316)(pairs) - wanted).max()
-        < 3e-4
-    )
+    assert np.abs(chunked.score_pairs(pairs) - wanted).max() < 3e-4
+    single = Scorer(model, seq_len=SEQ_LEN, batch_size=1, pad_id=316)
+    assert np.abs(single.score_pairs(pairs) - wanted).max() < 3e-4
 
 
 def test_progress_counts_pairs_and_real_tokens(scorer, pairs):
     told = []
-    scorer(pairs * 4, lambda *counts: told.append(counts))
+    scorer(find_sequences(pairs * 4, share=False), lambda *counts: told.append(counts))
     assert [count for count, _ in told] == sorted(count for count, _ in told)
-    tokens = sum(2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs)
-    assert told[-1] == (32, 4 * tokens)
+    assert told[-1] == (32, 4 * sum(pair.size for pair in pairs))
+    scorer(find_sequences(pairs * 4, share=True), lambda *counts: told.append(counts))
+    assert told[-1] == (32, sum(pair.size for pair in pairs))
 
 
 def test_log_probs_that_are_not_finite_stop_the_run(scorer, pairs, monkeypatch):
     monkeypatch.setattr(
         scorer,
         "_run",
-        lambda rows: np.full((2, scorer.batch_size, scorer.width), np.nan, np.float32),
+        lambda rows: np.full((scorer.batch_size, scorer.limits.answers), np.nan, np.float32),
     )
     with pytest.raises(UserError, match="not finite"):
-        scorer(pairs)
+        scorer.score_pairs(pairs)
 
 
-@given(st.integers(1, 2_000_000))
-def test_parts_are_of_a_fair_size(pairs):
-    size = part_size(pairs)
-    count = -(-pairs // size)
-    assert SMALLEST <= size <= LARGEST
-    assert count <= 2048
-    if pairs >= 64 * SMALLEST * 64:
-        assert count % 8 in (0, 7)  # 8 workers end together
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=300), st.sampled_from([1, 30]))
+def test_parts_are_of_a_fair_size_and_divide_no_bundle(sizes, times):
+    bundles, first = [], 0
+    for size in sizes * times:
+        bundles.append(list(range(first, first + size)))
+        first += size
+    parts = split_bundles(bundles)
+    assert [number for part in parts for number in part] == list(range(first))
+    ends = {bundle[-1] for bundle in bundles}
+    assert all(part[-1] in ends for part in parts)
+    assert all(len(part) >= SMALLEST for part in parts[:-1])
+    assert len(parts) <= 64 * -(-first // (64 * LARGEST))
+    assert max(map(len, parts)) < LARGEST + max(sizes)
+
+
+@pytest.mark.parametrize("pairs", [64 * SMALLEST * 64, 116_000, 1_000_000])
+def test_eight_workers_end_together(pairs):
+    assert len(split_bundles([[number] for number in range(pairs)])) % 8 in (0, 7)
 
 
 class Words:
@@ -134,26 +142,46 @@ def test_a_part_holds_every_pair_or_says_that_it_dropped_it():
         for length, answer in ((5, 3), (50, 3), (5, 40), (5, 3))
     ]
     part = make_part(
-        Words(), pairs, 100, seq_len=30, score=lambda tokens: np.zeros((len(tokens), 2), np.float32)
+        Words(),
+        pairs,
+        range(100, 104),
+        seq_len=40,
+        score=lambda found: np.arange(len(found.answers), dtype=np.float32),
     )
-    assert part.pairs.tolist() == [100, 101, 103]
+    assert part.numbers.tolist() == [100, 101, 103]
     assert part.dropped.tolist() == [102]
-    # tags and newline add 5 tokens to a prompt and 2 to an answer: 50 + 5 + 3 + 2 = 60, 30 too many
-    assert part.cut.tolist() == [0, 30, 0]
-    assert part.lengths.tolist() == [[10, 5, 3], [25, 5, 3], [10, 5, 3]]
-    assert len(part.tokens) == part.lengths.sum()
+    # tags and newline add 5 tokens to a prompt and 2 to an answer: a pair takes p - 1 + c + r
+    # positions, the second one 55 - 1 + 5 + 3 = 62, 22 too many
+    assert part.cut.tolist() == [0, 22, 0]
+    assert part.prompts.tolist() == [10, 33]
+    assert part.answers.tolist() == [[0, 5], [0, 3], [1, 5], [1, 3]]
+    assert part.pairs.tolist() == [[0, 1], [2, 3], [0, 1]]
+    assert len(part.tokens) == 10 + 33 + 2 * (5 + 3)
 
 
 def part_of(numbers):
     """A part of pairs with recognizable tokens."""
-    return Part(
-        pairs=np.array(numbers, np.int32),
-        lengths=np.array([[1, 2, 3]] * len(numbers), np.int32),
-        tokens=np.array([10 * n + k for n in numbers for k in range(6)], np.int32),
-        logps=np.array([[-n, -n - 0.5] for n in numbers], np.float32),
-        cut=np.zeros(len(numbers), np.int32),
-        dropped=np.zeros(0, np.int32),
+    return Part.of(
+        find_sequences([TokenPair([10 * n], [10 * n + 1, 10 * n + 2], [3]) for n in numbers], True),
+        np.array([value for n in numbers for value in (-n, -n - 0.5)], np.float32),
+        numbers=numbers,
+        cut=[0] * len(numbers),
+        dropped=[],
     )
+
+
+def pairs_of(scored):
+    """(number, prompt, chosen, rejected, their log-probs) of each pair."""
+    return [
+        (
+            int(number),
+            scored.prompt(scored.sizes.answers[chosen, 0]),
+            scored.answer(chosen),
+            scored.answer(rejected),
+            *scored.logps[[chosen, rejected]].tolist(),
+        )
+        for number, (chosen, rejected) in zip(scored.numbers, scored.sizes.pairs.tolist())
+    ]
 
 
 def test_parts_are_read_back_pair_by_pair(tmp_path):
@@ -161,19 +189,45 @@ def test_parts_are_read_back_pair_by_pair(tmp_path):
     parts.write(1, part_of([2, 3]))
     assert [parts.is_done(number) for number in (0, 1)] == [False, True]
     parts.report(0, 1, 9)
-    assert parts.progress() == (3, 2 * 7 + 9)
+    assert parts.progress() == (3, 2 * 4 + 9)
     parts.write(0, replace(part_of([0]), dropped=np.array([1], np.int32)))
-    assert parts.progress() == (4, 3 * 7)
+    assert parts.progress() == (4, 3 * 4)
     parts.wait()
     scored = parts.read()
-    assert scored.pairs.tolist() == [0, 2, 3]
     assert scored.dropped.tolist() == [1]
-    assert scored.tokens(1) == TokenPair([20], [21, 22], [23, 24, 25])
-    assert scored.logps[2].tolist() == [-3, -3.5]
-    assert scored.sides.tolist() == [[3, 4]] * 3
+    assert pairs_of(scored) == [
+        (n, [10 * n], [10 * n + 1, 10 * n + 2], [3], -n, -n - 0.5) for n in (0, 2, 3)
+    ]
+    assert scored.sides.tolist() == [[3, 2]] * 3
     (parts.folder / ".part-000000.safetensors.77.tmp").write_text("left by a kill")
     parts.remove()
     assert not parts.folder.exists()
+
+
+def test_equal_prompts_of_different_parts_become_one(tmp_path):
+    """As after truncation, where different conversations end in the same tokens. Parts may hold
+    the pairs in any order.
+    """
+    parts = Parts(tmp_path / "a.mindrecord", 2, {"data": "x"})
+    for part, numbers in enumerate(([0, 3], [1, 2])):
+        pairs = [TokenPair([7, 8], [number], [5]) for number in numbers]
+        parts.write(
+            part,
+            Part.of(
+                find_sequences(pairs, True),
+                np.full(3, part, np.float32),
+                numbers=numbers,
+                cut=[0, 0],
+                dropped=[],
+            ),
+        )
+    for share, prompts, answers in ((True, 1, 5), (False, 2, 6)):
+        scored = parts.read(share)
+        assert [(pair[0], *pair[1:4]) for pair in pairs_of(scored)] == [
+            (number, [7, 8], [number], [5]) for number in range(4)
+        ]
+        assert len(np.unique(scored.sizes.pairs)) == answers
+        assert len(np.unique(scored.sizes.answers[scored.sizes.pairs, 0])) == prompts
 
 
 def test_parts_of_another_run_are_refused_and_the_difference_named(tmp_path):
@@ -192,7 +246,8 @@ import sys, time
 import numpy as np
 sys.path.insert(0, {root!r})
 from mindrlhf.data.preference import Pair
-from mindrlhf.data.reference import Parts, make_part
+from mindrlhf.data.parts import Parts
+from mindrlhf.data.reference import make_part
 from words import Words
 
 pairs = [
@@ -202,25 +257,18 @@ parts = Parts(sys.argv[1], 40, {{"data": "x"}})
 parts.check()
 print("ready", flush=True)
 
-def score(tokens):
+def score(found):
     time.sleep(0.01)
-    return np.array([[-len(pair.chosen), -len(pair.rejected)] for pair in tokens], np.float32)
+    return np.array([-len(answer) for answer in found.answers], np.float32)
 
 for number in range(40):
     if not parts.is_done(number):
         parts.report(number, 1, 1)
         some = pairs[number * 8:][:8]
-        parts.write(number, make_part(Words(), some, number * 8, seq_len=64, score=score))
+        parts.write(number, make_part(Words(), some, range(number * 8, number * 8 + 8), seq_len=64,
+                                      score=score))
 print("done", flush=True)
 """
-
-
-def content(parts):
-    scored = parts.read()
-    return [
-        (scored.pairs[n], *scored.logps[n].tolist(), scored.tokens(n))
-        for n in range(len(scored.pairs))
-    ]
 
 
 def test_killed_20_times_at_random_moments_the_parts_are_those_of_a_quiet_run(tmp_path):
@@ -250,7 +298,7 @@ def test_killed_20_times_at_random_moments_the_parts_are_those_of_a_quiet_run(tm
     killed, quiet = (Parts(tmp_path / name, 40, {"data": "x"}) for name in ("killed", "quiet"))
     for number in range(40):
         assert killed.path(number).read_bytes() == quiet.path(number).read_bytes()
-    assert content(killed) == content(quiet)
+    assert pairs_of(killed.read()) == pairs_of(quiet.read())
     killed.remove()
     assert not killed.folder.exists()
 
@@ -260,4 +308,3 @@ def test_part_identity_survives_json(tmp_path):
     identity = {"eos": (1, 2), "nested": {"a": None, "b": 1e-8}}
     Parts(tmp_path / "a", 1, identity).write(0, part_of([0]))
     Parts(tmp_path / "a", 1, json.loads(json.dumps(identity))).check()
-    assert reference.Parts is Parts

@@ -44,8 +44,9 @@ def parser() -> cli.Parser:
              f"{formats.describe_fields(formats.FORMATS)}. Any of them may have system and history "
              "beside; the tutorial explains them all")
     add("--truncation", default="keep_end", choices=features.TRUNCATIONS,
-        help="if prompt + answer exceed a row: cut the oldest tokens of the prompt (keep_end, the "
-             "default) or the newest (keep_start), or drop the pair. Answers are never cut")
+        help="if a prompt and two answers exceed a row: cut the oldest tokens of the prompt "
+             "(keep_end, the default) or the newest (keep_start), or drop the pair. Answers are "
+             "never cut")
     add("--on_bad_row", default="error", choices=("error", "skip"),
         help="a row that is not a pair stops the run (default), or is skipped and listed")
     add("--identical", default="keep", choices=("keep", "drop"),
@@ -55,8 +56,11 @@ def parser() -> cli.Parser:
     add("--eval_ratio", type=cli.share, default=0.0, metavar="SHARE",
         help="share of the pairs, from 0 to below 1, to write to DST with _eval before its suffix; "
              "no prompt is in both files (default: 0)")
+    add("--share", type=cli.boolean, default=True, metavar="True|False",
+        help="compute a prompt and an answer that several pairs have in common once (default: "
+             "True), or once for each pair")
     add("--pack", type=cli.boolean, default=True, metavar="True|False",
-        help="put as many pairs into a row as fit (default: True), or one")
+        help="fill a row with as many prompts and their pairs as fit (default: True), or take one")
     add("--overwrite", action="store_true",
         help="replace training data at DST that were made from other inputs")
     return parse

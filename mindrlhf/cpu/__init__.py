@@ -57,7 +57,8 @@ rules.install and sink.install, on a CPU, so that MindSpore 2.7 behaves as 2.4 d
         sink mode off on a CPU. In sink mode, that model's _exec_preprocess and _train_process are
         prepare and sink of sink.py
 
-patches.optimize_cpu, on a CPU without plan, flash attention and cache (build.can_optimize):
+patches.optimize_cpu, for Glm4DPO on a CPU without plan, flash attention and cache
+(build.can_optimize):
 
     mindformers.core.optim.adamw._adamw_opt
         patches._fuse_adamw's run | always | one kernel instead of a dozen, and less memory
@@ -65,6 +66,8 @@ patches.optimize_cpu, on a CPU without plan, flash attention and cache (build.ca
         cells.RMSNorm | compute_dtype and rotary_dtype float32 | faster, less memory, same result
     encoder.layers[*].self_attention
         cells.SelfAttention | the same | the same
+    network.rotary, Glm4DPO's own
+        cells.Rotation | the same | its tables are what cells.SelfAttention takes
     encoder.layers[*].self_attention.query_key_value.bias_add
         ops.BiasAdd | the same | the same
     encoder.layers[*].mlp.activation_func

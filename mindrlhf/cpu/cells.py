@@ -15,7 +15,7 @@ matrix products:
 """
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -116,11 +116,11 @@ class Attention(nn.Cell):
             (queries (B, groups, heads / groups * S, D), keys (B, groups, S, D), values, alike).
         """
         batch, length, _ = qkv.shape
-        width, each, rotated = own.shape[3], (batch, 1, 1, 1), self.heads + self.groups
+        width, rotated = own.shape[3], self.heads + self.groups
         heads = self.split_all_heads(qkv)
         turned = ops.concat(heads[:rotated], 1).reshape((batch, rotated, length, width))
         neighbor = self.matmul(turned.reshape((-1, width)), swap).reshape(turned.shape)
-        turned = turned * ops.tile(own, each) + neighbor * ops.tile(swapped, each)
+        turned = turned * own + neighbor * swapped
         queries = turned[:, :self.heads].reshape((batch, self.groups, -1, width))
         values = ops.concat(heads[rotated:], 1).reshape((batch, self.groups, length, width))
         return queries, turned[:, self.heads:], values
@@ -144,7 +144,7 @@ class Attention(nn.Cell):
         Args:
             qkv: (B, S, (heads + 2 groups) D).
             bias: (B, 1, S, S), added to the scores.
-            own, swapped, swap: see rotation().
+            own, swapped, swap: what Rotation returns.
 
         Returns:
             (B, S, heads * D).
@@ -169,32 +169,18 @@ class Attention(nn.Cell):
         by_scores = p * (self.right(dout, values) - mean)
         by_queries = self.product(by_scores, keys).reshape((batch, self.heads, length, -1))
         by_turned = ops.concat((by_queries, self.left(by_scores, queries)), 1)
-        each = (batch, 1, 1, 1)
-        neighbor = (by_turned * ops.tile(swapped, each)).reshape((-1, own.shape[3]))
-        by_turned = (by_turned * ops.tile(own, each)
-                     + self.matmul_back(neighbor, swap).reshape(by_turned.shape))
+        neighbor = (by_turned * swapped).reshape((-1, own.shape[3]))
+        by_turned = by_turned * own + self.matmul_back(neighbor, swap).reshape(by_turned.shape)
         by_heads = ops.concat((by_turned, self.left(p, dout)), 1)
         by_heads = by_heads.reshape((batch, -1, own.shape[3]))
         return (ops.concat(self.split_all_rows(by_heads), 2), ops.zeros_like(bias),
                 ops.zeros_like(own), ops.zeros_like(swapped), ops.zeros_like(swap))
 
 
-class RotaryTables(NamedTuple):
+class Rotation(nn.Cell):
     """Tables of the rotary embedding: a rotated head is head * own + (head @ swap) * swapped.
 
-    Attributes:
-        own: float32 (1, heads + groups, S, D), the cosines.
-        swapped: the same shape, the sines.
-        swap: float32 (D, D), maps each pair of channels (a, b) to (-b, a).
-    """
-    own: np.ndarray
-    swapped: np.ndarray
-    swap: np.ndarray
-
-
-def rotation(cosines: np.ndarray, sines: np.ndarray, *, heads: int, groups: int,
-             width: int) -> RotaryTables:
-    """Tables of the rotary embedding. They also scale the queries by width^-0.5.
+    They also scale the queries by width^-0.5. All layers share them.
 
     Args:
         cosines, sines: float (S, R / 2), of the first R channels of a head, pair by pair.
@@ -202,16 +188,31 @@ def rotation(cosines: np.ndarray, sines: np.ndarray, *, heads: int, groups: int,
         groups: number of key heads, and of value heads.
         width: D, channels of a head.
     """
-    length, pairs = cosines.shape
-    swap = np.zeros((width, width), np.float32)
-    for pair in range(0, 2 * pairs, 2):
-        swap[pair + 1, pair], swap[pair, pair + 1] = -1, 1
-    fixed = width - 2 * pairs  # channels that are not rotated
-    own = np.concatenate((np.repeat(cosines, 2, 1), np.ones((length, fixed))), 1)
-    swapped = np.concatenate((np.repeat(sines, 2, 1), np.zeros((length, fixed))), 1)
-    scale = np.repeat([width**-0.5, 1.0], [heads, groups]).reshape((1, -1, 1, 1))
-    return RotaryTables((scale * own).astype(np.float32), (scale * swapped).astype(np.float32),
-                        swap)
+
+    def __init__(self, cosines: np.ndarray, sines: np.ndarray, *, heads: int, groups: int,
+                 width: int):
+        super().__init__()
+        length, pairs = cosines.shape
+        fixed = width - 2 * pairs  # channels that are not rotated
+        own = np.concatenate((np.repeat(cosines, 2, 1), np.ones((length, fixed))), 1)
+        swapped = np.concatenate((np.repeat(sines, 2, 1), np.zeros((length, fixed))), 1)
+        swap = np.zeros((width, width), np.float32)
+        for pair in range(0, 2 * pairs, 2):
+            swap[pair + 1, pair], swap[pair, pair + 1] = -1, 1
+        self.own, self.swapped = ms.Tensor(own, ms.float32), ms.Tensor(swapped, ms.float32)
+        self.swap, self.scale = ms.Tensor(swap), width**-0.5
+        self.heads, self.groups = heads, groups
+
+    def construct(self, positions: Tensor) -> tuple:
+        """int32 (B, S) -> own, swapped (B, heads + groups, S, D), swap (D, D), all float32."""
+        return self.by_head(self.own, positions), self.by_head(self.swapped, positions), self.swap
+
+    def by_head(self, table: Tensor, positions: Tensor) -> Tensor:
+        """(S, D), int32 (B, S) -> (B, heads + groups, S, D)."""
+        rows = ops.gather(table, positions, 0).expand_dims(1)
+        return ops.stop_gradient(ops.concat((
+            ops.tile(rows * self.scale, (1, self.heads, 1, 1)),
+            ops.tile(rows, (1, self.groups, 1, 1))), 1))
 
 
 class SelfAttention(nn.Cell):
@@ -219,15 +220,13 @@ class SelfAttention(nn.Cell):
 
     Args:
         attention: the cell to replace.
-        tables: own, swapped and swap of RotaryTables, as Tensors that all layers share.
     """
 
-    def __init__(self, attention: nn.Cell, tables: tuple[Tensor, Tensor, Tensor]):
+    def __init__(self, attention: nn.Cell):
         super().__init__()
         self.query_key_value, self.dense = attention.query_key_value, attention.dense
         self.heads = attention.n_head
         self.attention = Attention(attention.n_head, attention.n_kv_head)
-        self.own, self.swapped, self.swap = tables
 
     def construct(self, hidden_states: Tensor, attention_mask: Tensor, rotary_pos_emb: Any,
                   batch_valid_length: Any = None, prefix_key_value: Any = None,
@@ -235,40 +234,35 @@ class SelfAttention(nn.Cell):
         """
         Args:
             hidden_states: (B, S, H).
-            attention_mask: (B, 1, S, S), 1 where a position must not look.
-            rotary_pos_emb and the rest: not used; MindFormers passes them.
+            attention_mask: (B, 1, S, S), 1 where a position does not attend.
+            rotary_pos_emb: what Rotation returns.
+            batch_valid_length and the rest: not used; MindFormers passes them.
 
         Returns:
             (B, S, H).
         """
+        own, swapped, swap = rotary_pos_emb
         bias = attention_mask.astype(ms.float32) * -10000.0
-        # Zero, because the first position always sees itself. Adding it hides the tables' values
-        # from the compiler, which would otherwise tile them per layer and pass, and keep the
-        # results.
-        zero = bias[0, 0, 0, 0]
-        own, swapped = self.own + zero, self.swapped + zero
         qkv = self.query_key_value(hidden_states)
-        return self.dense(self.attention(qkv, bias, own, swapped, self.swap))
+        return self.dense(self.attention(qkv, bias, own, swapped, swap))
 
 
 def replace_cells(network: nn.Cell) -> None:
     """Replace MindFormers' cells by these, in place.
 
     Args:
-        network: MindFormers' ChatGLM2ForConditionalGeneration or a subclass, in float32, without
-            flash attention and key-value cache.
+        network: Glm4DPO in float32, without flash attention and key-value cache.
     """
     names = [(parameter, parameter.name) for parameter in network.get_parameters()]
     encoder, cache = network.transformer.encoder, network.transformer.freqs_mgr.cache.asnumpy()
     config = network.config
-    arrays = rotation(cache[..., 0], cache[..., 1], heads=config.num_attention_heads,
-                      groups=config.multi_query_group_num, width=config.kv_channels)
-    tables = ms.Tensor(arrays.own), ms.Tensor(arrays.swapped), ms.Tensor(arrays.swap)
+    network.rotary = Rotation(cache[..., 0], cache[..., 1], heads=config.num_attention_heads,
+                              groups=config.multi_query_group_num, width=config.kv_channels)
     for layer in encoder.layers:
         layer.input_layernorm = RMSNorm(layer.input_layernorm)
         layer.post_attention_layernorm = RMSNorm(layer.post_attention_layernorm)
         layer.self_attention.query_key_value.bias_add = ops.BiasAdd()
-        layer.self_attention = SelfAttention(layer.self_attention, tables)
+        layer.self_attention = SelfAttention(layer.self_attention)
         layer.mlp.activation_func = SwiGLU()
     encoder.final_layernorm = RMSNorm(encoder.final_layernorm)
     for parameter, name in names:  # a new parent cell prefixes the names

@@ -37,7 +37,7 @@ def optimize_cpu(network: nn.Cell, config: Any) -> None:
     The results are the same.
 
     Args:
-        network: ChatGLM2 or Glm4DPO, changed in place.
+        network: Glm4DPO, changed in place.
         config: the model_config section.
     """
     _fuse_adamw()

@@ -27,8 +27,7 @@ def open_dataset(path: str | Path, sidecar: dict[str, Any], *, batch_size: int, 
         A MindSpore dataset with the columns of records.COLUMNS.
     """
     import mindspore.dataset as ds
-    sizes = {"seq_len": sidecar["seq_len"], "width": sidecar["pairs_per_row"]}
-    empty = mindrecord.make_row([], [], [], pad_id=0, **sizes)
+    empty = mindrecord.make_row([], pad_id=0, **mindrecord.column_sizes(sidecar))
     padding = -sidecar["rows"] % (batch_size * shards)
     extra = {"padded_sample": empty, "num_padded": padding} if padding else {}
     rows = ds.MindDataset(str(path), columns_list=list(COLUMNS), num_parallel_workers=1,

@@ -1,16 +1,19 @@
-"""Pairs to tokens, and tokens to model inputs: alone shifts the labels and masks the loss."""
+"""Pairs to tokens, and tokens to model inputs: alone decides which position predicts what."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mindrlhf.data.preference import Pair
 from mindrlhf.models.glm4 import template
 from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
+from mindrlhf.records import INPUTS
 
-# If prompt + longer answer exceed a row: keep the prompt's end, keep its start, or drop the pair.
+# If a pair exceeds a row: keep the prompt's end, keep its start, or drop the pair.
 TRUNCATIONS = ("keep_end", "keep_start", "drop")
 
 
@@ -22,9 +25,48 @@ class TokenPair:
     rejected: list[int]
 
     @property
-    def longest(self) -> int:
-        """Tokens of the longer side, prompt included."""
-        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+    def size(self) -> int:
+        """Positions that the pair takes in a row."""
+        one = self.chosen == self.rejected
+        return group_size(len(self.prompt), len(self.chosen) + (0 if one else len(self.rejected)))
+
+
+class AnswerPair(NamedTuple):
+    """Which two answers a pair compares.
+
+    Attributes:
+        chosen, rejected: indices of answers.
+        number: of the pair: its row in the source.
+    """
+    chosen: int
+    rejected: int
+    number: int
+
+
+@dataclass(frozen=True)
+class TokenGroup:
+    """Token ids of one prompt and of its distinct answers, and the pairs that compare them.
+
+    Attributes:
+        prompt: ends with the tag after which an answer begins.
+        answers: responses with their stop tokens.
+        pairs: their answers are counted within the group.
+        logps: reference log-prob of each answer, nats; empty before the reference pass.
+    """
+    prompt: list[int]
+    answers: list[list[int]]
+    pairs: list[AnswerPair] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+
+
+def group_size(prompt: Any, answers: Any) -> Any:
+    """Positions of a group in a row, see row_inputs().
+
+    Args:
+        prompt: tokens of the prompt, an int or an array of them.
+        answers: tokens of all answers together, the same.
+    """
+    return prompt - 1 + answers
 
 
 def tokenize_pair(tokenizer: Glm4Tokenizer, pair: Pair) -> TokenPair:
@@ -36,7 +78,7 @@ def tokenize_pair(tokenizer: Glm4Tokenizer, pair: Pair) -> TokenPair:
 
 def truncate_prompt(tokens: TokenPair, seq_len: int, *, tokenizer: Glm4Tokenizer,
                     truncation: str = "keep_end") -> tuple[TokenPair | None, int]:
-    """Shorten the prompt until prompt + longer response fit into seq_len tokens.
+    """Shorten the prompt until it fits into seq_len positions, together with both responses.
 
     Only text is cut, from all messages as if they were one; the prefix, the tags and the newlines
     after them stay. Both responses keep the same prompt and are never cut.
@@ -50,7 +92,7 @@ def truncate_prompt(tokens: TokenPair, seq_len: int, *, tokenizer: Glm4Tokenizer
     Returns:
         The pair and the number of tokens cut, or (None, 0) if the pair does not fit.
     """
-    excess = tokens.longest - seq_len
+    excess = tokens.size - seq_len
     if excess <= 0:
         return tokens, 0
     text = template.text_positions(tokenizer, tokens.prompt)
@@ -61,42 +103,42 @@ def truncate_prompt(tokens: TokenPair, seq_len: int, *, tokenizer: Glm4Tokenizer
     return TokenPair(prompt, tokens.chosen, tokens.rejected), excess
 
 
-def row_columns(pairs: Sequence[TokenPair], side: str, seq_len: int,
-                pad_id: int) -> dict[str, np.ndarray]:
-    """Build the model inputs of one side of one row.
+def row_inputs(groups: Sequence[TokenGroup], seq_len: int, pad_id: int) -> dict[str, np.ndarray]:
+    """Build the model inputs of one row: each prompt once, each answer once.
 
-    The label of position t is the sequence's token t + 1. A position is scored if its label is a
-    response token. The last prompt token predicts the first response token, so a sequence of p
-    prompt and r response tokens scores the r positions p - 1 to p + r - 2; the last of them
-    predicts the stop token. Example with p = 3, r = 2 (D E: response, -: padding):
+    A group is its prompt without the last token, then for each answer the prompt's last token and
+    the response without its last token. So an answer's own positions predict its response, from
+    the first token to the stop token, and no position has two labels. A position attends to the
+    earlier positions of its prompt and of its own answer, and counts its place from the prompt's
+    start. Example: prompt a b c, answers D E and F G H (-: padding):
 
-        input_ids    a b c D E -
-        labels       b c D E - -
-        loss_mask    0 0 1 1 0 0
-        segment_ids  1 1 1 1 1 0
+        input_ids    a b c D c F G -
+        labels       - - D E F G H -
+        group_ids    1 1 1 1 1 1 1 0
+        answer_ids   0 0 1 1 2 2 2 0
+        positions    0 1 2 3 2 3 4 0
 
     Args:
-        pairs: the row's pairs in order.
-        side: "chosen" or "rejected".
+        groups: of the row, in order.
         seq_len: positions of the row, S.
         pad_id: id of the padding token.
 
     Returns:
-        int32 arrays of shape (S,): input_ids, labels, loss_mask, segment_ids.
+        The columns of records.INPUTS: int32, shape (S,). Positions with an answer id are scored.
     """
-    input_ids = np.full(seq_len, pad_id, np.int32)
-    labels = np.full(seq_len, pad_id, np.int32)
-    loss_mask = np.zeros(seq_len, np.int32)
-    segment_ids = np.zeros(seq_len, np.int32)
-    start = 0
-    for number, pair in enumerate(pairs, 1):
-        response = getattr(pair, side)
-        ids = pair.prompt + response
-        end = start + len(ids)
-        input_ids[start:end] = ids
-        labels[start:end - 1] = ids[1:]
-        loss_mask[start + len(pair.prompt) - 1:end - 1] = 1
-        segment_ids[start:end] = number
-        start = end
-    return {"input_ids": input_ids, "labels": labels, "loss_mask": loss_mask,
-            "segment_ids": segment_ids}
+    row = {name: np.zeros(seq_len, np.int32) for name in INPUTS}
+    row["input_ids"][:] = row["labels"][:] = pad_id
+    end, answer_ids = 0, count(1)
+    for group_id, group in enumerate(groups, 1):
+        *context, last = group.prompt
+        begin, end = end, end + len(context)
+        row["input_ids"][begin:end] = context
+        row["positions"][begin:end] = range(len(context))
+        for response in group.answers:
+            start, end = end, end + len(response)
+            row["input_ids"][start:end] = [last, *response[:-1]]
+            row["labels"][start:end] = response
+            row["answer_ids"][start:end] = next(answer_ids)
+            row["positions"][start:end] = range(len(context), len(context) + len(response))
+        row["group_ids"][begin:end] = group_id
+    return row

@@ -1,7 +1,7 @@
 """Scored parts to the training file and, if pairs are held out, the evaluation file beside it."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mindrlhf import cli
-from mindrlhf.data import mindrecord, packing
+from mindrlhf.data import groups, mindrecord, packing
+from mindrlhf.data.features import TokenGroup
+from mindrlhf.data.groups import Limits, PairGroup
 from mindrlhf.data.parts import Parts, Scored
 from mindrlhf.data.preference import Pair, PairSource
 
@@ -22,14 +24,21 @@ class DataFile(NamedTuple):
 
     Attributes:
         path: of the .mindrecord.
-        pairs: number of pairs.
-        rows: number of rows.
-        pairs_per_row: the most pairs in a row.
+        pairs, rows: how many.
+        answers_per_row, pairs_per_row: the most in a row.
+        groups: how many; more than prompts where a prompt's pairs did not fit into one row.
+        prompts, answers: how many distinct ones, answers of different prompts apart.
+        positions: that are not padding.
     """
     path: Path
     pairs: int
     rows: int
+    answers_per_row: int
     pairs_per_row: int
+    groups: int
+    prompts: int
+    answers: int
+    positions: int
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,7 @@ def eval_path(destination: str | Path) -> Path:
 
 
 def merge_parts(parts: Parts, source: PairSource, held_out: Sequence[bool], *,
-                destination: str | Path, seq_len: int, packed: bool, pad_id: int,
+                destination: str | Path, seq_len: int, packed: bool, share: bool, pad_id: int,
                 sidecar: dict[str, Any]) -> MergeReport:
     """Write the final files. Tokens are read from the parts row by row, never all at once.
 
@@ -71,19 +80,21 @@ def merge_parts(parts: Parts, source: PairSource, held_out: Sequence[bool], *,
         held_out: for each of source.pairs, whether it belongs to the evaluation set.
         destination: path of the training file.
         seq_len: positions of a row.
-        packed: whether a row holds as many pairs as fit, or one.
+        packed: whether a row holds as many groups as fit, or one.
+        share: whether pairs with the same prompt share it.
         pad_id: id of the padding token.
         sidecar: how the data were made.
 
     Raises:
         UserError: no pair fits into a row, or a file cannot be written.
     """
-    scored = parts.read()
+    scored = parts.read(share)
     dropped, noted = _collect_places(scored, source)
     expected = source.read - sum(map(len, dropped.values()))
-    if expected != len(scored.pairs):
-        raise RuntimeError(f"{len(scored.pairs)} pairs scored, {expected} expected: a pair is lost")
-    is_held_out = np.array(held_out)[scored.pairs]
+    if expected != len(scored.numbers):
+        raise RuntimeError(f"{len(scored.numbers)} pairs scored, {expected} expected: a pair is "
+                           "lost")
+    is_held_out = np.array(held_out)[scored.numbers]
     targets = [(Path(destination), np.flatnonzero(~is_held_out))]
     if any(held_out):
         targets.append((eval_path(destination), np.flatnonzero(is_held_out)))
@@ -93,34 +104,50 @@ def merge_parts(parts: Parts, source: PairSource, held_out: Sequence[bool], *,
             parts.remove()  # only a run with other options can succeed, and it cannot use them
             raise cli.UserError(f"{path}: no pair for it fits into {seq_len} tokens; raise "
                                 "--seq_len")
-        rows = _plan_rows(scored, members, seq_len, packed)
-        width = max(map(len, rows))
-        made = _make_rows(scored, source.pairs, rows, seq_len=seq_len, width=width, pad_id=pad_id)
-        mindrecord.write_rows(path, made, seq_len=seq_len, width=width,
-                              sidecar={**_file_counts(report, members, rows), **sidecar})
-        report.files.append(DataFile(path, len(members), len(rows), width))
+        rows = _plan_rows(scored, members.tolist(), groups.row_limits(seq_len), packed)
+        file = _describe_file(path, scored, rows)
+        report.files.append(file)
+        about = {**_file_counts(report, file, members), **sidecar}
+        made = (mindrecord.make_row([_read_group(scored, source.pairs, group) for group in row],
+                                    pad_id=pad_id, **mindrecord.column_sizes(about))
+                for row in cli.progress_bar(len(rows), "write", "row", iterable=rows))
+        mindrecord.write_rows(path, made, about)
     return report
 
 
-def _file_counts(report: MergeReport, members: np.ndarray, rows: Sequence[Sequence[int]]
-           ) -> dict[str, Any]:
+def _describe_file(path: Path, scored: Scored, rows: Sequence[Sequence[PairGroup]]) -> DataFile:
+    """Count what a file of these rows holds."""
+    every = [group for row in rows for group in row]
+    return DataFile(
+        path, pairs=sum(len(group.pairs) for group in every), rows=len(rows),
+        answers_per_row=max(sum(len(group.answers) for group in row) for row in rows),
+        pairs_per_row=max(sum(len(group.pairs) for group in row) for row in rows),
+        groups=len(every), prompts=len({group.prompt for group in every}),
+        answers=len({answer for group in every for answer in group.answers}),
+        positions=int(groups.group_sizes(scored.sizes, every)[:, 0].sum()))
+
+
+def _file_counts(report: MergeReport, file: DataFile, members: np.ndarray) -> dict[str, Any]:
     """What the sidecar of one file says about its rows and pairs.
 
     Args:
         report: of the merge.
+        file: that is written.
         members: int (N,), indices into `scored` of the file's pairs.
-        rows: the same, by row.
     """
     scored = report.scored
     return {
-        "rows": len(rows), "pairs_per_row": max(map(len, rows)),
+        "rows": file.rows, "pairs_per_row": file.pairs_per_row,
+        "answers_per_row": file.answers_per_row,
         "pairs": {
             "read": report.read, "written": len(members),
-            "in the other file": len(scored.pairs) - len(members),
+            "in the other file": len(scored.numbers) - len(members),
             "dropped": {reason: len(places) for reason, places in report.dropped.items()},
             "prompts shortened": int((scored.cut[members] > 0).sum())},
+        "prompts": file.prompts, "answers": file.answers,
         "bad_rows": report.bad,
-        "tokens": int(scored.sides[members].sum()),
+        "tokens": file.positions,
+        "tokens_unshared": scored.sizes.unshared(members),
         "places": {name: places[:LISTED]
                    for name, places in {**report.dropped, **report.noted}.items()}}
 
@@ -135,32 +162,28 @@ def _collect_places(scored: Scored, source: PairSource
     if len(scored.dropped):
         dropped[TOO_LONG] = places(scored.dropped)
     if scored.cut.any():
-        noted["prompts shortened to fit"] = places(scored.pairs[scored.cut > 0])
+        noted["prompts shortened to fit"] = places(scored.numbers[scored.cut > 0])
     return dropped, noted
 
 
-def _plan_rows(scored: Scored, members: np.ndarray, seq_len: int, packed: bool) -> list[list[int]]:
-    """Indices into `scored` of each row's pairs; members: int (N,), indices of the file's pairs."""
-    if not packed:
-        return members[:, None].tolist()
-    rows = packing.pack_pairs(scored.sides[members], seq_len)
-    return [members[row].tolist() for row in rows]
-
-
-def _make_rows(scored: Scored, pairs: Sequence[Pair], rows: Sequence[Sequence[int]],
-               **sizes: int) -> Iterator[dict[str, np.ndarray]]:
-    """Make the rows of a file one by one.
+def _plan_rows(scored: Scored, members: Sequence[int], limits: Limits,
+               packed: bool) -> list[list[PairGroup]]:
+    """The groups of each row.
 
     Args:
-        scored: the scored pairs.
-        pairs: of the source.
-        rows: indices into `scored` of each row's pairs.
-        sizes: seq_len, width and pad_id of mindrecord.make_row().
+        scored: the pairs.
+        members: indices into `scored` of the file's pairs.
+        limits: of a row.
+        packed: whether a row holds as many groups as fit, or one.
     """
-    bar = cli.progress_bar(len(rows), "write", "row")
-    for row in rows:
-        numbers = [pairs[number].number for number in scored.pairs[row].tolist()]
-        members = [scored.tokens(number) for number in row]
-        yield mindrecord.make_row(members, scored.logps[row], numbers, **sizes)
-        bar.update()
-    bar.close()
+    made = groups.make_groups(scored.sizes, members, limits)
+    rows = packing.pack_groups(groups.group_sizes(scored.sizes, made), limits, packed=packed)
+    return [[made[number] for number in row] for row in rows]
+
+
+def _read_group(scored: Scored, pairs: Sequence[Pair], group: PairGroup) -> TokenGroup:
+    """Read the tokens of a group; its answers are numbered anew."""
+    members = {pair: scored.sizes.pairs[pair].tolist() for pair in group.pairs}
+    numbers = {pair: pairs[scored.numbers[pair]].number for pair in group.pairs}
+    return TokenGroup(scored.prompt(group.prompt), list(map(scored.answer, group.answers)),
+                      group.compare(members, numbers), scored.logps[group.answers].tolist())

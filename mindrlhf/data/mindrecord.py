@@ -10,46 +10,76 @@ from typing import Any
 import numpy as np
 
 from mindrlhf.cli import UserError, existing_file, rank
-from mindrlhf.data.features import TokenPair, row_columns
+from mindrlhf.data import groups, packing
+from mindrlhf.data.features import TokenGroup, TokenPair, row_inputs
 from mindrlhf.files import Output, hash_file, read_head, staging_folder, write_json
-from mindrlhf.records import COLUMNS, SIDES
+from mindrlhf.records import COLUMNS
 
-SIDECAR_FORMAT = 1
+SIDECAR_FORMAT = 2
 HASHES = "xxh3_128"  # key of the sidecar: content hash of each file
 HASHED = {"rows": "", "index": ".db"}  # name in the sidecar -> ending of the file's path
-REQUIRED_KEYS = ("seq_len", "pairs_per_row", "rows", "template", "tokenizer", "checkpoint", "pairs")
+REQUIRED_KEYS = ("seq_len", "answers_per_row", "pairs_per_row", "rows", "template", "tokenizer",
+                 "checkpoint", "pairs")
 
 
-def make_row(pairs: Sequence[TokenPair], logps: Sequence[Sequence[float]] | np.ndarray,
-             pair_ids: Sequence[int], *, seq_len: int, width: int, pad_id: int
-             ) -> dict[str, np.ndarray]:
+def make_row(members: Sequence[TokenGroup], *, pad_id: int, **sizes: int) -> dict[str, np.ndarray]:
     """Build one row.
 
     Args:
-        pairs: at most `width` pairs.
-        logps: reference log-probs, (chosen, rejected) of each pair, nats.
-        pair_ids: row number of each pair in the source.
-        seq_len: positions, S.
-        width: pairs that the columns have room for, P.
+        members: prompts with answers, reference log-probs and pairs.
         pad_id: id of the padding token.
+        sizes: of the columns: seq_len, answers and pairs, see records.Column.
 
     Returns:
-        The columns in the order of COLUMNS: int32 (S,), float32 (P,) for log-probs, and pair_ids,
-        int32 (P,), padded with -1.
+        The columns of COLUMNS. Answers are numbered through all groups of the row.
     """
-    row: dict[str, np.ndarray] = {}
-    for number, side in enumerate(SIDES):
-        columns = row_columns(pairs, side, seq_len, pad_id)
-        row |= {f"{side}_{name}": values for name, values in columns.items()}
-        row[f"{side}_ref_logps"] = np.zeros(width, np.float32)
-        row[f"{side}_ref_logps"][:len(pairs)] = [pair[number] for pair in logps]
-    row["pair_ids"] = np.full(width, -1, np.int32)
-    row["pair_ids"][:len(pairs)] = pair_ids
+    row = {name: np.full(sizes[column.size], column.filler, column.dtype)
+           for name, column in COLUMNS.items()}
+    row |= row_inputs(members, sizes["seq_len"], pad_id)
+    answers = pairs = 0
+    for group in members:
+        own = slice(answers, answers + len(group.answers))
+        row["reference_logps"][own] = group.logps
+        row["answer_tokens"][own] = list(map(len, group.answers))
+        for place, pair in enumerate(group.pairs, pairs):
+            row["chosen"][place] = answers + pair.chosen
+            row["rejected"][place] = answers + pair.rejected
+            row["pair_ids"][place] = pair.number
+        answers, pairs = answers + len(group.answers), pairs + len(group.pairs)
     return row
 
 
-def write_rows(path: str | Path, rows: Iterable[Mapping[str, np.ndarray]], *, seq_len: int,
-               width: int, sidecar: Mapping[str, Any]) -> None:
+def make_rows(pairs: Sequence[TokenPair], logps: np.ndarray, *, seq_len: int, pad_id: int,
+              share: bool = True, packed: bool = True) -> list[dict[str, np.ndarray]]:
+    """Build the rows of some pairs in memory; a pair's number is its index.
+
+    Args:
+        pairs: the pairs.
+        logps: float (N, 2), reference log-probs of chosen and rejected answers, nats.
+        seq_len: positions, S.
+        pad_id: id of the padding token.
+        share: whether pairs with the same prompt share it.
+        packed: whether a row holds as many groups as fit, or one.
+    """
+    found, limits = groups.find_sequences(pairs, share), groups.row_limits(seq_len)
+    references = np.zeros(len(found.answers), np.float32)
+    references[np.array(found.pairs, int).reshape(-1, 2)] = logps
+    made = groups.make_groups(found.sizes, range(len(pairs)), limits)
+    rows = packing.pack_groups(groups.group_sizes(found.sizes, made), limits, packed=packed)
+    sizes = {"answers": max(sum(len(made[k].answers) for k in row) for row in rows),
+             "pairs": max(sum(len(made[k].pairs) for k in row) for row in rows)}
+    return [make_row([found.read(made[k], references) for k in row], seq_len=seq_len,
+                     pad_id=pad_id, **sizes) for row in rows]
+
+
+def column_sizes(sidecar: Mapping[str, Any]) -> dict[str, int]:
+    """Sizes of a file's columns, as Column.size names them."""
+    return {"seq_len": sidecar["seq_len"], "answers": sidecar["answers_per_row"],
+            "pairs": sidecar["pairs_per_row"]}
+
+
+def write_rows(path: str | Path, rows: Iterable[Mapping[str, np.ndarray]],
+               sidecar: Mapping[str, Any]) -> None:
     """Write rows, index and sidecar; the .mindrecord appears last, when everything is complete.
 
     MindSpore stores the file's name in its index, so the file is written under its final name in a
@@ -59,8 +89,6 @@ def write_rows(path: str | Path, rows: Iterable[Mapping[str, np.ndarray]], *, se
         path: the .mindrecord; path + ".db" (MindSpore's index) and path + ".json" (the sidecar) are
             written with it.
         rows: results of make_row().
-        seq_len: S.
-        width: P.
         sidecar: how the data were made.
 
     Raises:
@@ -68,7 +96,7 @@ def write_rows(path: str | Path, rows: Iterable[Mapping[str, np.ndarray]], *, se
     """
     from mindspore.mindrecord import FileWriter
     path = Path(path)
-    sizes = {"seq_len": seq_len, "pairs": width}
+    sizes = column_sizes(sidecar)
     schema = {name: {"type": column.dtype, "shape": [sizes[column.size]]}
               for name, column in COLUMNS.items()}
     try:
@@ -126,7 +154,8 @@ def read_data_sidecar(path: str | Path) -> dict[str, Any]:
     try:
         content = json.loads(sidecar.read_text(encoding="utf-8"))
         if content["format"] != SIDECAR_FORMAT:
-            raise ValueError(f"format {content['format']}, expected {SIDECAR_FORMAT}")
+            raise UserError(f"{path}: was made by another version of this project (format "
+                            f"{content['format']}, not {SIDECAR_FORMAT}); preprocess again")
         for key in REQUIRED_KEYS:
             if key not in content:
                 raise ValueError(f"no {key}")

@@ -1,92 +1,143 @@
 """Part files: the pairs that the workers have scored so far, in a folder beside the destination.
 
-The source is split into parts of a fixed number of pairs, regardless of the number of workers, and
-each part is one file. So the result does not depend on the number of workers, and a stopped run
-resumes from the parts that are done.
+The source is split into parts regardless of the number of workers, and each part is one file. So
+the result does not depend on the number of workers, and a stopped run resumes from the parts that
+are done.
 """
 from __future__ import annotations
 
 import contextlib
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from mindrlhf.arithmetic import ceil_div
 from mindrlhf.cli import UserError
-from mindrlhf.data.features import TokenPair
+from mindrlhf.data.groups import Sequences, Sizes
 from mindrlhf.files import atomic_file
 
-SMALLEST, LARGEST = 8, 1024  # pairs of a part
+SMALLEST, LARGEST = 8, 1024  # pairs of a part; more only where a bundle has more
 
 
-def part_size(pairs: int) -> int:
-    """Pairs of a part: enough to fill its rows, few enough that a kill loses little.
+def split_bundles(bundles: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Split the source into parts: bundles of pairs, none of them divided.
 
-    With enough pairs, the number of parts is a multiple of 64, so that 8 workers finish together.
+    A part has enough pairs to fill its rows, and few enough that a kill loses little. With enough
+    pairs, there are about 64 parts or a multiple of it, so that 8 workers finish together.
+
+    Args:
+        bundles: indices of the pairs of each bundle.
+
+    Returns:
+        Indices of the pairs of each part.
     """
-    parts = 64 * ceil_div(pairs, 64 * LARGEST)
-    return max(ceil_div(pairs, parts), SMALLEST)
+    pairs = sum(map(len, bundles))
+    least = max(ceil_div(pairs, 64 * ceil_div(pairs, 64 * LARGEST)), SMALLEST)
+    parts: list[list[int]] = [[]]
+    for bundle in bundles:
+        if len(parts[-1]) >= least:
+            parts.append([])
+        parts[-1] += bundle
+    return parts
 
 
 @dataclass(frozen=True)
 class Part:
-    """Consecutive pairs of the source, tokenized and scored. The fields are the arrays of its file.
+    """Some pairs of the source, tokenized and scored. The fields are the arrays of its file.
 
     Attributes:
-        pairs: int32 (N,), numbers of the scored pairs among the source's pairs.
-        lengths: int32 (N, 3), tokens of prompt, chosen and rejected answer.
-        tokens: int32, prompt, chosen and rejected answer of each pair, all concatenated.
-        logps: float32 (N, 2), reference log-probs of the chosen and the rejected answer, nats.
-        cut: int32 (N,), tokens cut from each prompt.
-        dropped: int32 (M,), numbers of the pairs that do not fit into a row.
+        numbers: int32 (N,), of the scored pairs among the source's pairs.
+        prompts, answers, pairs: see groups.Sizes.
+        tokens: int32, all prompts, then all answers, concatenated.
+        prompt_hashes, answer_hashes: uint64 (Q, 2) and (M, 2), of their token ids.
+        logps: float32 (M,), reference log-prob of each answer, nats.
+        cut: int32 (N,), tokens cut from the prompt of each pair.
+        dropped: int32, numbers of the pairs that do not fit into a row.
     """
+    numbers: np.ndarray
+    prompts: np.ndarray
+    answers: np.ndarray
     pairs: np.ndarray
-    lengths: np.ndarray
     tokens: np.ndarray
+    prompt_hashes: np.ndarray
+    answer_hashes: np.ndarray
     logps: np.ndarray
     cut: np.ndarray
     dropped: np.ndarray
+
+    @classmethod
+    def of(cls, found: Sequences, logps: np.ndarray, *, numbers: Sequence[int],
+           cut: Sequence[int], dropped: Sequence[int]) -> Part:
+        """Make a part of the sequences of its pairs.
+
+        Args:
+            found: prompts, answers and pairs.
+            logps: float32 (M,), of each answer.
+            numbers, cut, dropped: see the attributes.
+        """
+        texts = [np.array(ids, np.int32) for ids in (*found.prompts, *found.answers)]
+        hashes = np.frombuffer(b"".join(xxhash.xxh3_128_digest(ids.tobytes()) for ids in texts),
+                               np.uint64).reshape(-1, 2)
+        prompts = len(found.prompts)
+        return cls(np.array(numbers, np.int32), *found.sizes,
+                   tokens=np.concatenate([np.zeros(0, np.int32), *texts]),
+                   prompt_hashes=hashes[:prompts], answer_hashes=hashes[prompts:],
+                   logps=logps, cut=np.array(cut, np.int32),
+                   dropped=np.array(dropped, np.int32))
 
 
 @dataclass(frozen=True)
 class Scored:
-    """All N scored pairs, in the order of the source. Their tokens stay on disk until read.
+    """All N scored pairs, in the order of the source. Tokens stay on disk until read.
 
     Attributes:
-        pairs: int32 (N,), numbers of the scored pairs among the source's pairs.
-        lengths: int32 (N, 3), tokens of prompt, chosen and rejected answer.
-        logps: float32 (N, 2), reference log-probs of the chosen and the rejected answer, nats.
-        cut: int32 (N,), tokens cut from each prompt.
-        dropped: int32 (M,), numbers of the pairs that do not fit into a row.
+        numbers: int32 (N,), of the pairs among the source's pairs.
+        sizes: their distinct prompts and answers.
+        logps: float32 (M,), reference log-prob of each answer, nats.
+        cut: int32 (N,), tokens cut from the prompt of each pair.
+        dropped: int32, numbers of the pairs that do not fit into a row.
         files: open part files.
-        places: int64 (N, 2), file and first token of each pair.
+        prompt_places, answer_places: int64 (Q, 2) and (M, 2), file and first token of each.
     """
-    pairs: np.ndarray
-    lengths: np.ndarray
+    numbers: np.ndarray
+    sizes: Sizes
     logps: np.ndarray
     cut: np.ndarray
     dropped: np.ndarray
     files: list[Any]
-    places: np.ndarray
+    prompt_places: np.ndarray
+    answer_places: np.ndarray
 
     @property
     def sides(self) -> np.ndarray:
         """int32 (N, 2): tokens of prompt + chosen and of prompt + rejected answer."""
-        return self.lengths[:, :1] + self.lengths[:, 1:]
+        prompts, tokens = np.moveaxis(self.sizes.answers[self.sizes.pairs], 2, 0)
+        return self.sizes.prompts[prompts] + tokens
 
-    def tokens(self, number: int) -> TokenPair:
-        """Read the tokens of the n-th scored pair."""
-        file, begin = self.places[number].tolist()
-        ends = np.cumsum(self.lengths[number]).tolist()
-        ids = self.files[file].get_slice("tokens")[begin:begin + ends[-1]].tolist()
-        return TokenPair(ids[:ends[0]], ids[ends[0]:ends[1]], ids[ends[1]:])
+    @property
+    def per_token(self) -> np.ndarray:
+        """float32 (N, 2): nats per token of the chosen and the rejected answer."""
+        return (self.logps / self.sizes.answers[:, 1])[self.sizes.pairs]
+
+    def prompt(self, number: int) -> list[int]:
+        """Read the token ids of a prompt."""
+        return self._read(self.prompt_places[number], self.sizes.prompts[number])
+
+    def answer(self, number: int) -> list[int]:
+        """Read the token ids of an answer."""
+        return self._read(self.answer_places[number], self.sizes.answers[number, 1])
+
+    def _read(self, place: np.ndarray, count: int) -> list[int]:
+        file, begin = place.tolist()
+        return self.files[file].get_slice("tokens")[begin:begin + int(count)].tolist()
 
 
 class Parts:
@@ -114,8 +165,7 @@ class Parts:
 
     def write(self, number: int, part: Part) -> None:
         """Write a part atomically."""
-        pairs = len(part.pairs) + len(part.dropped)
-        tokens = int(len(part.tokens) + part.lengths[:, 0].sum())  # both sides have the prompt
+        pairs, tokens = len(part.numbers) + len(part.dropped), len(part.tokens)
         about = json.dumps({"run": self.identity, "counts": [pairs, tokens]})
         with atomic_file(self.path(number)) as file:
             file.write(save(vars(part), {"about": about}))
@@ -195,17 +245,26 @@ class Parts:
         if show:
             show()
 
-    def read(self) -> Scored:
-        """Read all parts, except for their tokens."""
+    def read(self, share: bool = True) -> Scored:
+        """Read all parts, except for their tokens.
+
+        Args:
+            share: whether prompts that are equal in different parts become one.
+        """
         self.check()
         files = [safe_open(self.path(number), "np") for number in range(self.count)]
-        joined = {name: np.concatenate([file.get_tensor(name) for file in files])
-                  for name in ("pairs", "lengths", "logps", "cut", "dropped")}
-        places = []
-        for number, file in enumerate(files):
-            sizes = file.get_tensor("lengths").sum(1, dtype=np.int64)
-            places.append(np.stack([np.full(len(sizes), number), np.cumsum(sizes) - sizes], 1))
-        return Scored(**joined, files=files, places=np.concatenate(places))
+        names = [field.name for field in fields(Part) if field.name != "tokens"]
+        parts = [{name: file.get_tensor(name) for name in names} for file in files]
+        joined = _join(parts)
+        places = [_places(number, part) for number, part in enumerate(parts)]
+        if share:
+            _merge_equal(joined)
+        order = np.argsort(joined["numbers"], kind="stable")  # parts hold bundles, not runs
+        return Scored(
+            joined["numbers"][order],
+            Sizes(joined["prompts"], joined["answers"], joined["pairs"][order]), joined["logps"],
+            joined["cut"][order], np.sort(joined["dropped"]), files,
+            *(np.concatenate(kind) for kind in zip(*places)))
 
     def remove(self) -> None:
         """Delete the parts, the leftovers of killed workers and, once empty, the folder."""
@@ -214,6 +273,37 @@ class Parts:
                 path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.folder.rmdir()
+
+
+def _join(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Concatenate the arrays of all parts; prompts and answers are renumbered."""
+    prompts = np.cumsum([0, *(len(part["prompts"]) for part in parts)])
+    answers = np.cumsum([0, *(len(part["answers"]) for part in parts)])
+    renumbered = [{**part, "answers": part["answers"] + [[prompt, 0]],
+                   "pairs": part["pairs"] + answer}
+                  for part, prompt, answer in zip(parts, prompts, answers)]
+    return {name: np.concatenate([part[name] for part in renumbered]) for name in parts[0]}
+
+
+def _places(number: int, part: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """File and first token of each prompt and each answer of a part: int64 (Q, 2), (M, 2)."""
+    counts = np.concatenate([part["prompts"], part["answers"][:, 1]]).astype(np.int64)
+    places = np.stack([np.full(len(counts), number), np.cumsum(counts) - counts], 1)
+    return places[:len(part["prompts"])], places[len(part["prompts"]):]
+
+
+def _merge_equal(joined: dict[str, np.ndarray]) -> None:
+    """Let answers and pairs refer to the first of equal prompts and of equal answers, in place."""
+    answers = joined["answers"]
+    answers[:, 0] = _first_equal(joined["prompt_hashes"])[answers[:, 0]]
+    keys = np.concatenate([answers[:, :1].astype(np.uint64), joined["answer_hashes"]], 1)
+    joined["pairs"] = _first_equal(keys)[joined["pairs"]]
+
+
+def _first_equal(keys: np.ndarray) -> np.ndarray:
+    """Index of the first row that equals each row: (N, K) -> int (N,)."""
+    _, first, inverse = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+    return first[inverse.reshape(-1)]
 
 
 def _about(part: Any) -> dict[str, Any]:

@@ -4,20 +4,21 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mindrlhf import cli, config, files
-from mindrlhf.arithmetic import ceil_div
 from mindrlhf.checkpoints import fingerprints
 from mindrlhf.cli import UserError
 from mindrlhf.config import Settings
 from mindrlhf.data import merge, mindrecord, preference, reference, sources, summary
-from mindrlhf.data.parts import Part, Parts
+from mindrlhf.data.groups import bundle_pairs
+from mindrlhf.data.parts import Part, Parts, split_bundles
 from mindrlhf.models.glm4 import load, sidecar, template
+from mindrlhf.models.glm4.operations import model_operations
 from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
 from mindrlhf.parallel import Plan
 
@@ -33,13 +34,14 @@ class Options:
     identical: str = "keep"
     duplicates: str = "keep"
     eval_ratio: float = 0.0
+    share: bool = True
     pack: bool = True
     overwrite: bool = False
 
 
 OPTION_NAMES = [field.name for field in fields(Options)]
 # Options that the sidecar of the data records.
-RECORDED = ("truncation", "on_bad_row", "identical", "duplicates", "eval_ratio", "pack")
+RECORDED = ("truncation", "on_bad_row", "identical", "duplicates", "eval_ratio", "share", "pack")
 
 
 class RunDescription(NamedTuple):
@@ -78,10 +80,11 @@ def preprocess(options: Options, config_path: str, overrides: dict[str, Any]) ->
     tokenizer.check_vocabulary(settings["model"]["model_config"]["padded_vocab_size"])
     run = describe_run(options, settings, source, tokenizer)
 
-    count = ceil_div(len(source.pairs), reference.part_size(len(source.pairs)))
-    parts = Parts(options.dst, count, run.identity)
+    members = split_bundles(bundle_pairs(source.pairs, options.share))
+    parts = Parts(options.dst, len(members), run.identity)
     parts.check()
-    mine = range(count) if is_sharded else range(cli.rank(), count, cli.workers())
+    mine = (range(parts.count) if is_sharded
+            else range(cli.rank(), parts.count, cli.workers()))
     todo = [number for number in mine if not parts.is_done(number)]
     paths = [Path(options.dst), *([merge.eval_path(options.dst)] if any(held_out) else [])]
     if is_made(paths, run.origin["run"]):  # checked last: rank 0 then removes parts
@@ -92,15 +95,19 @@ def preprocess(options: Options, config_path: str, overrides: dict[str, Any]) ->
     for path in paths:
         files.require_overwrite(path, options.overwrite,
                                 partial(is_of_run, path, run.origin["run"]))
-    score_parts(parts, todo, source, settings, tokenizer, options)
+    score_parts(parts, {number: members[number] for number in todo}, source, settings, tokenizer,
+                options)
     if cli.rank() == 0:
         report = merge.merge_parts(
             parts, source, held_out, destination=options.dst, packed=options.pack,
-            seq_len=run.origin["seq_len"], pad_id=tokenizer.pad_id, sidecar=run.origin)
+            share=options.share, seq_len=run.origin["seq_len"], pad_id=tokenizer.pad_id,
+            sidecar=run.origin)
         is_drawn = summary.draw_summary(f"{options.dst}.png", report.scored)
         parts.remove()
         picture = f"{options.dst}.png" if is_drawn else "none: matplotlib is not installed"
-        cli.say(*summary.summary_lines(report), f"  picture    {picture}")
+        cli.say(*summary.summary_lines(report),
+                summary.length_line(report, partial(operations_at, settings)),
+                f"  picture    {picture}")
 
 
 def load_preprocess_settings(options: Options, config_path: str, overrides: dict[str, Any]
@@ -160,6 +167,7 @@ def describe_run(options: Options, settings: Settings, source: preference.PairSo
     weights = fingerprints.fingerprint(
         load.open_weights(settings["load_checkpoint"], settings.get("src_strategy")))
     about = {
+        "format": mindrecord.SIDECAR_FORMAT,
         "seq_len": settings["model"]["model_config"]["seq_length"], "template": template.VERSION,
         "dataset_type": source.dataset_type, "versions": runtime.versions(),
         "options": {name: getattr(options, name) for name in RECORDED}}
@@ -175,6 +183,17 @@ def describe_run(options: Options, settings: Settings, source: preference.PairSo
         "checkpoint": {"file": settings["load_checkpoint"], "fingerprint": weights},
         "run": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()}
     return RunDescription(origin, identity)
+
+
+def operations_at(settings: Settings, seq_len: int) -> float:
+    """Operations of a position when the model trains on rows of a length.
+
+    Args:
+        settings: of the run.
+        seq_len: positions of a row.
+    """
+    return model_operations(
+        config.with_changes(settings, {"model.model_config.seq_length": seq_len}))
 
 
 def is_of_run(path: str | Path, run: str) -> bool:
@@ -204,7 +223,7 @@ def open_scorer(settings: Settings, tokenizer: Glm4Tokenizer, *, packed: bool) -
     Args:
         settings: of the run.
         tokenizer: of the model.
-        packed: whether a row holds as many pairs as fit, or one.
+        packed: whether a row holds as many groups as fit, or one.
     """
     from mindrlhf import runtime
     from mindrlhf.models.glm4 import build
@@ -248,13 +267,13 @@ class Bar:
         self.bar.close()
 
 
-def score_parts(parts: Parts, todo: Sequence[int], source: preference.PairSource,
+def score_parts(parts: Parts, todo: Mapping[int, Sequence[int]], source: preference.PairSource,
                 settings: Settings, tokenizer: Glm4Tokenizer, options: Options) -> None:
     """Make the parts in todo; rank 0 then waits for the parts of the other workers.
 
     Args:
         parts: of the run.
-        todo: numbers of the parts that this worker makes.
+        todo: number of each part that this worker makes -> numbers of its pairs.
         source: the pairs.
         settings: of the run.
         tokenizer: of the model.
@@ -262,7 +281,6 @@ def score_parts(parts: Parts, todo: Sequence[int], source: preference.PairSource
     """
     bar = Bar(parts, len(source.pairs))
     is_writer = cli.rank() == 0 or not Plan.of(settings).is_sharded
-    size = reference.part_size(len(source.pairs))
 
     def score_part(number: int, scorer: reference.Scorer) -> Part:
         def report(pairs: int, tokens: int) -> None:
@@ -270,10 +288,11 @@ def score_parts(parts: Parts, todo: Sequence[int], source: preference.PairSource
                 parts.report(number, pairs, tokens)
             bar.show()
 
-        first = number * size
-        return reference.make_part(tokenizer, source.pairs[first:first + size], first,
-                                   seq_len=scorer.seq_len, truncation=options.truncation,
-                                   score=lambda pairs: scorer(pairs, report))
+        members = todo[number]
+        return reference.make_part(
+            tokenizer, [source.pairs[member] for member in members], members,
+            seq_len=scorer.seq_len, score=lambda found: scorer(found, report),
+            truncation=options.truncation, share=options.share)
 
     if todo:
         scorer = open_scorer(settings, tokenizer, packed=options.pack)

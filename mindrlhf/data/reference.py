@@ -1,4 +1,4 @@
-"""The reference pass: log-probs of pairs under the model as it is before training."""
+"""The reference pass: log-probs of answers under the model as it is before training."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -7,108 +7,113 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mindrlhf.cli import UserError
-from mindrlhf.data.features import TokenPair, row_columns, tokenize_pair, truncate_prompt
-from mindrlhf.data.packing import max_pairs, pack_pairs
-from mindrlhf.data.parts import Part, Parts, part_size  # noqa: F401  for callers of this pass
+from mindrlhf.data.features import TokenGroup, TokenPair, row_inputs, tokenize_pair, truncate_prompt
+from mindrlhf.data.groups import Sequences, find_sequences, group_sizes, make_groups, row_limits
+from mindrlhf.data.packing import pack_groups
+from mindrlhf.data.parts import Part
 from mindrlhf.data.preference import Pair
 from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
-from mindrlhf.records import INPUTS, SIDES
+from mindrlhf.records import INPUTS
 
 if TYPE_CHECKING:
     from mindrlhf.models.glm4.network import Glm4DPO
 
 
-def make_part(tokenizer: Glm4Tokenizer, pairs: Sequence[Pair], first: int, *, seq_len: int,
-              score: Callable[[list[TokenPair]], np.ndarray], truncation: str = "keep_end") -> Part:
-    """Tokenize and score consecutive pairs.
+def make_part(tokenizer: Glm4Tokenizer, pairs: Sequence[Pair], numbers: Sequence[int], *,
+              seq_len: int, score: Callable[[Sequences], np.ndarray],
+              truncation: str = "keep_end", share: bool = True) -> Part:
+    """Tokenize and score some pairs.
 
     Args:
         tokenizer: of the model.
         pairs: the pairs of the part.
-        first: number of the first of them among the source's pairs.
+        numbers: of these pairs among the source's pairs.
         seq_len: positions of a row.
-        score: function from N pairs to float32 (N, 2), log-probs of chosen and rejected answers.
+        score: function from the distinct sequences to float32 (M,), log-prob of each answer.
         truncation: one of features.TRUNCATIONS.
+        share: whether pairs with the same prompt share it.
     """
     kept: list[TokenPair] = []
-    numbers: list[int] = []
+    kept_numbers: list[int] = []
     cut: list[int] = []
     dropped: list[int] = []
-    for number, pair in enumerate(pairs, first):
+    for number, pair in zip(numbers, pairs):
         tokens, tokens_cut = truncate_prompt(tokenize_pair(tokenizer, pair), seq_len,
                                              tokenizer=tokenizer, truncation=truncation)
         if tokens is None:
             dropped.append(number)
         else:
             kept.append(tokens)
-            numbers.append(number)
+            kept_numbers.append(number)
             cut.append(tokens_cut)
-    pieces = [piece for pair in kept for piece in (pair.prompt, pair.chosen, pair.rejected)]
-    return Part(
-        pairs=np.array(numbers, np.int32),
-        lengths=np.array([len(piece) for piece in pieces], np.int32).reshape(-1, 3),
-        tokens=np.array([token for piece in pieces for token in piece], np.int32),
-        logps=score(kept) if kept else np.zeros((0, 2), np.float32),
-        cut=np.array(cut, np.int32),
-        dropped=np.array(dropped, np.int32))
+    found = find_sequences(kept, share)
+    logps = score(found) if kept else np.zeros(0, np.float32)
+    return Part.of(found, logps, numbers=kept_numbers, cut=cut, dropped=dropped)
 
 
 class Scorer:
-    """Reference log-probs of token pairs, batch by batch.
+    """Reference log-probs of answers, batch by batch.
 
     Args:
         model: with its weights loaded.
         seq_len: positions of a row.
-        batch_size: rows of a batch; the model sees both sides of each.
+        batch_size: rows of a batch.
         pad_id: id of the padding token.
-        packed: whether a row holds as many pairs as fit, or one.
+        packed: whether a row holds as many groups as fit, or one.
     """
 
     def __init__(self, model: Glm4DPO, *, seq_len: int, batch_size: int, pad_id: int,
                  packed: bool = True):
         from mindrlhf.models.glm4.network import ReferenceLogps
-        self.width = max_pairs(seq_len) if packed else 1
-        self.network = ReferenceLogps(model, self.width).set_train(False)
+        self.limits = row_limits(seq_len)
+        self.network = ReferenceLogps(model, self.limits.answers).set_train(False)
         self.seq_len, self.batch_size = seq_len, batch_size
         self.pad_id, self.packed = pad_id, packed
 
-    def __call__(self, pairs: Sequence[TokenPair],
+    def __call__(self, sequences: Sequences,
                  report: Callable[[int, int], None] | None = None) -> np.ndarray:
-        """Score N pairs.
+        """Score every answer once.
 
         Args:
-            pairs: the pairs.
-            report: called after each batch with the numbers of pairs and of their tokens so far.
+            sequences: of some pairs.
+            report: called after each batch with the numbers of pairs and of positions so far.
 
         Returns:
-            float32 (N, 2): log-probs of the chosen and the rejected answer, in nats, summed over
-            the response tokens.
+            float32 (M,): log-prob of each answer, in nats, summed over the response tokens.
 
         Raises:
             UserError: a log-prob is not finite.
         """
-        sides = np.array([[len(pair.prompt) + len(getattr(pair, side)) for side in SIDES]
-                          for pair in pairs])
-        rows = (pack_pairs(sides, self.seq_len) if self.packed
-                else [[number] for number in range(len(pairs))])
-        logps, done, tokens = np.zeros((len(pairs), 2), np.float32), 0, 0
+        groups = make_groups(sequences.sizes, range(len(sequences.pairs)), self.limits)
+        needs = group_sizes(sequences.sizes, groups)
+        rows = pack_groups(needs, self.limits, packed=self.packed)
+        logps = np.zeros(len(sequences.answers), np.float32)
+        pairs = positions = 0
         for begin in range(0, len(rows), self.batch_size):
             batch = rows[begin:begin + self.batch_size]
-            result = self._run([[pairs[number] for number in row] for row in batch])
-            for place, row in enumerate(batch):
-                logps[row] = result[:, place, :len(row)].T
-                done, tokens = done + len(row), tokens + int(sides[row].sum())
+            result = self._run([[sequences.read(groups[number]) for number in row]
+                                for row in batch])
+            for row, values in zip(batch, result):
+                answers = [answer for number in row for answer in groups[number].answers]
+                logps[answers] = values[:len(answers)]
+            done = needs[[number for row in batch for number in row]]
+            pairs, positions = pairs + int(done[:, 2].sum()), positions + int(done[:, 0].sum())
             if report:
-                report(done, tokens)
+                report(pairs, positions)
         if not np.isfinite(logps).all():
             raise UserError("the reference model gives log-probs that are not finite; check the "
                             "checkpoint and the YAML's compute_dtype")
         return logps
 
-    def _run(self, rows: list[list[TokenPair]]) -> np.ndarray:
-        """Log-probs of at most batch_size rows: float32 (2 sides, batch_size, P pairs)."""
+    def score_pairs(self, pairs: Sequence[TokenPair]) -> np.ndarray:
+        """Log-probs of each pair's chosen and rejected answer: float32 (N, 2), nats."""
+        sequences = find_sequences(pairs, share=True)
+        return self(sequences)[np.array(sequences.pairs)]
+
+    def _run(self, rows: list[list[TokenGroup]]) -> np.ndarray:
+        """Log-probs of the answers of at most batch_size rows: float32 (batch_size, A)."""
         from mindspore import Tensor
         rows = rows + [[]] * (self.batch_size - len(rows))
-        made = [row_columns(row, side, self.seq_len, self.pad_id) for side in SIDES for row in rows]
+        made = [row_inputs(row, self.seq_len, self.pad_id) for row in rows]
         columns = [Tensor(np.stack([row[name] for row in made])) for name in INPUTS]
-        return self.network(*columns).asnumpy().reshape(2, self.batch_size, self.width)
+        return self.network(*columns).asnumpy()

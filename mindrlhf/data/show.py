@@ -1,10 +1,14 @@
-"""Print rows of a training file pair by pair, with the scored tokens marked, and check all rows.
+"""Print rows of a training file group by group, with the scored tokens marked, and check all rows.
 
-Scored tokens, on which the model is trained, are in [[double brackets]], green on a terminal: an
-answer and the <|user|> that ends it. Control characters are printed as escapes.
+A group is a prompt with its distinct answers and the pairs that compare them. Scored tokens, on
+which the model is trained, are in [[double brackets]], green on a terminal: an answer and the
+<|user|> that ends it. Control characters are printed as escapes. With --json, each pair is a JSON
+object on a line of its own instead: pair (its row in the source, from 0), prompt_ids, chosen_ids,
+rejected_ids (the scored tokens), reference_chosen_logps and reference_rejected_logps (nats).
 """
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,6 +17,7 @@ import numpy as np
 
 from mindrlhf import cli
 from mindrlhf.data import mindrecord, validation
+from mindrlhf.data.features import AnswerPair
 from mindrlhf.models.glm4 import template
 from mindrlhf.records import SIDES
 
@@ -30,31 +35,10 @@ def parser() -> cli.Parser:
     parse.add_argument("file", metavar="FILE.mindrecord", help="output of the preprocessing")
     parse.add_argument("-n", type=cli.positive, default=3, metavar="ROWS",
                        help="rows to print (default: 3)")
-    parse.add_argument("--tokenizer", required=True, help="tokenizer.model that made the data")
+    parse.add_argument("--tokenizer", help="tokenizer.model that made the data; not needed with "
+                                           "--json, which then checks nothing")
+    parse.add_argument("--json", action="store_true", help="print all pairs as JSON lines")
     return parse
-
-
-def marked(row: Mapping[str, np.ndarray], side: str, segment: validation.Segment,
-           tokenizer: Glm4Tokenizer) -> str:
-    """Text of one sequence, with scored tokens in brackets.
-
-    Args:
-        row: its columns.
-        side: "chosen" or "rejected".
-        segment: of the pair on that side.
-        tokenizer: that made the data.
-    """
-    begin, end = segment
-    ids = row[f"{side}_input_ids"][begin:end].tolist()
-    scored = [False, *(row[f"{side}_loss_mask"][begin:end - 1] == 1).tolist()]  # t scores t + 1
-    opening, closing = ("\033[32m[[", "]]\033[0m") if sys.stdout.isatty() else ("[[", "]]")
-    pieces, at = [], 0
-    while at < len(ids):
-        stop = next((n for n in range(at, len(ids)) if scored[n] != scored[at]), len(ids))
-        text = cli.printable(tokenizer.decode(ids[at:stop], show_special=True))
-        pieces.append(f"{opening}{text}{closing}" if scored[at] else text)
-        at = stop
-    return "".join(pieces)
 
 
 def print_row(number: int, row: Mapping[str, np.ndarray], tokenizer: Glm4Tokenizer) -> None:
@@ -65,19 +49,41 @@ def print_row(number: int, row: Mapping[str, np.ndarray], tokenizer: Glm4Tokeniz
         row: its columns.
         tokenizer: that made the data.
     """
-    places = {side: validation.segments(row, side) for side in SIDES}
-    used = [sum(end - begin for begin, end in places[side]) for side in SIDES]
-    print(f"row {number}: {len(places['chosen'])} pairs, {used[0]} + {used[1]} tokens of "
-          f"{len(row['chosen_labels'])}")
-    for pair in range(min(map(len, places.values()))):
-        print(f"  pair {pair}, number {row['pair_ids'][pair]} of the source")
-        for side in SIDES:
-            begin, end = places[side][pair]
-            scored = int(row[f"{side}_loss_mask"][begin:end].sum())
-            logp = row[f"{side}_ref_logps"][pair]
-            print(f"    {side}: {end - begin} tokens, {scored} scored, reference {logp:.3f} nats, "
-                  f"{logp / max(scored, 1):.3f} per token")
-            print(f"      {marked(row, side, places[side][pair], tokenizer)}")
+    answers = validation.read_answers(row)
+    pairs = _pairs_of(row)
+    opening, closing = ("\033[32m[[", "]]\033[0m") if sys.stdout.isatty() else ("[[", "]]")
+
+    def text(ids: Sequence[int]) -> str:
+        return cli.printable(tokenizer.decode(ids, show_special=True))
+
+    print(f"row {number}: {len(pairs)} pairs of {len(answers)} answers, "
+          f"{(row['group_ids'] > 0).sum()} tokens of {len(row['group_ids'])}")
+    for place, answer in enumerate(answers):
+        if not place or answers[place - 1].group != answer.group:
+            print(f"  group {answer.group}: prompt of {len(answer.prompt)} tokens")
+            print(f"    {text(answer.prompt)}")
+        logp, scored = float(row["reference_logps"][place]), len(answer.response)
+        roles = [f"{side} in {pair.number}" for pair in pairs for side in SIDES
+                 if getattr(pair, side) == place]
+        print(f"    answer {place}: {scored} scored, reference {logp:.3f} nats, "
+              f"{logp / scored:.3f} per token, {', '.join(roles)}")
+        print(f"      {opening}{text(answer.response)}{closing}")
+
+
+def print_pairs(row: Mapping[str, np.ndarray]) -> None:
+    """Print the pairs of a row as JSON lines."""
+    answers, logps = validation.read_answers(row), row["reference_logps"].tolist()
+    for pair in _pairs_of(row):
+        print(json.dumps({
+            "pair": pair.number, "prompt_ids": answers[pair.chosen].prompt,
+            **{f"{side}_ids": answers[getattr(pair, side)].response for side in SIDES},
+            **{f"reference_{side}_logps": logps[getattr(pair, side)] for side in SIDES}}))
+
+
+def _pairs_of(row: Mapping[str, np.ndarray]) -> list[AnswerPair]:
+    """The pairs of a row; their answers are counted within the row."""
+    columns = (row[name].tolist() for name in (*SIDES, "pair_ids"))
+    return [pair for pair in map(AnswerPair, *columns) if pair.number >= 0]
 
 
 def check_file(rows: Iterable[Mapping[str, np.ndarray]], sidecar: Mapping[str, Any],
@@ -108,11 +114,18 @@ def check_file(rows: Iterable[Mapping[str, np.ndarray]], sidecar: Mapping[str, A
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print some rows, and check the file."""
-    arguments = parser().parse_args(argv)
+    parse = parser()
+    arguments = parse.parse_args(argv)
+    if not (arguments.tokenizer or arguments.json):
+        parse.error("--tokenizer is needed unless --json is given")
     sidecar = mindrecord.read_data_sidecar(arguments.file)
     mindrecord.require_unchanged(arguments.file, sidecar)
     from mindrlhf import runtime
     runtime.quiet_mindformers()
+    if arguments.json:
+        for row in mindrecord.read_rows(arguments.file):
+            print_pairs(row)
+        return
     from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
     tokenizer = Glm4Tokenizer(arguments.tokenizer)
     mindrecord.require_made_for(arguments.file, sidecar, seq_len=None, template=template.VERSION,
@@ -126,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise cli.UserError(f"{arguments.file}: {'; '.join(problems[:SHOWN])}{more}. Preprocess "
                             "again")
     print(f"{arguments.file}: {sidecar['rows']} rows with {sidecar['pairs']['written']} pairs are "
-          "valid: columns, segments, labels, loss masks, log-probs, sidecar")
+          "valid: columns, groups, answers, labels, positions, log-probs, sidecar")
 
 
 if __name__ == "__main__":

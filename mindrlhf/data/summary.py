@@ -2,13 +2,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from mindrlhf.arithmetic import ceil_div
 from mindrlhf.cli import printable
+from mindrlhf.data import row_length
 from mindrlhf.data.merge import MergeReport
 from mindrlhf.data.parts import Scored
 from mindrlhf.data.preference import Pair, PairSource
@@ -64,10 +65,26 @@ def pair_lines(pair: Pair) -> list[str]:
             f"    chosen   {chosen}", f"    rejected {rejected}"]
 
 
+def length_line(report: MergeReport, operations: Callable[[int], float]) -> str:
+    """One line: the row length that trains fastest.
+
+    Args:
+        report: of the merge.
+        operations: positions of a row -> operations of a position in training.
+    """
+    sizes, seq_len = report.scored.sizes, report.seq_len
+    best, now = (row_length.fastest_length(sizes, operations),
+                 row_length.count_rows(sizes, seq_len, operations))
+    if best is None or best.operations >= now.operations or best.seq_len == seq_len:
+        return f"  row length {seq_len} suits these data: no power of two trains faster"
+    speed = now.operations / best.operations
+    return (f"  row length --seq_len {best.seq_len} would train {speed:.2f} x as fast as "
+            f"{seq_len}, by its operations ({best.fill:.1%} full, no pair cut)")
+
+
 def summary_lines(report: MergeReport) -> list[str]:
     """Lines of text about a merge."""
     scored, sides = report.scored, report.scored.sides
-    rows = sum(file.rows for file in report.files)
     written = " + ".join(f"{file.pairs:,}" for file in report.files)
     lost = sum(map(len, report.dropped.values()))
     lines = [f"{file.path}: {file.pairs:,} pairs in {file.rows:,} rows of {report.seq_len}, at "
@@ -80,17 +97,29 @@ def summary_lines(report: MergeReport) -> list[str]:
                      ".json")
     lines += [f"  noted      {_count(name, places)}" for name, places in report.noted.items()]
 
-    filled = sides.sum(0) / (rows * report.seq_len)
     names = ("shortest", "5 %", "median", "95 %", "longest")
     lengths = np.percentile(sides.max(1), (0, 5, 50, 95, 100))
     length = ", ".join(f"{name} {value:.0f}" for name, value in zip(names, lengths))
-    mean = scored.logps.sum(0, dtype=np.float64) / scored.lengths[:, 1:].sum(0)
+    nats = scored.logps[scored.sizes.pairs].sum(0, dtype=np.float64)
+    mean = nats / scored.sizes.answers[scored.sizes.pairs, 1].sum(0)
     reference = ", ".join(f"{side} {value:.4f}" for side, value in zip(SIDES, mean))
-    return [*lines,
-            f"  tokens     {sides.sum():,} real, {filled.mean():.1%} of all positions; the fuller "
-            f"side is {filled.max():.1%} full",
-            f"  length     {length} tokens (the longer side of a pair)",
+    return [*lines, *_sharing_lines(report),
+            f"  length     {length} tokens (prompt + the longer answer of a pair)",
             f"  reference  {reference} nats per token"]
+
+
+def _sharing_lines(report: MergeReport) -> list[str]:
+    """What the rows hold: prompts, answers, tokens shared and unshared, and how full they are."""
+    def total(name: str) -> int:
+        return sum(getattr(file, name) for file in report.files)
+
+    positions, split = total("positions"), total("groups") - total("prompts")
+    unshared = report.scored.sizes.unshared(np.arange(len(report.scored.numbers)))
+    parts = f"; {split:,} x pairs of a prompt exceed a row" if split else ""
+    return [f"  shared     {total('prompts'):,} prompts, {total('answers'):,} answers{parts}",
+            f"  tokens     {positions:,}, {positions / (total('rows') * report.seq_len):.1%} of all"
+            f" positions; {unshared:,} if each pair repeated its prompt and answers "
+            f"({unshared / positions:.2f} x)"]
 
 
 def _count(reason: str, places: Sequence[str]) -> str:
@@ -108,7 +137,7 @@ def draw_summary(path: str | Path, scored: Scored) -> bool:
         return False
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    sides, per_token = scored.sides, scored.logps / scored.lengths[:, 1:]
+    sides, per_token = scored.sides, scored.per_token
     bins = np.linspace(0, sides.max() + 1, 61)
     for column, side in enumerate(SIDES):
         values = sides[:, column]

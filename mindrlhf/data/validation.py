@@ -1,38 +1,55 @@
 """What must hold for every row of a training file, checked without the code that made the row."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from mindrlhf.data.mindrecord import column_sizes
 from mindrlhf.models.glm4 import template
-from mindrlhf.records import COLUMNS, SIDES
+from mindrlhf.records import COLUMNS
 
 
-class Segment(NamedTuple):
-    """The positions begin to end - 1 of a row, which hold one sequence."""
-    begin: int
-    end: int
+class Answer(NamedTuple):
+    """An answer as a row holds it.
+
+    Attributes:
+        group: index of its group in the row.
+        prompt: token ids.
+        response: token ids that are scored, the stop token included.
+    """
+    group: int
+    prompt: list[int]
+    response: list[int]
 
 
-def segments(row: Mapping[str, np.ndarray], side: str) -> list[Segment]:
-    """The segment of each pair on one side of a row, in order."""
-    ids = row[f"{side}_segment_ids"]
-    borders = np.flatnonzero(np.diff(ids, prepend=0, append=0)).tolist()
-    return [Segment(begin, end) for begin, end in zip(borders, borders[1:]) if ids[begin]]
+def read_answers(row: Mapping[str, np.ndarray]) -> list[Answer]:
+    """The answers of a row, in order; the inverse of features.row_inputs()."""
+    ids, answer_ids, group_ids = row["input_ids"], row["answer_ids"], row["group_ids"]
+    answers = []
+    for number in range(1, answer_ids.max(initial=0) + 1):
+        own = np.flatnonzero(answer_ids == number)
+        if not len(own):
+            continue
+        group = int(group_ids[own[0]])
+        context = ids[(group_ids == group) & (answer_ids == 0)]
+        answers.append(Answer(group - 1, [*context.tolist(), int(ids[own[0]])],
+                              row["labels"][own].tolist()))
+    return answers
 
 
 def check_shapes(row: Mapping[str, np.ndarray], sidecar: Mapping[str, Any]) -> list[str]:
     """Problems of a row's columns: those that are missing, or have another dtype or shape."""
-    sizes = {"seq_len": (sidecar["seq_len"],), "pairs": (sidecar["pairs_per_row"],)}
+    sizes = column_sizes(sidecar)
     problems = []
-    for name, (dtype, size) in COLUMNS.items():
+    for name, column in COLUMNS.items():
+        shape = (sizes[column.size],)
         if name not in row:
             problems.append(f"no column {name}")
-        elif row[name].dtype != dtype or row[name].shape != sizes[size]:
+        elif row[name].dtype != column.dtype or row[name].shape != shape:
             found = f"{row[name].dtype} {row[name].shape}"
-            problems.append(f"{name} is {found}, not {dtype} {sizes[size]}")
+            problems.append(f"{name} is {found}, not {column.dtype} {shape}")
     return problems
 
 
@@ -48,73 +65,97 @@ def check_row(row: Mapping[str, np.ndarray], sidecar: Mapping[str, Any],
     Returns:
         The problems; empty if the row is valid.
     """
-    problems = check_shapes(row, sidecar)
+    problems = check_shapes(row, sidecar) or _check_ids(row)
     if problems:
         return problems
-    pairs = int((row["pair_ids"] >= 0).sum())
-    if not pairs or (row["pair_ids"][pairs:] != -1).any():
-        problems.append("pair_ids are not the numbers of one or more pairs, then -1")
-    prompts: list[list[int] | None] = []
-    for side in SIDES:
-        found, side_prompts = _check_side(row, side, pairs, special)
-        problems += found
-        prompts += side_prompts
-    if not problems and prompts[:pairs] != prompts[pairs:]:
-        problems.append("a pair has two prompts")
+    answers = read_answers(row)
+    for number, answer in enumerate(answers):
+        problems += [f"answer {number}: {problem}" for problem in _check_answer(answer, special)]
+    return problems + _check_layout(row) + _check_pairs(row, answers)
+
+
+def _check_ids(row: Mapping[str, np.ndarray]) -> list[str]:
+    """Problems of group and answer ids, without which the row cannot be read."""
+    groups, answers = row["group_ids"], row["answer_ids"]
+    used = int((groups > 0).sum())
+    steps = np.diff(groups[:used], prepend=0)
+    if not used or groups[used:].any() or not np.isin(steps, (0, 1)).all() or steps[0] != 1:
+        return ["group ids are not 1, 2, ..., then 0"]
+    if answers[used:].any():
+        return ["padding is scored"]
+    runs = answers[np.flatnonzero(np.diff(answers, prepend=-1))]
+    numbered = runs[runs > 0]
+    if not np.array_equal(numbered, np.arange(1, len(numbered) + 1)):
+        return ["answer ids are not 1, 2, ..., each in one place"]
+    first = np.flatnonzero(steps)
+    if answers[first].any():
+        return ["a group does not begin with its prompt"]
+    ends = np.append(first[1:], used) - 1
+    if not answers[ends].all():
+        return ["a group does not end with an answer"]
+    return []
+
+
+def _check_layout(row: Mapping[str, np.ndarray]) -> list[str]:
+    """Problems of input ids, labels and positions between the tokens of each group."""
+    problems = []
+    ids, labels, answers = row["input_ids"], row["labels"], row["answer_ids"]
+    for group in range(1, row["group_ids"].max() + 1):
+        own = row["group_ids"] == group
+        context = int((own & (answers == 0)).sum())
+        expected = [*range(context)]
+        firsts = set()
+        for answer in np.unique(answers[own & (answers > 0)]):
+            places = np.flatnonzero(answers == answer)
+            expected += range(context, context + len(places))
+            firsts.add(int(ids[places[0]]))
+            if (labels[places[:-1]] != ids[places[1:]]).any():
+                problems.append(f"answer {answer - 1}: labels are not the next tokens")
+        if row["positions"][own].tolist() != expected:
+            problems.append(f"group {group - 1}: positions do not continue those of the prompt")
+        if len(firsts) > 1:
+            problems.append(f"group {group - 1}: its answers have two prompts")
     return problems
 
 
-def _check_side(row: Mapping[str, np.ndarray], side: str, pairs: int, special: Mapping[str, int]
-                ) -> tuple[list[str], list[list[int] | None]]:
-    """Problems of one side of a row that has some pairs, and the prompt of each pair."""
-    segment_ids = row[f"{side}_segment_ids"]
-    found = segments(row, side)
-    sizes = [segment.end - segment.begin for segment in found]
-    expected = np.repeat([*range(1, len(found) + 1), 0], [*sizes, len(segment_ids) - sum(sizes)])
-    if len(found) != pairs or (segment_ids != expected).any():
-        return [f"{side}: segment ids are not 1 to {pairs}, then 0"], []
+def _check_answer(answer: Answer, special: Mapping[str, int]) -> list[str]:
+    """Problems of the tokens of one answer; special: special token -> id."""
     problems = []
-    if row[f"{side}_loss_mask"][segment_ids == 0].any():
-        problems.append(f"{side}: padding is scored")
-    logps = row[f"{side}_ref_logps"]
-    if not np.isfinite(logps).all() or (logps > 0).any():
-        problems.append(f"{side}: a log-prob is not finite, or above 0")
-    if logps[pairs:].any():
-        problems.append(f"{side}: a log-prob where there is no pair")
-    prompts = []
-    for number, (begin, end) in enumerate(found):
-        columns = {name: row[f"{side}_{name}"][begin:end]
-                   for name in ("input_ids", "labels", "loss_mask")}
-        pair_problems, prompt = _check_sequence(columns, special)
-        problems += [f"{side} of pair {number}: {problem}" for problem in pair_problems]
-        prompts.append(prompt)
-    return problems, prompts
-
-
-def _check_sequence(columns: Mapping[str, np.ndarray], special: Mapping[str, int]
-                    ) -> tuple[list[str], list[int] | None]:
-    """Problems of one sequence, and the token ids of its prompt, None if it cannot be found.
-
-    Args:
-        columns: input_ids, labels and loss_mask of its segment.
-        special: special token -> id.
-    """
-    ids, labels, mask = columns["input_ids"], columns["labels"], columns["loss_mask"]
-    scored = np.flatnonzero(mask)
-    if not np.isin(mask, (0, 1)).all() or len(scored) < 2:
-        return ["the loss mask is not 0 and 1, or scores fewer than two tokens"], None
-    first = int(scored[0])  # position of the last prompt token
-    problems = []
-    if (labels[:-1] != ids[1:]).any():
-        problems.append("labels are not the next tokens")
-    if not np.array_equal(scored, np.arange(first, len(ids) - 1)):
-        problems.append("the scored tokens are not one answer up to its end")
-    if ids[-1] != special[template.END_OF_TURN]:
+    if len(answer.response) < 2:
+        problems.append("scores fewer than two tokens")
+    if answer.response[-1] != special[template.END_OF_TURN]:
         problems.append(f"does not end with {template.END_OF_TURN}")
-    if ids[first] != special["<|assistant|>"]:
+    if answer.prompt[-1] != special["<|assistant|>"]:
         problems.append("the prompt does not end with <|assistant|>")
-    if ids[:2].tolist() != [special[tag] for tag in template.PREFIX]:
+    if answer.prompt[:2] != [special[tag] for tag in template.PREFIX]:
         problems.append(f"does not begin with {' '.join(template.PREFIX)}")
-    if np.isin(ids[first + 1:-1], list(special.values())).any():
+    if np.isin(answer.response[:-1], list(special.values())).any():
         problems.append("a special token inside the answer")
-    return problems, ids[:first + 1].tolist()
+    return problems
+
+
+def _check_pairs(row: Mapping[str, np.ndarray], answers: Sequence[Answer]) -> list[str]:
+    """Problems of the columns of answers and pairs."""
+    problems = []
+    pairs = int((row["pair_ids"] >= 0).sum())
+    if not pairs or (row["pair_ids"][pairs:] != -1).any():
+        problems.append("pair_ids are not the numbers of one or more pairs, then -1")
+    for side in ("chosen", "rejected"):
+        if ((row[side][:pairs] < 0) | (row[side][:pairs] >= len(answers))).any():
+            return [*problems, f"{side}: a pair refers to an answer that the row does not have"]
+        if (row[side][pairs:] != -1).any():
+            problems.append(f"{side}: an answer where there is no pair")
+    for pair, (chosen, rejected) in enumerate(zip(row["chosen"][:pairs], row["rejected"][:pairs])):
+        if answers[chosen].group != answers[rejected].group:
+            problems.append(f"pair {pair} has two prompts")
+    if not set(range(len(answers))) <= {*row["chosen"].tolist(), *row["rejected"].tolist()}:
+        problems.append("an answer belongs to no pair")
+    tokens = [len(answer.response) for answer in answers]
+    if row["answer_tokens"].tolist() != tokens + [0] * (len(row["answer_tokens"]) - len(tokens)):
+        problems.append("answer_tokens are not the numbers of scored tokens")
+    logps = row["reference_logps"]
+    if not np.isfinite(logps).all() or (logps > 0).any():
+        problems.append("a log-prob is not finite, or above 0")
+    if logps[len(answers):].any():
+        problems.append("a log-prob where there is no answer")
+    return problems

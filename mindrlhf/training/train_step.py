@@ -9,6 +9,7 @@ from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindspore import Tensor, nn, ops
 
 from mindrlhf import cli
+from mindrlhf.models.glm4.network import pick
 from mindrlhf.records import PLACE
 from mindrlhf.runtime import SumOverWorkers, unwrap_network
 
@@ -79,25 +80,24 @@ class PartLoss(nn.Cell):
         super().__init__(auto_prefix=False)
         self.network, self.split, self.sum_over_workers = network, split, sum_over_workers
 
-    def construct(self, columns: tuple, all_pair_ids: Tensor,
-                  all_chosen_loss_mask: Tensor) -> tuple:
+    def construct(self, columns: tuple, all_chosen: Tensor, all_answer_tokens: Tensor) -> tuple:
         """The loss of some rows.
 
         Args:
             columns: of these rows, in the order of records.COLUMNS.
-            all_pair_ids: int32 (rows, P), of all rows of the batch.
-            all_chosen_loss_mask: int32 (rows, S), of all rows of the batch.
+            all_chosen: int32 (rows, P), the column of all rows of the batch.
+            all_answer_tokens: int32 (rows, A), the column of all rows of the batch.
 
         Returns:
             what Glm4DPO returns.
         """
         if self.split is not None:
             # no negative indices: MindSpore 2.7 finds no shape for them ("shape_ptr is nullptr")
-            count, inputs = len(PLACE), self.split(*columns, all_pair_ids, all_chosen_loss_mask)
-            columns, all_pair_ids = inputs[:count], inputs[count]
-            all_chosen_loss_mask = inputs[count + 1]
-        pairs = (all_pair_ids >= 0).astype("float32").sum()
-        tokens = all_chosen_loss_mask.astype("float32").sum()
+            count, inputs = len(PLACE), self.split(*columns, all_chosen, all_answer_tokens)
+            columns, all_chosen = inputs[:count], inputs[count]
+            all_answer_tokens = inputs[count + 1]
+        pairs = (all_chosen >= 0).astype("float32").sum()
+        tokens = pick(all_answer_tokens.astype("float32"), all_chosen).sum()
         totals = self.sum_over_workers(ops.stack((pairs, tokens)))
         weights = ops.stop_gradient(self.sum_over_workers.factor / ops.maximum(totals, 1.0))
         return self.network(columns, weights.reshape((1, 2)))
@@ -108,9 +108,9 @@ class DPOTrainOneStepCell(MFTrainOneStepCell):
     """A training step of Glm4DPO for MindFormers' Trainer.
 
     The loss is the mean over the pairs of the global batch: all workers, rows and accumulated
-    parts. Overflow is detected from the norm of the gradients, not from the NPU's float status
-    register as in MFTrainOneStepCell, so it works on every device. A step that overflows changes no
-    weights. There is no loss scale: bfloat16 and float32 need none.
+    parts. Overflow is detected from the gradients' norm and the batch's sums, not from the NPU's
+    float status register as in MFTrainOneStepCell, so it works on every device. A step that
+    overflows changes no weights. There is no loss scale: bfloat16 and float32 need none.
 
     Args:
         network: Glm4DPO, or a cell of MindFormers around it.
@@ -144,23 +144,25 @@ class DPOTrainOneStepCell(MFTrainOneStepCell):
         """Columns of a batch, in the order of COLUMNS -> the fields of records.StepOutput."""
         # one function for all parts: with one each, MindSpore 2.7 loses the earlier parts' values
         forward_backward = ops.value_and_grad(self.part_loss, None, self.weights, has_aux=True)
-        pair_ids, chosen_loss_mask = columns[PLACE["pair_ids"]], columns[PLACE["chosen_loss_mask"]]
+        chosen, answer_tokens = columns[PLACE["chosen"]], columns[PLACE["answer_tokens"]]
         (loss, sums, faulty), gradients = forward_backward(
-            self.part(columns, 0), pair_ids, chosen_loss_mask)
+            self.part(columns, 0), chosen, answer_tokens)
         for number in range(1, self.accumulation):
             # the next part waits for the gradients: one part's activations at a time
             later = (ops.depend(columns[0], gradients),) + columns[1:]
-            values, more = forward_backward(self.part(later, number), pair_ids, chosen_loss_mask)
+            values, more = forward_backward(self.part(later, number), chosen, answer_tokens)
             gradients = self.hyper_map(add_gradients, gradients, more)
             loss, sums = loss + values[0], sums + values[1]
             faulty = ops.concat((faulty, values[2]))
         gradients = self.grad_reducer(gradients)
         gradients, norm = self.clip_grad_norm(gradients)
-        overflow = ops.logical_not(ops.isfinite(norm)).all()
+        sums = self.sum_over_workers(sums)
+        finite = ops.logical_and(ops.isfinite(norm).all(), ops.isfinite(sums).all())
+        overflow = ops.logical_not(finite)
         learning_rate = self.learning_rate
         if self.optimizer.dynamic_lr:
             learning_rate = self.learning_rate(self.optimizer.global_step).reshape(())
         if not overflow:
             loss = ops.depend(loss, self.optimizer(gradients))
-        sums = self.sum_over_workers(sums)
-        return loss, overflow, self.scale_sense, learning_rate, norm, sums, pair_ids, faulty
+        return (loss, overflow, self.scale_sense, learning_rate, norm, sums,
+                columns[PLACE["pair_ids"]], faulty)

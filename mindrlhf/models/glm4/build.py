@@ -9,7 +9,7 @@ from mindspore import nn
 
 from mindrlhf import runtime
 from mindrlhf.cpu import patches
-from mindrlhf.models.glm4 import lora, network  # noqa: F401  network registers Glm4DPO
+from mindrlhf.models.glm4 import lora, network
 from mindrlhf.parallel import Plan
 
 
@@ -28,7 +28,7 @@ def build_network(run_config: Any) -> nn.Cell:
         "parallel_config": run_config.parallel_config, "plan": plan,
         "dpo": run_config.dpo, "lora": run_config.lora})
     patches.fix_cpu(model)
-    if can_optimize(run_config.model.model_config):
+    if isinstance(model, network.Glm4DPO) and can_optimize(run_config.model.model_config):
         patches.optimize_cpu(model, run_config.model.model_config)
     if run_config.lora:
         compute_dtype = run_config.model.model_config.compute_dtype
@@ -38,7 +38,7 @@ def build_network(run_config: Any) -> nn.Cell:
 
 
 def can_optimize(config: Any) -> bool:
-    """Whether the fast CPU cells may replace MindFormers': on a CPU, without a parallel plan.
+    """Whether fast CPU cells may replace those of Glm4DPO: on a CPU, without a parallel plan.
 
     With flash attention or a key-value cache, MindFormers' cells stay, so that an NPU's network
     runs on a CPU.
