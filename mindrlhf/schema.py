@@ -100,7 +100,8 @@ def _layer_count(value: Any) -> str | None:
 _DATASET: Schema = {
     "data_loader": {"type": _one_of("MindDataset"), "dataset_dir": _text, "shuffle": _boolean}}
 _CALLBACKS: dict[str, Schema] = {
-    "DPOMonitor": {"per_print_times": _integer(1), "max_bad_steps": _integer(1)},
+    "DPOMonitor": {"per_print_times": _integer(1), "max_bad_steps": _integer(1),
+                   "peak_tflops": _number(0, above=True)},
     "EvalMonitor": {"eval_step_interval": _integer(0),
                     "best_metric": _one_of("loss", "dpo_loss", "accuracy", "margin")},
     "DPOCheckpointMonitor": {"prefix": _name, "save_checkpoint_steps": _integer(1),

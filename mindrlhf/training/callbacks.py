@@ -44,15 +44,21 @@ class DPOMonitor(Callback):
         sft_weight: weight of the SFT term in the loss.
         tolerance: nats per answer by which policy and reference may differ at the first step; None
             skips the check.
+        operations: of the model for a position, without recomputation.
+        cards: that share the work.
+        peak_tflops: peak of a card, in 1e12 operations a second, for MFU; None leaves MFU out.
         per_print_times: steps between two console lines.
         max_bad_steps: consecutive steps without a finite loss or gradient that stop the run.
     """
 
     def __init__(self, progress: Progress, journal: Journal | None, *, sft_weight: float,
-                 tolerance: float | None, per_print_times: int = 1, max_bad_steps: int = 3) -> None:
+                 tolerance: float | None, operations: float, cards: int,
+                 peak_tflops: float | None = None, per_print_times: int = 1,
+                 max_bad_steps: int = 3) -> None:
         super().__init__()
         self.progress, self.journal = progress, journal
         self.sft_weight, self.tolerance = sft_weight, tolerance
+        self.operations, self.peak = operations, cards * (peak_tflops or 0) * 1e12
         self.every, self.max_bad_steps = per_print_times, max_bad_steps
         self.bad_steps = self.bad_in_a_row = 0
 
@@ -91,11 +97,15 @@ class DPOMonitor(Callback):
         bad = bool(outputs.overflow) or not math.isfinite(values["loss"])
         self.bad_steps += bad
         self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
-        return values | {
+        computed = values["tokens"] / (1 - values["padding"])
+        speed = {"pairs_per_second": values["pairs"] / seconds,
+                 "tokens_per_second": values["tokens"] / seconds,
+                 "computed_tokens_per_second": computed / seconds}
+        if self.peak:
+            speed["mfu"] = computed * self.operations / seconds / self.peak
+        return values | speed | {
             "learning_rate": float(outputs.learning_rate), "grad_norm": float(outputs.grad_norm),
             "overflow": bad, "overflow_steps": self.bad_steps, "seconds": seconds,
-            "pairs_per_second": values["pairs"] / seconds,
-            "tokens_per_second": values["tokens"] / seconds,
             "memory_gb": runtime.peak_memory() / 1e9}
 
     def show(self, values: dict[str, Any]) -> None:
@@ -104,12 +114,14 @@ class DPOMonitor(Callback):
         first = step == self.progress.first + 1
         if first or step % self.every == 0 or step == total or values["overflow"]:
             self.bar.clear()
+            mfu = f"MFU {values['mfu']:.1%}  " if "mfu" in values else ""
             skipped = (f"  OVERFLOW, step skipped ({self.bad_steps} so far)" if values["overflow"]
                        else "")
             cli.say(f"step {step}/{total}  {line(values)}  lr {values['learning_rate']:.2e}  "
                     f"grad {values['grad_norm']:.3g}{skipped}  "
                     f"{values['pairs_per_second']:.1f} pairs/s  "
-                    f"{values['tokens_per_second']:.0f} tokens/s  {values['memory_gb']:.1f} GB")
+                    f"{values['tokens_per_second']:.0f} tokens/s  "
+                    f"{values['padding']:.0%} padding  {mfu}{values['memory_gb']:.1f} GB")
         self.bar.update()
 
     def check_reference(self, values: dict[str, Any]) -> None:

@@ -18,7 +18,8 @@ def compute_metrics(sums: Sequence[float], *, sft_weight: float) -> dict[str, fl
         are means over pairs; a tie does not count as accurate. sft_loss is nats per chosen token.
         *_logps are nats per answer, *_logps_per_token nats per scored token. logratio_size is the
         mean over answers of |log pi - log pi_ref|, which is 0 where policy and reference are the
-        same. pairs and tokens (both sides, prompts included) are counts.
+        same. pairs and tokens (prompts included, shared ones once) are counts, padding is the share
+        of all positions that hold no token.
 
     Raises:
         ValueError: there are more or fewer sums than in SUMS.
@@ -41,4 +42,5 @@ def compute_metrics(sums: Sequence[float], *, sft_weight: float) -> dict[str, fl
     return {
         "loss": result["dpo_loss"] + sft_weight * result["sft_loss"], **result,
         "logratio_size": total["logratio_size"] / (2 * pairs),
-        "pairs": int(total["pairs"]), "tokens": int(total["tokens"])}
+        "pairs": int(total["pairs"]), "tokens": int(total["tokens"]),
+        "padding": 1 - total["tokens"] / max(total["positions"], 1.0)}

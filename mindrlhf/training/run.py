@@ -15,6 +15,7 @@ from mindrlhf.checkpoints import containers, fingerprints
 from mindrlhf.data import mindrecord
 from mindrlhf.data.dataset import open_dataset
 from mindrlhf.models.glm4 import build, load, sidecar, template
+from mindrlhf.models.glm4.operations import model_operations
 from mindrlhf.models.glm4.weight_names import is_adapter, is_base_weight
 from mindrlhf.parallel import Plan
 from mindrlhf.training import identity, state, train_step  # noqa: F401  train_step registers the training step
@@ -298,7 +299,8 @@ def make_callbacks(model: nn.Cell, settings: dict[str, Any], data: Data, progres
     check = dpo["check_reference"] and not resumed
     chain: list[Callback] = [DPOMonitor(
         progress, journal, sft_weight=dpo["sft_weight"],
-        tolerance=dpo["reference_tolerance"] if check else None, **options["DPOMonitor"])]
+        tolerance=dpo["reference_tolerance"] if check else None,
+        operations=model_operations(settings), cards=cli.workers(), **options["DPOMonitor"])]
     if data.eval_path and data.eval:
         evaluation = options.get("EvalMonitor", {})
         metric = evaluation.get("best_metric", "loss")
