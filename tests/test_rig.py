@@ -126,6 +126,7 @@ def test_the_rehearsal_changes_only_what_it_says(rehearsal):
         "model.model_config.padded_vocab_size",
         "dpo.logps_chunk_size",
         "callbacks",
+        "recompute_config.recompute",  # the same share of the layers
         "model.model_config.max_decode_length",
     }
     for name, base in (("many", "finetune"), ("process", "process"), ("predict", "predict")):

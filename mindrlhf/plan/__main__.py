@@ -31,17 +31,21 @@ def parser() -> cli.Parser:
                            help="memory of a card in GB, 1e9 bytes (default: 64)")
     arguments.add_argument("--tflops", type=cli.positive, default=round(hours.PEAK / 1e12),
                            help="bfloat16 peak of a card in 1e12 operations a second (default: "
-                                "%(default)s; the smaller 910B has 313)")
+                                "%(default)s; a larger 910B has 376)")
     source = arguments.add_mutually_exclusive_group()
     source.add_argument("--data", metavar="FILE",
                         help=".mindrecord of the preprocessing, to estimate the hours")
+    source.add_argument("--src", nargs="+", metavar="PATH",
+                        help="preference pairs, as the preprocessing takes them; with --tokenizer")
     source.add_argument("--pairs", type=cli.positive,
                         help="pairs of the data, if there is no file yet")
     source.add_argument("--rows", type=cli.positive,
                         help="rows of the data, if there is no file yet")
+    arguments.add_argument("--tokenizer", metavar="FILE",
+                           help="with --src: tokenizer.model of the model")
     arguments.add_argument("--pair_tokens", type=cli.positive,
-                           help="with --pairs: mean tokens of the longer side of a pair "
-                                f"(default: {PAIR_TOKENS})")
+                           help="with --pairs: mean tokens that a pair adds to a row, shared ones "
+                                f"once (default: {PAIR_TOKENS})")
     arguments.add_argument("--search", action="store_true",
                            help="try plans, row lengths, batches and recomputation, and print the "
                                 "ten fastest that fit")
@@ -58,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = config.load_settings(arguments.config, run_mode=("finetune", "preprocess"))
     plan = Plan.of(settings)
     devices = arguments.devices or (plan.cards if plan.is_sharded else 8)
-    work = workload_of(settings, data=arguments.data, pairs=arguments.pairs, rows=arguments.rows,
+    work = workload_of(settings, data=arguments.data, src=arguments.src,
+                       tokenizer=arguments.tokenizer, pairs=arguments.pairs, rows=arguments.rows,
                        pair_tokens=arguments.pair_tokens)
     limit, peak = room(settings, arguments.memory), arguments.tflops * 1e12
     if arguments.search:
@@ -68,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         fits = bool(lines)
     else:
         config.require_workers(settings, devices)
-        cli.say(*report(settings, devices, limit=limit, rows=work and work.rows, peak_rate=peak))
+        rows = work.rows if work else None
+        cli.say(*report(settings, devices, limit=limit, rows=rows, peak_rate=peak))
         fits = memory.peak_memory_of(settings, devices).bytes <= limit
     if not fits:
         sys.exit(1)

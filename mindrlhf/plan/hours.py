@@ -4,24 +4,17 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from mindrlhf.arithmetic import ceil_div
-from mindrlhf.models.glm4.model_config import ModelConfig
+from mindrlhf.models.glm4.operations import forward_operations, step_operations
 from mindrlhf.parallel import Plan
 from mindrlhf.plan import traffic
-from mindrlhf.plan.memory import shares_of, widths
-from mindrlhf.recompute import recomputed_layers
+from mindrlhf.plan.memory import shares_of
 
-# operations a second of an Ascend 910B in bfloat16, as commonly stated for its larger variant; the
-# smaller one has 313e12
-PEAK = 376e12
+# operations a second of an Ascend 910B in bfloat16, as commonly stated for the variant of the Atlas
+# 900 A2; a larger variant has 376e12
+PEAK = 313e12
 EFFICIENCY = 0.45  # assumption: share of the peak, recomputed operations counted
 # assumption: bytes a second that a card receives over HCCS, about half of its 196e9
 BANDWIDTH = 100e9
-
-
-class Operations(NamedTuple):
-    """Floating-point operations of a position in the forward pass."""
-    layers: int
-    output: int
 
 
 class StepTime(NamedTuple):
@@ -34,35 +27,6 @@ class Span(NamedTuple):
     """Hours of a run, with communication hidden behind computing (least) or after it (most)."""
     least: float
     most: float
-
-
-def forward_operations(settings: dict[str, Any]) -> Operations:
-    """Operations of a position in the forward pass.
-
-    A matrix product takes two for each weight. Attention covers all positions of the row: flash
-    attention computes masked positions too.
-    """
-    sizes, (hidden, query, key, ffn) = ModelConfig.of(settings), widths(settings)
-    matrices = hidden * (query + 2 * key) + query * hidden + 3 * hidden * ffn
-    attention = 4 * settings["model"]["model_config"]["seq_length"] * query
-    return Operations(sizes.num_layers * (2 * matrices + attention),
-                      2 * hidden * sizes.padded_vocab_size)
-
-
-def step_operations(settings: dict[str, Any], recomputed: float | None = None) -> float:
-    """Operations of a position in a training step: forward, twice that backward, recomputation.
-
-    Args:
-        settings: as config.load_settings returns them.
-        recomputed: share of the layers that are recomputed; None: as in the YAML.
-    """
-    operations = forward_operations(settings)
-    if recomputed is None:
-        recomputed = recomputed_layers(settings) / ModelConfig.of(settings).num_layers
-    backward = 1 if "lora" in settings else 2  # frozen matrices need no gradient
-    again = 1 if settings["dpo"]["logps_chunk_size"] else 0
-    return (operations.layers * (1 + backward + recomputed)
-            + operations.output * (1 + backward + again))
 
 
 def tokens_per_second(operations: float, *, peak: float = PEAK,
@@ -113,7 +77,7 @@ def steps_per_epoch(settings: dict[str, Any], devices: int, rows: int) -> int:
     Args:
         settings: as config.load_settings returns them.
         devices: number of cards.
-        rows: of the data. Each has a chosen and a rejected side.
+        rows: of the data.
     """
     return ceil_div(rows, settings["runner_config"]["batch_size"] * Plan.of(settings, devices).data)
 
@@ -124,7 +88,7 @@ def run_hours(settings: dict[str, Any], devices: int, rows: int, peak: float = P
     Args:
         settings: as config.load_settings returns them.
         devices: number of cards.
-        rows: of the data. Each has a chosen and a rejected side.
+        rows: of the data.
         peak: operations a second of a card at its peak.
     """
     step = seconds_per_step(settings, devices, peak)

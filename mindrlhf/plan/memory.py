@@ -82,10 +82,10 @@ def shares_of(settings: dict[str, Any], devices: int) -> Shares:
     """Shares of a YAML on a number of cards."""
     plan, length = Plan.of(settings, devices), settings["model"]["model_config"]["seq_length"]
     batch = settings["runner_config"]["batch_size"]
-    group = 2 * batch * length  # a row has a chosen and a rejected side
+    group = batch * length
     if not plan.is_sharded:  # each card computes alone
         return Shares(group, group, group, 1)
-    rows = 2 * batch * plan.data
+    rows = batch * plan.data
     split = rows // math.gcd(rows, plan.cards) * length
     if plan.keeps_vocabulary:
         return Shares(split, group, group, 1)

@@ -20,8 +20,6 @@ from mindrlhf.recompute import recomputed_layers
 
 SHOWN = 10
 SHORTEST = 512  # tokens of a row
-# of average length in a row, at least: the longest pair must fit too, and few pairs leave gaps
-PAIRS_IN_A_ROW = 4
 # what is tried; in the order of the columns that are printed
 KEYS = ("parallel_config.data_parallel", "parallel_config.model_parallel",
         "model.model_config.seq_length", "runner_config.batch_size",
@@ -63,8 +61,7 @@ def shapes(settings: dict[str, Any], devices: int,
                if longest % 2**power == 0 and (power == 0 or longest // 2**power >= SHORTEST)]
     for data in (count for count in range(1, devices + 1) if devices % count == 0):
         for length in lengths:
-            in_row = workload.pairs_per_row(length) if workload else None
-            if in_row is not None and in_row < PAIRS_IN_A_ROW and length != longest:
+            if workload and length != longest and not workload.fits(length):
                 continue
             rest = update // (data * length)  # rows of an update on each group
             for batch in (count for count in range(1, rest + 1) if rest % count == 0):
@@ -95,7 +92,7 @@ def measure_plan(settings: dict[str, Any], devices: int, workload: Workload | No
     tokens = hours.card_rate(settings, devices,
                              sum(hours.seconds_per_step(settings, devices, peak)))
     in_row = workload.pairs_per_row(length) if workload else None
-    pairs = None if in_row is None else tokens * devices / (2 * length) * in_row
+    pairs = None if in_row is None else tokens * devices / length * in_row
     return FittingPlan(current_values(settings), memory.peak_memory_of(settings, devices).bytes,
                        tokens, pairs)
 
