@@ -35,7 +35,7 @@ def test_training_raises_accuracy_and_margin_on_pairs_it_never_saw(screen):
     assert abs(before["margin"]) < 1e-4
     assert after["accuracy"] > 0.9
     assert after["margin"] > 1
-    assert before["pairs"] == after["pairs"] == 16
+    assert before["pairs"] == after["pairs"] == 28
 
 
 def test_flipped_preferences_make_it_worse(screen, tmp_path):
@@ -93,7 +93,7 @@ def test_the_console_is_quiet(screen):
 
 def test_pairs_are_enough_and_disjoint():
     train, held_out = samples.make_pairs()
-    assert len(train) >= 64
+    assert len(train) >= 64  # three pairs where a question has three answers
     assert len(held_out) >= 16
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
     assert any(row["prompt"].isascii() for row in train)

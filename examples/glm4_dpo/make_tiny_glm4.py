@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -35,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = Path(arguments.output_path)
     pairs = dict(zip(("train", "held_out"), samples.make_pairs()))
     text = "\n".join(text for row in pairs["train"] for text in row.values())
-    size = tiny.write_model(folder / "hf", arguments.config, text)
+    size = tiny.write_model(folder / "hf", arguments.config,
+                            partial(tiny.train_tokenizer, text))
     for name, rows in pairs.items():
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")

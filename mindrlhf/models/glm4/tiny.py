@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import collections
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +25,14 @@ SPLIT = regex.compile(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p
                       r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
-def write_model(folder: Path, config_path: str | Path, text: str) -> int:
+def write_model(folder: Path, config_path: str | Path,
+                make_tokens: Callable[[int], list[bytes]]) -> int:
     """Write the model.
 
     Args:
         folder: a new folder.
         config_path: YAML with the sizes, such as glm4_tiny.yaml.
-        text: training text of the tokenizer.
+        make_tokens: number of tokens -> the tokenizer's tokens, by rank.
 
     Returns:
         number of parameters.
@@ -49,7 +50,7 @@ def write_model(folder: Path, config_path: str | Path, text: str) -> int:
     items = [TensorItem.of_array(name, "F32", tensor) for name, tensor in tensors.items()]
     hf.write_hf_folder(folder, model, "glm", "F32", items, shard_size=nbytes // SHARDS)
     lines = [f"{base64.b64encode(token).decode()} {rank}\n"
-             for rank, token in enumerate(train_tokenizer(text, vocabulary))]
+             for rank, token in enumerate(make_tokens(vocabulary))]
     (folder / "tokenizer.model").write_text("".join(lines))
     return sum(tensor.size for tensor in tensors.values())
 
