@@ -3,8 +3,9 @@
 CValues-Comparison has 116,000 training pairs: a short question in Chinese, a helpful answer and an
 unhelpful one, each of one to a few sentences. In this model, the token counts of question, chosen
 and rejected answer are log-normal, with medians of 28, 115 and 90 tokens and spreads (sigma of the
-logarithm) of 0.5, 0.55 and 0.75. The template adds 7 tokens to each side of a pair. The longer side
-of a pair then has 210 tokens on average, 95 % have fewer than 402, and none has more than 1,000.
+logarithm) of 0.5, 0.55 and 0.75. The template adds 5 tokens to a prompt and 2 to an answer. Prompt
+and longer answer then have 210 tokens on average, 95 % have fewer than 402, and none more than
+1,000; a pair takes 291 positions of a row.
 """
 
 from __future__ import annotations
@@ -26,9 +27,3 @@ def parts(pairs: int, seed: int = 0) -> np.ndarray:
     return np.stack(
         [prompt, *(np.minimum(answer, LONGEST - prompt) for answer in counts[1:])], 1
     ).astype(int)
-
-
-def lengths(pairs: int, seed: int = 0) -> np.ndarray:
-    """Token counts of the two sides of each pair: int (N, 2)."""
-    counts = parts(pairs, seed)
-    return counts[:, :1] + counts[:, 1:]

@@ -17,42 +17,54 @@ import data_model
 import numpy as np
 from processes import table
 
-from mindrlhf.data.packing import max_pairs, pack_pairs
+from mindrlhf.data.groups import row_limits
+from mindrlhf.data.packing import pack_groups
 
 FIRST_FIT_PAIRS = 20_000  # it takes time in proportion to pairs x rows
 
 
-def first_fit_decreasing(lengths: np.ndarray, seq_len: int) -> list[list[int]]:
-    """Longest pair first, each into the first row with room."""
-    free, rows = np.empty((len(lengths), 2), int), []
-    for pair in np.argsort(-lengths.max(1), kind="stable").tolist():
-        fits = (free[: len(rows)] >= lengths[pair]).all(1)
+def groups_of(pairs: int) -> np.ndarray:
+    """Positions, answers and pairs of groups of one pair each: int (N, 3)."""
+    positions = data_model.parts(pairs).sum(1) - 1
+    return np.stack([positions, np.full(pairs, 2), np.ones(pairs, int)], 1)
+
+
+def pack(groups: np.ndarray, seq_len: int) -> list[list[int]]:
+    """Our packer."""
+    return pack_groups(groups, row_limits(seq_len))
+
+
+def first_fit_decreasing(groups: np.ndarray, seq_len: int) -> list[list[int]]:
+    """Longest group first, each into the first row with room."""
+    free, rows = np.empty(groups.shape, int), []
+    for group in np.argsort(-groups[:, 0], kind="stable").tolist():
+        fits = (free[: len(rows)] >= groups[group]).all(1)
         row = int(fits.argmax()) if fits.any() else len(rows)
         if row == len(rows):
             rows.append([])
-            free[row] = seq_len
-        rows[row].append(pair)
-        free[row] = free[row] - lengths[pair] if len(rows[row]) < max_pairs(seq_len) else -1
+            free[row] = row_limits(seq_len)
+        rows[row].append(group)
+        free[row] -= groups[group]
     return rows
 
 
 def measure(
     name: str,
     packer: Callable[[np.ndarray, int], Sequence[Sequence[int]]],
-    lengths: np.ndarray,
+    groups: np.ndarray,
     seq_len: int,
 ) -> list[str]:
     """One line of the table."""
     begin = time.perf_counter()
-    rows = packer(lengths, seq_len)
+    rows = packer(groups, seq_len)
     seconds = time.perf_counter() - begin
     counts = np.array([len(row) for row in rows])
     return [
         name,
         f"{seq_len}",
-        f"{len(lengths):,}",
+        f"{len(groups):,}",
         f"{len(rows):,}",
-        f"{lengths.sum(0).max() / (len(rows) * seq_len):.1%}",
+        f"{groups[:, 0].sum() / (len(rows) * seq_len):.1%}",
         f"{counts.mean():.1f} +- {counts.std():.1f}",
         f"{counts.max()}",
         f"{seconds:.2f}",
@@ -61,9 +73,9 @@ def measure(
 
 def peak(pairs: int) -> float:
     """Peak memory of packing, in bytes per pair."""
-    lengths = data_model.lengths(pairs)
+    groups = groups_of(pairs)
     tracemalloc.start()
-    pack_pairs(lengths, 8192)
+    pack(groups, 8192)
     top = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return top / pairs
@@ -71,16 +83,14 @@ def peak(pairs: int) -> float:
 
 def main() -> None:
     """Print the table and the memory."""
-    lengths, few = data_model.lengths(data_model.PAIRS), data_model.lengths(FIRST_FIT_PAIRS)
+    every, few = groups_of(data_model.PAIRS), groups_of(FIRST_FIT_PAIRS)
     lines = []
     for seq_len in (1024, 2048, 8192):
-        lines.append(measure("pack", pack_pairs, lengths, seq_len))
-        lines.append(measure("pack", pack_pairs, few, seq_len))
+        lines.append(measure("pack", pack, every, seq_len))
+        lines.append(measure("pack", pack, few, seq_len))
         lines.append(measure("first-fit decreasing", first_fit_decreasing, few, seq_len))
     table(
-        "packing",
-        ["packer", "S", "pairs", "rows", "longer side full", "pairs a row", "most", "seconds"],
-        lines,
+        "packing", ["packer", "S", "pairs", "rows", "full", "pairs a row", "most", "seconds"], lines
     )
     print(
         "memory: "

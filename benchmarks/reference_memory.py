@@ -3,9 +3,9 @@
     python benchmarks/reference_memory.py
 
 Prints a table with one line per chunk size. Each is measured in a process of its own: its peak
-minus what it held before the first pass. The batch has one row a side of S = 1024 with GLM-4's
+minus what it held before the first pass. The batch has one row of S = 2048 with GLM-4's
 vocabulary of 151,552 ids, on a network of one small layer, so that logits dominate:
-2 x 1024 x 151,552 x 4 bytes = 1.2 GB a copy.
+2048 x 151,552 x 4 bytes = 1.2 GB a copy.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 import numpy as np
 from processes import ROOT, memory, table
 
-SEQ_LEN, VOCABULARY = 1024, 151_552
+SEQ_LEN, VOCABULARY = 2048, 151_552
 CHUNKS = (0, 512, 256, 128)
 SIZES = {
     "seq_length": SEQ_LEN,
@@ -56,10 +56,10 @@ def measure(chunk: int) -> None:
     )
     scorer = Scorer(model, seq_len=SEQ_LEN, batch_size=1, pad_id=0)
     before = memory("VmRSS")
-    scorer([pair])
+    scorer.score_pairs([pair])
     peak = memory("VmHWM") - before
     begin = time.perf_counter()
-    logps = scorer([pair])
+    logps = scorer.score_pairs([pair])
     print("result", peak, time.perf_counter() - begin, float(logps[0, 0]))
 
 
@@ -76,7 +76,7 @@ def main() -> None:
         results[chunk] = [float(value) for value in found[0].split()[1:]]
     all_at_once = results[0][0]
     table(
-        f"reference pass, S = {SEQ_LEN}, vocabulary {VOCABULARY:,}, one row a side",
+        f"reference pass, S = {SEQ_LEN}, vocabulary {VOCABULARY:,}, one row",
         ["positions at once", "peak, GB", "share", "seconds", "log-prob"],
         [
             [

@@ -40,13 +40,8 @@ def load_model(seq_len: int) -> Any:
 def measure(scorer: Scorer, pairs: Sequence[TokenPair]) -> float:
     """Seconds of one run."""
     begin = time.perf_counter()
-    scorer(pairs)
+    scorer.score_pairs(pairs)
     return time.perf_counter() - begin
-
-
-def count_tokens(pair: TokenPair) -> int:
-    """Tokens of both sides."""
-    return 2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
 
 
 def main() -> None:
@@ -54,7 +49,7 @@ def main() -> None:
     lines = []
     for seq_len in (512, 1024):
         model, random = load_model(seq_len), np.random.default_rng(0)
-        counts = np.minimum(data_model.parts(ROWS * seq_len // 180), seq_len // 2)
+        counts = np.minimum(data_model.parts(ROWS * seq_len // 290), seq_len // 3)
         pairs = [
             TokenPair(*(random.integers(0, 498, count).tolist() for count in triple))
             for triple in counts
@@ -67,10 +62,10 @@ def main() -> None:
             for packed in (True, False)
         ]
         for scorer, some in jobs:
-            scorer(some[:BATCH])  # compiles
+            scorer.score_pairs(some[:BATCH])  # compiles
         times = np.median([[measure(*job) for job in jobs] for _ in range(REPEATS)], 0)  # in turns
         speeds = [
-            (sum(map(count_tokens, some)) / seconds, len(some) / seconds)
+            (sum(pair.size for pair in some) / seconds, len(some) / seconds)
             for (_, some), seconds in zip(jobs, times)
         ]
         for name, (tokens, each) in zip(("packed", "one pair a row"), speeds):

@@ -3,12 +3,14 @@
     python -m venv scratch && scratch/bin/pip install torch==2.13.0 numpy
     python benchmarks/train_step.py --torch_python scratch/bin/python    # about 2 minutes, 4 GB
 
-Prints a table with one line per side and one of their ratios, then where our time goes. Without
---torch_python or TORCH_PYTHON only our side runs. The model has 8 layers of width 512, 8 heads in 2
-groups, ffn 1536 and 8192 ids; 2 rows of pairs are 4 sequences of 256 positions; float32, 2 threads;
-learning rate, clipping and loss as in finetune_glm4_tiny.yaml. Both sides start from the same
-weights, must get the same losses, and take turns. Times are those of the best step. Memory is the
-peak of the process (VmHWM); "above" is the part that is not there after the imports.
+Prints a table with one line per side and their ratios to PyTorch, then where our time goes. Without
+--torch_python or TORCH_PYTHON only our sides run. The model has 8 layers of width 512, 8 heads in 2
+groups, ffn 1536 and 8192 ids; 2 pairs, each of a prompt and two answers, are 4 sequences of 256
+positions; float32, 2 threads; learning rate, clipping and loss as in finetune_glm4_tiny.yaml.
+"shared" is what run_dpo.py computes: 2 rows of 416 positions, each prompt once. "alone" are 2 rows
+of 512 positions, where each sequence has its own prompt, so both have PyTorch's positions. All
+sides start from the same weights, must get the same losses, and take turns. Times are those of the
+best step. Memory is the peak of the process (VmHWM); "above" is what the imports do not take.
 """
 
 from __future__ import annotations
@@ -24,13 +26,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from processes import ROOT, memory
+from processes import ROOT, cpu_model, memory
 
 # PyTorch's side imports this file: no MindSpore up here
 from mindrlhf.models.glm4.model_config import ModelConfig
 from mindrlhf.models.glm4.weight_names import parameter_shapes
+from mindrlhf.records import COLUMNS
 
-THREADS, ROWS, LENGTH, PROMPT = 2, 2, 256, 100
+THREADS, ROWS, LENGTH, PROMPT = 2, 2, 256, 101  # LENGTH positions predict the answer's tokens
+ANSWER = LENGTH + 1 - PROMPT
+LAYOUTS = {"shared": 416, "alone": 2 * LENGTH}  # positions of our rows
 SIZES = {
     "num_layers": 8,
     "padded_vocab_size": 8192,
@@ -64,13 +69,13 @@ def make_weights() -> Iterator[tuple[str, np.ndarray]]:
         )
 
 
-def make_batch() -> Iterator[tuple[np.ndarray, ...]]:
-    """For each side ids, labels, mask (rows, 256) and reference log-probs (rows, 1)."""
+def make_pairs() -> list[list[np.ndarray]]:
+    """Token ids of prompt, chosen and rejected answer of each pair, int32."""
     random = np.random.default_rng(1)
-    mask = np.repeat([[0, 1]], [PROMPT, LENGTH - PROMPT], axis=1).repeat(ROWS, 0).astype("i4")
-    for _ in ("chosen", "rejected"):
-        ids = random.integers(0, SIZES["padded_vocab_size"], (ROWS, LENGTH + 1)).astype("i4")
-        yield ids[:, :-1], ids[:, 1:], mask, np.full((ROWS, 1), REFERENCE, "f4")
+    return [
+        [random.integers(0, SIZES["padded_vocab_size"], count).astype("i4") for count in counts]
+        for counts in [(PROMPT, ANSWER, ANSWER)] * ROWS
+    ]
 
 
 def peak() -> float:
@@ -97,11 +102,12 @@ def serve(steps: dict[str, Callable[[], float]], base: float) -> None:
         )
 
 
-def build_step(chunk: int) -> Any:
+def build_step(chunk: int, seq_len: int) -> Any:
     """The step that run_dpo.py trains with, and its network and optimizer; weights of make_weights.
 
     Args:
         chunk: logps_chunk_size.
+        seq_len: positions of a row.
     """
     import mindspore as ms
     from mindformers.core.lr import build_lr
@@ -118,7 +124,7 @@ def build_step(chunk: int) -> Any:
         run_mode="finetune",
         overrides={
             **{f"model.model_config.{name}": value for name, value in SIZES.items()},
-            "model.model_config.seq_length": LENGTH,
+            "model.model_config.seq_length": seq_len,
             "dpo.logps_chunk_size": chunk,
             "dpo.sft_weight": SFT_WEIGHT,
         },
@@ -170,25 +176,43 @@ def build_products(matrices: Any) -> Any:
     return Products()
 
 
-def run_ours(chunk: int) -> None:
-    """Our side of the comparison."""
+def make_columns(layout: str) -> list[np.ndarray]:
+    """The columns of a batch, a row for each pair. layout: of LAYOUTS."""
+    from mindrlhf.data import mindrecord
+    from mindrlhf.data.features import AnswerPair, TokenGroup
+
+    rows = []
+    for number, (prompt, *answers) in enumerate(make_pairs()):
+        texts = [answer.tolist() for answer in answers]
+        if layout == "shared":
+            pairs = [AnswerPair(0, 1, number)]
+            groups = [TokenGroup(prompt.tolist(), texts, pairs, [REFERENCE] * 2)]
+        else:
+            groups = [TokenGroup(prompt.tolist(), [text], [], [REFERENCE]) for text in texts]
+        row = mindrecord.make_row(groups, pad_id=0, seq_len=LAYOUTS[layout], answers=2, pairs=1)
+        rows.append(row | {"chosen": [0], "rejected": [1], "pair_ids": [number]})
+    return [np.array([row[name] for row in rows], column.dtype) for name, column in COLUMNS.items()]
+
+
+def run_ours(layout: str, chunk: int) -> None:
+    """Our side of the comparison.
+
+    Args:
+        layout: of LAYOUTS.
+        chunk: logps_chunk_size.
+    """
     import mindspore as ms
 
     from mindrlhf.training import train_step  # noqa: F401  belongs to the imports
 
     base = peak()
-    step = build_step(chunk)
+    step = build_step(chunk, LAYOUTS[layout])
     network = step.network
-    columns = []
-    for ids, labels, mask, reference in make_batch():
-        columns += [ids, labels, mask, np.ones_like(mask), reference]
-    columns = [
-        ms.Tensor(column) for column in (*columns, np.arange(ROWS, dtype="i4").reshape((-1, 1)))
-    ]
-    inputs = tuple(columns), ms.Tensor(np.array([[1 / ROWS, 1 / (ROWS * (LENGTH - PROMPT))]], "f4"))
+    columns = [ms.Tensor(column) for column in make_columns(layout)]
+    inputs = tuple(columns), ms.Tensor(np.array([[1 / ROWS, 1 / (ROWS * ANSWER)]], "f4"))
     matrices = [parameter for parameter in network.trainable_params() if len(parameter.shape) == 2]
     products = build_products(ms.ParameterTuple(matrices[1:]))  # without the embedding
-    wide = ms.Tensor(np.ones((2 * ROWS * LENGTH, 2 * SIZES["ffn_hidden_size"]), "f4"))
+    wide = ms.Tensor(np.ones((ROWS * LAYOUTS[layout], 2 * SIZES["ffn_hidden_size"]), "f4"))
     gradients = ms.value_and_grad(network, None, step.weights, has_aux=True)
     serve(
         {
@@ -218,7 +242,10 @@ def start(torch_python: str | None, chunk: int) -> dict[str, subprocess.Popen]:
         torch_python: path of a Python with torch; None: our side only.
         chunk: logps_chunk_size of our side.
     """
-    commands = {"ours": [sys.executable, __file__, "--side", "ours", "--chunk", str(chunk)]}
+    commands = {
+        layout: [sys.executable, __file__, "--side", layout, "--chunk", str(chunk)]
+        for layout in LAYOUTS
+    }
     if torch_python:
         script = Path(__file__).with_name("train_step_torch.py")
         commands["PyTorch"] = [torch_python, str(script)]
@@ -246,8 +273,8 @@ class Figures(NamedTuple):
         return self.peak - self.base
 
 
-def compare(sides: dict[str, subprocess.Popen], rounds: int) -> float:
-    """Run the sides in turns and print the table; return our seconds per step."""
+def compare(sides: dict[str, subprocess.Popen], rounds: int) -> dict[str, Figures]:
+    """Run the sides in turns, and print and return the table."""
     first = {name: ask(process, "step", 3) for name, process in sides.items()}
     answers = {name: [] for name in sides}
     for _ in range(rounds):
@@ -270,22 +297,30 @@ def compare(sides: dict[str, subprocess.Popen], rounds: int) -> float:
             f"   {losses}"
         )
     if "PyTorch" in figures:
-        ours, theirs = figures["ours"], figures["PyTorch"]
-        print(
-            f"{'ratio':10}{ours.seconds / theirs.seconds:>9.2f}{ours.peak / theirs.peak:>10.2f}"
-            f"{'':9}{ours.above / theirs.above:>7.2f}"
-        )
-    return figures["ours"].seconds
+        theirs = figures.pop("PyTorch")
+        for name, ours in figures.items():
+            print(
+                f"{name + ' / PyTorch':19}{ours.seconds / theirs.seconds:.2f}"
+                f"{ours.peak / theirs.peak:>10.2f}{'':9}{ours.above / theirs.above:>7.2f}"
+            )
+    return figures
 
 
-def print_parts(ours: subprocess.Popen, seconds: float, rounds: int) -> None:
-    """Print where the time of our step goes. seconds: of the complete step."""
+def print_parts(name: str, ours: subprocess.Popen, seconds: float, rounds: int) -> None:
+    """Print where the time of our step goes.
+
+    Args:
+        name: of the layout.
+        ours: its process.
+        seconds: of the complete step.
+        rounds: turns of 3 steps.
+    """
     forward, gradients, products = (
-        min(min(ask(ours, name, 3)["times"][1:]) for _ in range(rounds))
-        for name in ("forward", "gradients", "products")
+        min(min(ask(ours, part, 3)["times"][1:]) for _ in range(rounds))
+        for part in ("forward", "gradients", "products")
     )
     print(
-        f"ours: forward {forward:.3f} s, backward {gradients - forward:.3f}, clipping and AdamW "
+        f"{name}: forward {forward:.3f} s, backward {gradients - forward:.3f}, clipping and AdamW "
         f"{seconds - gradients:.3f}; matrix products with weights alone {products:.3f}, "
         f"{products / seconds:.0%} of a step"
     )
@@ -310,14 +345,15 @@ def main() -> None:
     parse.add_argument(
         "--chunk", type=int, default=256, help="logps_chunk_size, positions (default: %(default)s)"
     )
-    parse.add_argument("--side", choices=["ours"], help=argparse.SUPPRESS)
+    parse.add_argument("--side", choices=LAYOUTS, help=argparse.SUPPRESS)
     arguments = parse.parse_args()
     if arguments.side:
-        run_ours(arguments.chunk)
+        run_ours(arguments.side, arguments.chunk)
         return
     sides = start(arguments.torch_python, arguments.chunk)
-    seconds = compare(sides, arguments.rounds)
-    print_parts(sides["ours"], seconds, arguments.rounds)
+    print(cpu_model())
+    for name, figures in compare(sides, arguments.rounds).items():
+        print_parts(name, sides[name], figures.seconds, arguments.rounds)
     for process in sides.values():
         process.communicate()
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from train_step import (
+    ANSWER,
     BETA,
     EPS,
     LENGTH,
@@ -21,7 +22,7 @@ from train_step import (
     SFT_WEIGHT,
     SIZES,
     THREADS,
-    make_batch,
+    make_pairs,
     make_weights,
     peak,
     serve,
@@ -102,10 +103,11 @@ def main() -> None:
     optimizer = torch.optim.AdamW(
         weights.values(), lr=RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
     )
-    chosen, rejected = make_batch()
-    ids, labels, mask = (  # the chosen rows first
-        torch.from_numpy(np.concatenate(pair)) for pair in zip(chosen[:3], rejected[:3])
+    pairs = make_pairs()
+    tokens = torch.from_numpy(  # the chosen sequences first
+        np.array([np.concatenate((pair[0], pair[side])) for side in (1, 2) for pair in pairs])
     )
+    ids, labels, mask = tokens[:, :-1], tokens[:, 1:], torch.arange(LENGTH) >= PROMPT - 1
     theta = (10000.0 * ROPE_RATIO) ** (-torch.arange(0, WIDTH // 2, 2) / (WIDTH // 2))
     angles = torch.outer(torch.arange(LENGTH), theta)
     tables = angles.cos(), angles.sin(), torch.full((LENGTH, LENGTH), float("-inf")).triu(1)
@@ -114,7 +116,7 @@ def main() -> None:
         logps = token_logps(ids, labels, weights, tables)
         chosen, rejected = (logps * mask).sum(1).split(ROWS)
         margins = BETA * ((chosen - REFERENCE) - (rejected - REFERENCE))
-        loss = -F.logsigmoid(margins).mean() - SFT_WEIGHT * chosen.mean() / (LENGTH - PROMPT)
+        loss = -F.logsigmoid(margins).mean() - SFT_WEIGHT * chosen.mean() / ANSWER
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights.values(), MAX_NORM)
