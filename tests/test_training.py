@@ -9,12 +9,22 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import EXAMPLE, GOLDEN, ROOT, assert_one_error, load_model, run_script, write_overlay
+from conftest import (
+    EXAMPLE,
+    GOLDEN,
+    ROOT,
+    SEQ_LEN,
+    assert_one_error,
+    load_model,
+    run_script,
+    write_overlay,
+)
 from mindspore import nn, ops
 
 from mindrlhf.checkpoints import containers, fingerprints
 from mindrlhf.checkpoints.tensors import TensorItem
 from mindrlhf.cli import UserError
+from mindrlhf.data import mindrecord
 from mindrlhf.records import COLUMNS
 
 RUN_DPO = EXAMPLE / "run_dpo.py"
@@ -139,7 +149,7 @@ def two_workers(golden):
 
 def test_two_workers_train_as_one_does(two_workers):
     one, two = records(two_workers["one"]), records(two_workers["two"])
-    assert [step["pairs"] for step in one] == [step["pairs"] for step in two] == [6, 2, 6, 2]
+    assert [step["pairs"] for step in one] == [step["pairs"] for step in two] == [5, 3, 5, 3]
     for left, right in zip(one, two):
         for name in ("loss", "dpo_loss", "sft_loss", "margin", "chosen_logps", "grad_norm"):
             assert left[name] == pytest.approx(right[name], rel=2e-4, abs=1e-4), (
@@ -285,7 +295,7 @@ def copy_data(golden, folder, **changes):
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
-        ({"seq_len": 64}, "seq_len was 64 (in the data), now 320"),
+        ({"seq_len": 64}, "seq_len was 64 (in the data), now 384"),
         ({"template": "llama"}, "template was llama"),
         (
             {"tokenizer": {"file": "other.model", "sha256": "0" * 64}},
@@ -456,23 +466,29 @@ def test_predict_prints_the_answer_once_and_nothing_else(golden, expected):
 # the loss is the mean over the pairs of the global batch, however it is computed
 
 
+def preferences(expected):
+    """Reference log-probs that are not the policy's: (N, 2)."""
+    return np.array(
+        [
+            [
+                pair[f"ref_{side}_logps"] + shift * (1 + number % 3)
+                for side, shift in (("chosen", 3.0), ("rejected", -2.0))
+            ]
+            for number, pair in enumerate(expected["pairs"])
+        ]
+    )
+
+
 @pytest.fixture(scope="module")
-def unpacked_columns(golden, expected):
-    """Eight rows of one pair each, with reference log-probs that are not the policy's."""
+def unpacked_columns(expected):
+    """Eight rows of one pair each."""
     from test_glm4_dpo import columns, token_pairs
 
-    pairs = token_pairs(expected)
-    ref = {
-        side: np.array(
-            [
-                [pair[f"ref_{side}_logps"] + shift * (1 + number % 3)]
-                for number, pair in enumerate(expected["pairs"])
-            ],
-            np.float32,
+    return columns(
+        mindrecord.make_rows(
+            token_pairs(expected), preferences(expected), seq_len=SEQ_LEN, pad_id=316, packed=False
         )
-        for side, shift in (("chosen", 3.0), ("rejected", -2.0))
-    }
-    return columns([[pair] for pair in pairs], ref)
+    )
 
 
 class Recorder(nn.Optimizer):
@@ -516,16 +532,10 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch(golden, unpacked_co
 def test_packed_rows_give_the_gradients_of_unpacked_ones(golden, expected, unpacked_columns):
     from test_glm4_dpo import columns, token_pairs
 
-    pairs, rows = token_pairs(expected), [[0, 1, 4], [2, 3], [5, 6], [7]]
-    ref = {}
-    for number, side in ((4, "chosen"), (9, "rejected")):
-        single = unpacked_columns[number].asnumpy()
-        ref[side] = np.zeros((4, 3), np.float32)
-        for place, row in enumerate(rows):
-            ref[side][place, : len(row)] = single[row, 0]
-    packed, _ = gradients_of(
-        golden, columns([[pairs[k] for k in row] for row in rows], ref, 3), accumulation=1
-    )
+    pairs, references = token_pairs(expected), preferences(expected)
+    rows = mindrecord.make_rows(pairs, references, seq_len=SEQ_LEN, pad_id=316)
+    assert len(rows) < len(pairs)
+    packed, _ = gradients_of(golden, columns(rows), accumulation=1)
     unpacked, _ = gradients_of(golden, unpacked_columns, accumulation=1)
     for name, gradient in unpacked.items():
         np.testing.assert_allclose(
@@ -587,21 +597,17 @@ def test_pairs_without_a_finite_loss_stop_the_run_and_are_named(golden, tmp_path
     """Pair 5's reference log-prob is infinite. All rows are one batch, one per epoch."""
     from mindspore.mindrecord import FileReader
 
-    from mindrlhf.data import mindrecord
-
     rows = [
         {name: np.asarray(row[name]) for name in COLUMNS}
         for row in FileReader(str(golden.data)).get_next()
     ]
     for row in rows:
-        row["chosen_ref_logps"] = np.where(
-            row["pair_ids"] == 5, -np.inf, row["chosen_ref_logps"]
-        ).astype(np.float32)
+        answer = row["chosen"][row["pair_ids"] == 5]
+        row["reference_logps"] = row["reference_logps"].copy()
+        row["reference_logps"][answer] = -np.inf
     sidecar = mindrecord.read_data_sidecar(golden.data)
     data = tmp_path / "bad.mindrecord"
-    mindrecord.write_rows(
-        data, rows, seq_len=sidecar["seq_len"], width=sidecar["pairs_per_row"], sidecar=sidecar
-    )
+    mindrecord.write_rows(data, rows, sidecar)
     config = training_yaml(golden.folder, "bad", batch_size=3, check=False)
     config.write_text(config.read_text().replace("epochs: 2", "epochs: 9"))
     result = run_script(RUN_DPO, *arguments(golden, config, tmp_path / "out", data=data))
