@@ -102,7 +102,8 @@ _DATASET: Schema = {
 _CALLBACKS: dict[str, Schema] = {
     "DPOMonitor": {"per_print_times": _integer(1), "max_bad_steps": _integer(1)},
     "EvalMonitor": {"eval_step_interval": _integer(0),
-                    "best_metric": _one_of("loss", "dpo_loss", "accuracy", "margin")},
+                    "best_metric": _one_of(
+                        "loss", "dpo_loss", "rewards/accuracies", "rewards/margins")},
     "DPOCheckpointMonitor": {"prefix": _name, "save_checkpoint_steps": _integer(1),
                              "keep_checkpoint_max": _integer(1)}}
 
