@@ -57,7 +57,10 @@ class Parser(argparse.ArgumentParser):
     """An argument parser without abbreviations. Defaults are None, so that the YAML decides."""
 
     def __init__(self, description: str | None, example: str) -> None:
-        super().__init__(description=description, epilog="example:\n" + example,
+        spec = getattr(sys.modules["__main__"], "__spec__", None)
+        module = spec.name.removesuffix(".__main__") if spec else ""
+        prog = f"python -m {module}" if module.startswith("mindrlhf.") else None
+        super().__init__(prog=prog, description=description, epilog="example:\n" + example,
                          allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> NoReturn:
