@@ -24,7 +24,12 @@ MOST_PROBLEMS = 20  # that an error lists
 # keys that MindFormers is not given, because the project handles them itself
 HANDLED_HERE = ("eval_dataset", "load_checkpoint", "src_strategy", "resume_training")
 OWN_SECTIONS = ("dpo", "lora")  # that only the project reads
-MINDFORMERS_CALLBACKS = ("ProfileMonitor", "SummaryMonitor")  # that MindFormers builds
+# that MindFormers builds: type -> options that differ from its defaults. MindSpore's summary would
+# save all weights at each of the first 19 steps, and fails on the graph of a data set
+MINDFORMERS_CALLBACKS: dict[str, Settings] = {
+    "ProfileMonitor": {},
+    "SummaryMonitor": {"collect_specified_data": {"collect_landscape": None,
+                                                  "collect_dataset_graph": False}}}
 
 
 class Resolved(NamedTuple):
@@ -180,13 +185,14 @@ def to_mindformers(settings: Settings) -> Any:
     merged = copy.deepcopy(overlay(settings, required))
     for key in HANDLED_HERE:
         merged.pop(key, None)
-    merged["callbacks"] = [entry for entry in merged.get("callbacks", [])
+    merged["callbacks"] = [overlay(MINDFORMERS_CALLBACKS[entry["type"]], entry)
+                           for entry in merged.get("callbacks", [])
                            if entry["type"] in MINDFORMERS_CALLBACKS]
     if merged.get("profile"):
         merged = overlay(PROFILE, merged)
-    if "recompute" in merged.get("recompute_config", {}):
-        value = merged["recompute_config"]["recompute"]
-        merged["recompute_config"]["recompute"] = recompute_for_mindformers(value)
+    again = merged.get("recompute_config", {})
+    for key in {"recompute", "select_recompute", "select_comm_recompute"} & set(again):
+        again[key] = recompute_for_mindformers(again[key])
     _fit_optimizer(merged)
     merged["runner_config"].setdefault("sink_size", 1)  # MindFormers' own default is none
     if "runner_wrapper" in merged:

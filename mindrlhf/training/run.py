@@ -247,7 +247,8 @@ def train(model: nn.Cell, run_config: Any, settings: dict[str, Any], data: Data,
             f"rows of {data.train['seq_len']}; {feed.batch_size * feed.shards} rows a step, "
             f"{epoch} steps an epoch, {total} in total; rows shuffled: {shuffle}, "
             f"seed {settings['seed']}")
-    run_config.lr_schedule.total_steps = total
+    given = config.get_setting(settings, "lr_schedule.total_steps", -1)
+    run_config.lr_schedule.total_steps = total if given == -1 else given
     journal = Journal(settings["output_dir"], first) if cli.rank() == 0 else None
     progress = Progress(first=first, total=total, epoch_steps=epoch,
                         tokens=journal.last("num_tokens", 0) if journal else 0)
