@@ -63,13 +63,18 @@ def load_settings(path: str | Path, *, run_mode: str | tuple[str, ...],
         UserError: one line that lists every unknown key, invalid value and contradiction.
     """
     resolved = resolve(path, run_mode=run_mode, overrides=overrides)
-    lines = ecosystem.summarize(resolved.replaced)
+    settings, lines = resolved.settings, ecosystem.summarize(resolved.replaced)
+    if lines:
+        lines.insert(0, f"{path}: settings that something else replaces (all: python -m "
+                        f"mindrlhf.config show {path}):")
+    if given := settings.get("load_checkpoint"):
+        settings["load_checkpoint"] = find_checkpoint(given)
+        lines += _explain_checkpoint(given, settings)
     if lines and cli.rank() == 0:
         # the stdout of predict is the answer
-        stream = sys.stderr if resolved.settings["run_mode"] == "predict" else sys.stdout
-        print(f"{path}: settings that something else replaces (all: python -m mindrlhf.config "
-              f"show {path}):", *lines, sep="\n", file=stream, flush=True)
-    return resolved.settings
+        stream = sys.stderr if settings["run_mode"] == "predict" else sys.stdout
+        print(*lines, sep="\n", file=stream, flush=True)
+    return settings
 
 
 def resolve(path: str | Path, *, run_mode: str | tuple[str, ...],
@@ -160,6 +165,45 @@ def require_workers(settings: Settings, workers: int) -> None:
                         f"{workers} worker(s) run; start {plan.cards}, or change parallel_config")
 
 
+def find_checkpoint(path: str) -> str:
+    """The checkpoint that --load_checkpoint means: itself, or the merged file in a folder.
+
+    Raises:
+        UserError: it is a folder of another kind; the message names the command or the file.
+    """
+    folder = Path(path)
+    if not folder.is_dir() or any(folder.glob("rank_[0-9]*")):
+        return path
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(f"{path}: holds adapters of PEFT, which are not read; merge them with "
+                        "PEFT, then convert the merged model with convert_weight.py")
+    if (folder / "config.json").is_file():
+        raise UserError(f"{path}: is a Hugging Face folder; convert it first: python "
+                        f"convert_weight.py --model glm-n --input_path {path} --output_path "
+                        "glm4_9b.ckpt")
+    if (folder / "checkpoint_network").is_dir():
+        raise UserError(f"{path}: is the output of a run; give {folder / 'checkpoint_network'}, or "
+                        "merge that with transform_checkpoint.py")
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".ckpt", ".safetensors"))
+    if len(files) == 1:
+        return str(files[0])
+    listed = ", ".join(file.name for file in files[:5]) or "neither a checkpoint nor rank_0, ..."
+    raise UserError(f"{path}: is a folder that holds {listed}; give a file, such as merged.ckpt of "
+                    "transform_checkpoint.py, or output/checkpoint_network of a run")
+
+
+def _explain_checkpoint(given: str, settings: Settings) -> list[str]:
+    """What is read where the command line may mean something else: at most one line each."""
+    path, lines = settings["load_checkpoint"], []
+    if path != given:
+        lines.append(f"{given}: is a folder; reading {path}")
+    is_cut = Path(path).is_file() and Plan.of(settings).is_sharded
+    if is_cut and not settings.get("auto_trans_ckpt"):
+        lines.append(f"auto_trans_ckpt False: {path} is one file, so each card reads its own part "
+                     "of it all the same; the option is for folders of shards")
+    return lines
+
+
 def require_weights(settings: Settings) -> None:
     """Raise UserError if no weights are given, or shards without --auto_trans_ckpt."""
     path = settings.get("load_checkpoint")
@@ -169,7 +213,7 @@ def require_weights(settings: Settings) -> None:
     if Path(path).is_dir() and not settings.get("auto_trans_ckpt"):
         raise UserError(f"{path}: is a folder; shards of several cards, rank_0, rank_1, ..., need "
                         "--auto_trans_ckpt True and --src_strategy, the output/strategy of their "
-                        "run")
+                        "run; LoRA adapters belong to --adapter_checkpoint")
 
 
 def to_mindformers(settings: Settings) -> Any:
