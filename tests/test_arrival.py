@@ -190,6 +190,16 @@ def test_modules_that_are_commands_name_themselves_so(module):
     assert result.stdout.startswith(f"usage: python -m {module} ")
 
 
+@pytest.mark.parametrize("script", ["msrun_launcher.sh", "rehearse.sh"])
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_scripts_have_help_with_defaults_and_an_example(script, option):
+    command = ["bash", str(ROOT / "scripts" / script), option]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    for part in ("usage: ", "(default: ", "example: bash "):
+        assert part in result.stdout
+
+
 # the tokenizer's files
 
 
