@@ -13,7 +13,7 @@ from mindrlhf import cli, config
 from mindrlhf.checkpoints import containers
 from mindrlhf.checkpoints.tensors import TensorItem
 from mindrlhf.cli import UserError
-from mindrlhf.models.glm4 import hf, sidecar
+from mindrlhf.models.glm4 import hf, load, sidecar
 
 # checkpoints
 
@@ -53,6 +53,16 @@ def test_the_folder_of_a_merged_file_and_shards_are_taken(tmp_path):
     shards = folder_of(tmp_path / "shards", "rank_0/x.ckpt")
     assert config.find_checkpoint(shards) == shards
     assert config.find_checkpoint("no/such.ckpt") == "no/such.ckpt"
+
+
+def test_other_options_take_the_folder_of_a_merged_file_too(golden, tmp_path):
+    """--src_checkpoint, --base_checkpoint and --adapter_checkpoint."""
+    (tmp_path / "merged").mkdir()
+    os.link(golden.checkpoint, tmp_path / "merged/merged.ckpt")
+    opened = load.open_checkpoint(tmp_path / "merged")
+    assert opened.files == [tmp_path / "merged/merged.ckpt"]
+    with pytest.raises(UserError, match="is a Hugging Face folder; convert it first"):
+        load.open_checkpoint(GOLDEN / "hf_glm")
 
 
 def write_weights(path, *names):
