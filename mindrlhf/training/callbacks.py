@@ -25,7 +25,7 @@ class Progress:
         first: optimizer steps behind the state that the run resumed from, 0 for a new run.
         step: optimizer steps done, those of earlier runs included.
         total: steps at the end of the run.
-        tokens: tokens trained on so far, both sides, prompts included.
+        tokens: trained on so far, prompts included.
     """
 
     def __init__(self, *, first: int, total: int, epoch_steps: int = 1, tokens: int = 0) -> None:
@@ -79,6 +79,8 @@ class DPOMonitor(Callback):
         outputs = StepOutput(*run_context.original_args().net_outputs)
         self.progress.step += 1
         values = self.measure(outputs)
+        self.progress.tokens += values["tokens"]
+        values |= self.progress.measure()
         if self.progress.step == 1:
             self.check_reference(values)
         if self.journal:
@@ -96,8 +98,7 @@ class DPOMonitor(Callback):
         bad = bool(outputs.overflow) or not math.isfinite(values["loss"])
         self.bad_steps += bad
         self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
-        self.progress.tokens += values["tokens"]
-        return values | self.progress.measure() | {
+        return values | {
             "learning_rate": float(outputs.learning_rate), "grad_norm": float(outputs.grad_norm),
             "overflow": bad, "overflow_steps": self.bad_steps, "seconds": seconds,
             "pairs_per_second": values["pairs"] / seconds,

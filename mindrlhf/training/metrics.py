@@ -16,9 +16,9 @@ def compute_metrics(sums: Sequence[float], *, sft_weight: float) -> dict[str, fl
     Returns:
         name -> value; names that TRL has are TRL's. loss = dpo_loss + sft_weight * sft_loss.
         dpo_loss and rewards/* are means over pairs; a tie does not count as accurate. sft_loss is
-        nats per chosen token. logps/* are nats per answer, logps/*_per_token nats per scored token.
-        logratio_size is the mean over answers of |log pi - log pi_ref|, which is 0 where policy and
-        reference are the same. pairs and tokens (both sides, prompts included) are counts.
+        nats per chosen token, logps/* per answer, logps/*_per_token per token. logratio_size is the
+        mean over answers of |log pi - log pi_ref|, which is 0 where policy and reference are the
+        same. pairs and tokens (both sides, prompts included) are counts.
 
     Raises:
         ValueError: there are more or fewer sums than in SUMS.
