@@ -40,6 +40,10 @@ def parser() -> cli.Parser:
     parse.add_argument("--config", metavar="FILE",
                        help="with --reversed, for a checkpoint without a sidecar: the model's "
                             "config.json, or a sidecar")
+    parse.add_argument("--tokenizer", metavar="PATH",
+                       help="with --reversed: tokenizer.model, or a folder with the tokenizer's "
+                            "files, to copy into the new folder (default: those beside "
+                            "--input_path)")
     parse.add_argument("--allow_nonfinite", action="store_true",
                        help="accept NaN and inf in the input")
     parse.add_argument("--overwrite", action="store_true",
@@ -51,9 +55,9 @@ def parser() -> cli.Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Convert, and print one line about the result."""
     arguments = parser().parse_args(argv)
-    if not arguments.reversed and (arguments.hf_layout or arguments.config):
-        raise cli.UserError("--hf_layout and --config need --reversed; see convert_weight.py "
-                            "--help")
+    if not arguments.reversed and (arguments.hf_layout or arguments.config or arguments.tokenizer):
+        raise cli.UserError("--hf_layout, --config and --tokenizer need --reversed; see "
+                            "convert_weight.py --help")
     if arguments.reversed and arguments.overwrite:
         raise cli.UserError("--overwrite replaces a checkpoint file; with --reversed, "
                             "--output_path is a new folder: leave --overwrite out")
@@ -62,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.reversed:
         cli.say(convert.to_hugging_face(source, target, layout=arguments.hf_layout or "glm",
                                         config=arguments.config, dtype=dtype,
+                                        tokenizer=arguments.tokenizer,
                                         allow_nonfinite=allow_nonfinite))
     else:
         cli.say(convert.to_mindspore(source, target, dtype=dtype,

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,12 @@ class UserError(Exception):
 # of files and disks that a user can name or fill; other OSErrors are faults of the program
 USERS_ERRNOS = {errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT,
                 errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EFBIG, errno.EIO}
+
+
+# what MindSpore reports when a card is full
+OUT_OF_MEMORY = re.compile(r"memory isn't enough|memory not enough|out of memory", re.IGNORECASE)
+CANN = ("acl", "hccl", "opc_tool", "tbe", "te")  # packages of Ascend's toolkit
+PACKAGES = {"yaml": "PyYAML"}  # module -> name of its package, where they differ
 
 
 def printable(text: str) -> str:
@@ -45,6 +52,42 @@ def run_command(main: Callable[[], object]) -> None:
     except MemoryError as error:
         end_with(f"out of memory ({error or 'of this process'}); lower seq_length, batch_size or "
                  "the number of workers, or give the machine more memory")
+    except ModuleNotFoundError as error:
+        end_with(missing_package(error))
+    except RuntimeError as error:
+        line = next((line for line in str(error).splitlines() if OUT_OF_MEMORY.search(line)), None)
+        if line is None:
+            raise
+        end_with(f"out of memory of the device ({line.strip('- ')}); lower seq_length, batch_size "
+                 "or dpo.logps_chunk_size, recompute more layers, or shard over more cards: python "
+                 "-m mindrlhf.plan CONFIG says what fits")
+
+
+def missing_package(error: ModuleNotFoundError) -> str:
+    """One line about a package that is not installed, or not in the active environment."""
+    name = str(error.name).split(".")[0]
+    if name == "mindrlhf":
+        return f"{error.name}: is no module of this project; see the files in README.md"
+    if name in ("mindspore", "mindformers"):
+        cure = "activate the environment that has it, or install it as README.md says"
+    elif name in CANN:
+        cure = "source set_env.sh of CANN first"
+    else:
+        cure = ("activate the project's environment (source .venv/bin/activate), or install it "
+                f"(pip install {PACKAGES.get(name, name)})")
+    return f"the Python package {name} is missing in {sys.executable}; {cure}"
+
+
+def report_missing_packages() -> None:
+    """Make an import that fails while a command's modules load one line, too."""
+    former = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            end_with(missing_package(error))
+        former(kind, error, trace)
+
+    sys.excepthook = hook
 
 
 def end_with(message: str) -> NoReturn:
@@ -57,7 +100,10 @@ class Parser(argparse.ArgumentParser):
     """An argument parser without abbreviations. Defaults are None, so that the YAML decides."""
 
     def __init__(self, description: str | None, example: str) -> None:
-        super().__init__(description=description, epilog="example:\n" + example,
+        spec = getattr(sys.modules["__main__"], "__spec__", None)
+        module = spec.name.removesuffix(".__main__") if spec else ""
+        prog = f"python -m {module}" if module.startswith("mindrlhf.") else None
+        super().__init__(prog=prog, description=description, epilog="example:\n" + example,
                          allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> NoReturn:
@@ -167,3 +213,6 @@ def progress_bar(total: int | None, what: str, unit: str, **options: Any) -> Any
     watched = sys.stderr.isatty() or os.environ.get("MINDRLHF_TERMINAL")
     hidden = rank() != 0 or not watched
     return tqdm(total=total, desc=what, unit=unit, disable=hidden, **options)
+
+
+report_missing_packages()

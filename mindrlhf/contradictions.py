@@ -12,6 +12,12 @@ from mindrlhf.parallel import Plan, Settings
 
 LORA_KEYS = {"rank", "alpha", "dropout", "target_modules"}
 SAVING_KEYS = {"type", "prefix", "save_checkpoint_steps", "keep_checkpoint_max"}
+WARM_UP = ("warmup_ratio", "warmup_steps", "warmup_epochs")  # give one of them
+# keys that a schedule cannot do without; others need learning_rate
+NEEDED_BY = {
+    "CosineAnnealingLR": ("base_lr", "t_max"), "cosine_annealing": ("base_lr", "t_max"),
+    "CosineAnnealingWarmRestarts": ("base_lr", "t_0"),
+    "cosine_annealing_warm_restarts": ("base_lr", "t_0")}
 HALF_PRECISION = ("use_flash_attention and use_past need compute_dtype bfloat16 or float16 on an "
                   "NPU: its operators do not support float32")
 
@@ -114,6 +120,32 @@ def loss_contradictions(settings: Settings) -> Iterator[str]:
         yield "dpo.loss_type ipo averages log-probs already: set average_log_prob to False"
 
 
+def schedule_contradictions(settings: Settings) -> Iterator[str]:
+    """What MindFormers' learning-rate schedules require."""
+    if settings["run_mode"] != "finetune":
+        return
+    schedule = settings.get("lr_schedule") or {}
+    name = schedule.get("type", "")
+    needed = NEEDED_BY.get(name, ("learning_rate",))
+    if missing := [key for key in needed if key not in schedule]:
+        yield f"{name or 'the schedule'} needs {' and '.join(missing)}"
+    warm_up = [key for key in WARM_UP if schedule.get(key)]
+    if len(warm_up) > 1:
+        yield f"{' and '.join(warm_up)} exclude each other: set one to 0"
+    falls = schedule.get("lr_end", 1e-7) < schedule.get("learning_rate", 1.0)
+    if name in ("PolynomialWithWarmUpLR", "polynomial") and not falls:
+        yield f"{name} needs an lr_end below learning_rate"
+
+
+def profile_contradictions(settings: Settings) -> Iterator[str]:
+    """What MindFormers' profiler requires."""
+    first, last = settings.get("profile_start_step", 1), settings.get("profile_stop_step", 10)
+    if settings.get("profile") and last < first:
+        yield f"profile_stop_step {last} is before profile_start_step {first}"
+    if settings.get("profile_communication") and not settings.get("init_start_profile", True):
+        yield "profile_communication needs init_start_profile True"
+
+
 class Group(NamedTuple):
     """A check, and the sections of the YAML that it reads."""
     check: Callable[[Settings], Iterator[str]]
@@ -127,6 +159,9 @@ GROUPS = {
     "plan": Group(plan_contradictions, ("model", "parallel", "parallel_config")),
     "run_mode": Group(mode_contradictions, ("run_mode", "model", "context")),
     "callbacks": Group(callback_contradictions, ("callbacks", "run_mode")),
+    "lr_schedule": Group(schedule_contradictions, ("lr_schedule", "run_mode")),
+    "profile": Group(profile_contradictions, (
+        "profile", "profile_start_step", "profile_stop_step", "profile_communication")),
     "dpo": Group(loss_contradictions, ("dpo",))}
 
 

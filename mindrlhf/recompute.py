@@ -21,8 +21,11 @@ def recompute_for_mindformers(value: Any) -> Any:
     """The value in a form that MindFormers accepts.
 
     Its LayerSetting takes True, False, or a list with a number of layers for each pipeline stage,
-    of which there is one here. It rejects a plain number, and changes a list in place.
+    of which there is one here; for single operators also a list of their patterns, or pattern ->
+    such a value. It rejects a plain number, and changes a list in place.
     """
+    if isinstance(value, dict):
+        return {name: recompute_for_mindformers(each) for name, each in value.items()}
     if isinstance(value, list):
         return list(value)
     return value if isinstance(value, bool) else [value]

@@ -20,16 +20,16 @@ from mindrlhf.checkpoints import containers, strict
 from mindrlhf.parallel import Plan
 from mindrlhf.recompute import recomputed_layers
 
-REWARDS = ("chosen_reward", "rejected_reward")
+REWARDS = ("rewards/chosen", "rewards/rejected")
 METRICS = ("loss", *REWARDS, "grad_norm")
 # largest difference that passes: relative for losses and gradient norms, relative to the largest
 # reward for rewards, to the change by training for weights. float32 gives 1e-5. bfloat16 on an NPU
 # moves an answer's log-prob by up to 2 nats (mindrlhf/check.py), its reward by beta times that; not
 # tried on an NPU
 TOLERANCE = {
-    "CPU": {"loss": 1e-4, "grad_norm": 1e-4, "chosen_reward": 1e-4, "rejected_reward": 1e-4,
+    "CPU": {"loss": 1e-4, "grad_norm": 1e-4, "rewards/chosen": 1e-4, "rewards/rejected": 1e-4,
             "weights": 1e-2},
-    "Ascend": {"loss": 0.1, "grad_norm": 0.2, "chosen_reward": 0.5, "rejected_reward": 0.5,
+    "Ascend": {"loss": 0.1, "grad_norm": 0.2, "rewards/chosen": 0.5, "rewards/rejected": 0.5,
                "weights": 1.0}}
 STEPS = 6  # optimizer steps of a run
 # Settings that differ from the user's YAMLs. Sizes: they fit on a CPU, and a run takes minutes

@@ -11,7 +11,7 @@
 set -u
 
 usage() {
-  cat >&2 <<EOF
+  cat <<EOF
 usage: msrun_launcher.sh "COMMAND" [WORKERS [PORT LOG_DIR JOIN TIMEOUT]]
        msrun_launcher.sh "COMMAND" WORKERS LOCAL_WORKERS MASTER_ADDR PORT NODE_RANK LOG_DIR JOIN TIMEOUT
   COMMAND        a Python script and its options, as one quoted argument; quotes and backslashes in it
@@ -26,8 +26,8 @@ usage: msrun_launcher.sh "COMMAND" [WORKERS [PORT LOG_DIR JOIN TIMEOUT]]
   TIMEOUT        seconds to wait until all workers have connected (default: 600)
 example: bash ../../scripts/msrun_launcher.sh "run_dpo.py --config finetune_glm4_9b.yaml ..." 8
 EOF
-  exit 2
 }
+[[ ${1:-} != -h && ${1:-} != --help ]] || { usage; exit 0; }
 
 # A control character in a value must not reach the terminal.
 fail() { printf 'error: %s\n' "${1//[[:cntrl:]]/?}" >&2; exit 2; }
@@ -38,7 +38,7 @@ case $# in
   2) workers=$2 ;;
   6) workers=$2 port=$3 log_dir=$4 join=$5 timeout=$6 ;;
   9) workers=$2 local_workers=$3 address=$4 port=$5 node=$6 log_dir=$7 join=$8 timeout=$9 ;;
-  *) usage ;;
+  *) usage >&2; exit 2 ;;
 esac
 command=$1
 local_workers=${local_workers:-$workers}
@@ -62,7 +62,7 @@ command -v "$python" > /dev/null || fail "no $python on the PATH; activate the v
 mapfile -d '' -t arguments < <("$python" -IS "$scripts/launcher_words.py" "$command")
 [[ ${#arguments[@]} -gt 0 ]] || exit 2 # it has said why
 unset 'arguments[-1]'                  # the word `end`
-[[ ${#arguments[@]} -gt 0 ]] || usage
+[[ ${#arguments[@]} -gt 0 ]] || { usage >&2; exit 2; }
 [[ ${arguments[0]} != python && ${arguments[0]} != python3 ]] || arguments=("${arguments[@]:1}")
 [[ -f ${arguments[0]:-} ]] || fail "${arguments[0]:-}: no such script here"
 [[ $workers == 1 || $node != 0 ]] || port=$("$python" -IS -c '

@@ -51,7 +51,7 @@ def last_epoch(steps: Sequence[Mapping[str, Any]], pairs: int) -> dict[str, floa
         if total % seen == 0 and seen >= pairs:
             break
     return {key: sum(step[key] * step["pairs"] for step in epoch) / seen
-            for key in ("accuracy", "margin")}
+            for key in ("rewards/accuracies", "rewards/margins")}
 
 
 def table_row(title: str, first: Mapping[str, Any], last: Mapping[str, Any]) -> str:
@@ -62,8 +62,8 @@ def table_row(title: str, first: Mapping[str, Any], last: Mapping[str, Any]) -> 
         first: metrics before training.
         last: metrics after training.
     """
-    return (f"  {title:<22}{first['accuracy']:>8.2f} ->{last['accuracy']:>6.2f}"
-            f"{first['margin']:>14.2f} ->{last['margin']:>7.2f}")
+    return (f"  {title:<22}{first['rewards/accuracies']:>8.2f} ->{last['rewards/accuracies']:>6.2f}"
+            f"{first['rewards/margins']:>14.2f} ->{last['rewards/margins']:>7.2f}")
 
 
 def preferred_answer(pairs: Path, question: str) -> str:

@@ -15,6 +15,20 @@ set -euo pipefail
 usage="usage: bash scripts/rehearse.sh CONFIG N [FOLDER [PROCESS_YAML PREDICT_YAML]]; CONFIG: YAML with run_mode finetune, \
 N: number of cards, PROCESS_YAML and PREDICT_YAML: default to those of the 9B model"
 fail() { echo "error: $1" >&2; exit "${2:-2}"; }
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+  cat <<EOF
+usage: bash scripts/rehearse.sh CONFIG N [FOLDER [PROCESS_YAML PREDICT_YAML]]
+  CONFIG        YAML with run_mode finetune
+  N             number of cards of its parallel plan, above 1
+  FOLDER        for all results; it is overwritten (default: output/rehearsal)
+  PROCESS_YAML, PREDICT_YAML
+                of the other commands (default: those of the 9B model)
+With DEVICE=Ascend in front, it runs on N NPUs (default: CPU). Exit status: 0 if the results agree with one process,
+1 if the plan is wrong, 2 if the rehearsal cannot run. Takes some minutes for 8 processes on 2 cores.
+example: bash scripts/rehearse.sh examples/glm4_dpo/finetune_glm4_9b.yaml 8
+EOF
+  exit 0
+fi
 [[ $# == 2 || $# == 3 || $# == 5 ]] || fail "$usage"
 root=$(cd "$(dirname "$0")/.." && pwd)
 example=$root/examples/glm4_dpo rig=$root/scripts/rig

@@ -87,10 +87,6 @@ def test_overrides_win_and_none_leaves_the_yaml(tmp_path):
             ["model.model_config.num_layer: unknown key; did you mean num_layers?"],
         ),
         (
-            "use_parallel: True",
-            ["use_parallel: unknown key; it follows from the number of workers"],
-        ),
-        (
             "callbacks: [{type: DPOMonitor, every: 2}]",
             ["callbacks", "DPOMonitor.every: unknown key"],
         ),
@@ -108,9 +104,15 @@ def test_overrides_win_and_none_leaves_the_yaml(tmp_path):
         ("runner_config: {batch_size: True}", ["runner_config.batch_size"]),
         ("dpo: 3", ["dpo: expected a section, got 3"]),
         ("optimizer: {betas: [0.9]}", ["optimizer.betas: expected a list of 2"]),
+        ("use_paralel: True", ["use_paralel: unknown key; did you mean use_parallel?"]),
         (
-            "run_mode: train",
-            ["run_mode: expected one of preprocess, finetune, predict, got 'train'"],
+            "model: {model_config: {post_layer_nrm: True}}",
+            ["model.model_config.post_layer_nrm: unknown key; did you mean post_layer_norm?"],
+        ),
+        ("resume_training: True", ["resume_training: expected False, auto, or the path"]),
+        (
+            "run_mode: training",
+            ["run_mode: expected one of preprocess, finetune, predict, got 'training'"],
         ),
         (
             "dpo: {label_smoothing: 0.5}",

@@ -167,16 +167,16 @@ def test_loss_and_metrics_by_hand(training_model, expected):
     assert found["tokens"] == sum(
         len(p["prompt_ids"]) - 1 + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in five
     )
-    assert found["accuracy"] == 0
+    assert found["rewards/accuracies"] == 0
     for name, value, tolerance in (
         ("dpo_loss", 0.854355, 1e-4),
         ("sft_loss", nll, 1e-5),
-        ("margin", -0.3, 1e-4),
-        ("chosen_reward", -0.1, 1e-4),
-        ("rejected_reward", 0.2, 1e-4),
+        ("rewards/margins", -0.3, 1e-4),
+        ("rewards/chosen", -0.1, 1e-4),
+        ("rewards/rejected", 0.2, 1e-4),
         ("logratio_size", 1.5, 1e-3),
-        ("chosen_logps", np.mean([pair["ref_chosen_logps"] for pair in five]), 1e-3),
-        ("chosen_logps_per_token", -nll, 1e-5),
+        ("logps/chosen", np.mean([pair["ref_chosen_logps"] for pair in five]), 1e-3),
+        ("logps/chosen_per_token", -nll, 1e-5),
     ):
         assert found[name] == pytest.approx(value, abs=tolerance), name
     assert float(loss) == pytest.approx(found["loss"], abs=1e-5)  # the YAML's sft_weight is 1

@@ -42,7 +42,7 @@ def adapter_file(output):
 def test_it_starts_at_the_reference_and_learns(trained):
     assert records(trained[0])[0]["dpo_loss"] == pytest.approx(np.log(2), abs=1e-4)
     before, after = records(trained[0], "eval")
-    assert after["margin"] > before["margin"] + 0.5
+    assert after["rewards/margins"] > before["rewards/margins"] + 0.5
 
 
 def test_only_adapters_are_saved(trained, golden):
@@ -68,7 +68,7 @@ def test_a_resumed_run_goes_on_as_the_unbroken_one(trained, golden, tmp_path):
         ),
     )
     assert result.returncode == 0, result.stderr
-    for key in ("loss", "margin", "grad_norm", "learning_rate"):
+    for key in ("loss", "rewards/margins", "grad_norm", "learning_rate"):
         assert records(tmp_path)[0][key] == records(output)[2][key]
 
 

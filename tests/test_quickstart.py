@@ -32,9 +32,9 @@ def test_it_ends_on_one_screen_with_the_preferred_answer(screen):
 def test_training_raises_accuracy_and_margin_on_pairs_it_never_saw(screen):
     lines = (ROOT / "output/quickstart/run/metrics.jsonl").read_text().splitlines()
     before, after = [record for record in map(json.loads, lines) if record["split"] == "eval"]
-    assert abs(before["margin"]) < 1e-4
-    assert after["accuracy"] > 0.9
-    assert after["margin"] > 1
+    assert abs(before["rewards/margins"]) < 1e-4
+    assert after["rewards/accuracies"] > 0.9
+    assert after["rewards/margins"] > 1
     assert before["pairs"] == after["pairs"] == 28
 
 
@@ -82,8 +82,8 @@ def test_flipped_preferences_make_it_worse(screen, tmp_path):
     assert result.returncode == 0, result.stderr
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     after = [record for record in map(json.loads, lines) if record["split"] == "eval"][-1]
-    assert after["accuracy"] < 0.1
-    assert after["margin"] < -1
+    assert after["rewards/accuracies"] < 0.1
+    assert after["rewards/margins"] < -1
 
 
 def test_the_console_is_quiet(screen):

@@ -1,11 +1,14 @@
 """Kills, signals, damage and full disks: what a run leaves behind, and how it resumes."""
 
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from itertools import accumulate
 from types import SimpleNamespace
 
 import pytest
@@ -20,14 +23,16 @@ EXACT = (
     "loss",
     "dpo_loss",
     "sft_loss",
-    "accuracy",
-    "margin",
-    "chosen_logps",
-    "rejected_logps",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
     "learning_rate",
     "grad_norm",
     "pairs",
     "tokens",
+    "epoch",
+    "num_tokens",
 )
 
 
@@ -154,21 +159,55 @@ def test_curves_events_and_console_are_there(golden, unbroken):
         "loss",
         "dpo_loss",
         "sft_loss",
-        "chosen_reward",
-        "rejected_reward",
-        "margin",
-        "accuracy",
-        "chosen_logps",
-        "rejected_logps",
-        "chosen_logps_per_token",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
+        "logps/chosen",
+        "logps/rejected",
+        "logps/chosen_per_token",
         "learning_rate",
         "grad_norm",
+        "epoch",
+        "num_tokens",
         "overflow",
         "pairs_per_second",
         "tokens_per_second",
         "memory_gb",
     ):
         assert key in first
+    events = b"".join(path.read_bytes() for path in (output / "tensorboard").iterdir())
+    names = ("loss", "grad_norm", "learning_rate", "epoch", "num_tokens", "rewards/chosen",
+             "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
+             "logps/rejected")  # fmt: skip
+    assert [name for name in names if f"train/{name}".encode() not in events] == []
+    assert not re.search(rb"train/(accuracy|margin|\w+_(reward|logps))\b", events)
+
+
+def test_epochs_and_tokens_are_counted_over_the_whole_run(unbroken):
+    assert [step["epoch"] for step in unbroken] == [(number + 1) / 3 for number in range(12)]
+    tokens = [step["tokens"] for step in unbroken]
+    assert [step["num_tokens"] for step in unbroken] == list(accumulate(tokens))
+
+
+def test_curves_have_units_a_learning_rate_and_whole_steps(tmp_path):
+    from mindrlhf.training.journal import Journal
+
+    journal = Journal(tmp_path, 0)
+    for step in (1, 2):
+        values = {"loss": 0.6, "dpo_loss": 0.6, "rewards/accuracies": 0.9, "learning_rate": 1e-6}
+        journal.add("train", step, values)
+    figure = journal.plot_curves()
+    panels = {axis.get_title(): axis for axis in figure.axes if axis.get_visible()}
+    loss, accuracy, rate = (panels[name] for name in ("loss", "reward accuracy", "learning rate"))
+    assert "ln 2" in [line.get_label() for line in loss.lines]
+    assert [line.get_ydata()[0] for line in loss.lines][-1] == math.log(2)
+    assert (loss.get_ylabel(), accuracy.get_ylabel()) == ("nats per pair", "share of pairs")
+    assert accuracy.get_ylim() == (0, 1)
+    assert list(rate.lines[0].get_ydata()) == [1e-6, 1e-6]
+    figure.canvas.draw()
+    assert all(float(tick).is_integer() for tick in loss.get_xticks())
+    journal.close()
 
 
 def test_a_journal_that_a_kill_cut_short_is_read_up_to_there(tmp_path):

@@ -90,8 +90,8 @@ def test_step_0_is_ln_2_with_rewards_of_0(run):
     assert first["step"] == 1
     assert first["dpo_loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert first["loss"] == first["dpo_loss"]  # sft_weight 0
-    assert abs(first["chosen_reward"]) < 1e-4
-    assert abs(first["rejected_reward"]) < 1e-4
+    assert abs(first["rewards/chosen"]) < 1e-4
+    assert abs(first["rewards/rejected"]) < 1e-4
 
 
 def test_every_pair_is_trained_once_an_epoch(run):
@@ -102,9 +102,9 @@ def test_training_raises_the_margin_on_the_evaluated_pairs(run):
     before, after = records(run[0], "eval")
     assert (before["step"], after["step"]) == (0, 6)
     assert before["pairs"] == after["pairs"] == 8
-    assert abs(before["margin"]) < 1e-4
-    assert after["accuracy"] == 1
-    assert after["margin"] > 1
+    assert abs(before["rewards/margins"]) < 1e-4
+    assert after["rewards/accuracies"] == 1
+    assert after["rewards/margins"] > 1
 
 
 def test_the_console_tells_it_in_one_line_a_step(run):
@@ -151,7 +151,14 @@ def test_two_workers_train_as_one_does(two_workers):
     one, two = records(two_workers["one"]), records(two_workers["two"])
     assert [step["pairs"] for step in one] == [step["pairs"] for step in two] == [5, 3, 5, 3]
     for left, right in zip(one, two):
-        for name in ("loss", "dpo_loss", "sft_loss", "margin", "chosen_logps", "grad_norm"):
+        for name in (
+            "loss",
+            "dpo_loss",
+            "sft_loss",
+            "rewards/margins",
+            "logps/chosen",
+            "grad_norm",
+        ):
             assert left[name] == pytest.approx(right[name], rel=2e-4, abs=1e-4), (
                 left["step"],
                 name,
@@ -227,9 +234,11 @@ def test_resumed_run_goes_on_as_the_unbroken_one_and_needs_no_check(run, golden,
     assert [step["step"] for step in resumed] == [step["step"] for step in unbroken] == [4, 5, 6]
     for left, right in zip(resumed, unbroken):
         assert {
-            name: left[name] for name in ("loss", "margin", "learning_rate", "grad_norm", "pairs")
+            name: left[name]
+            for name in ("loss", "rewards/margins", "learning_rate", "grad_norm", "pairs")
         } == {
-            name: right[name] for name in ("loss", "margin", "learning_rate", "grad_norm", "pairs")
+            name: right[name]
+            for name in ("loss", "rewards/margins", "learning_rate", "grad_norm", "pairs")
         }
 
 
@@ -639,14 +648,14 @@ def test_the_best_weights_are_kept_by_the_named_metric(golden, tmp_path):
     config = training_yaml(golden.folder, "best")
     config.write_text(
         config.read_text().replace(
-            "eval_step_interval: 0", "eval_step_interval: 1, best_metric: margin"
+            "eval_step_interval: 0", "eval_step_interval: 1, best_metric: rewards/margins"
         )
     )
     result = run_script(
         RUN_DPO, *arguments(golden, config, tmp_path, more=["--eval_dataset", golden.data])
     )
     assert result.returncode == 0, result.stderr
-    margins = [record["margin"] for record in records(tmp_path, "eval")]
+    margins = [record["rewards/margins"] for record in records(tmp_path, "eval")]
     assert len(margins) == 7
     best = 1 + int(np.argmax(margins[1:]))
     kept = containers.open_tensors(tmp_path / "checkpoint_best/rank_0/glm4_dpo-best.ckpt")

@@ -297,7 +297,7 @@ def test_two_machines_train_as_one_with_two_workers(network, golden, data, tmp_p
         "loss",
         "dpo_loss",
         "sft_loss",
-        "margin",
+        "rewards/margins",
         "grad_norm",
         "learning_rate",
     )

@@ -5,11 +5,12 @@ safetensors, tokenizer.model) and pairs with the fields of CValues-Comparison.
 """
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+
+import jsonlines
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -39,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     size = tiny.write_model(folder / "hf", arguments.config,
                             partial(tiny.train_tokenizer, text))
     for name, rows in pairs.items():
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+        with jsonlines.open(folder / f"{name}.jsonl", "w") as file:
+            file.write_all(rows)
     print(f"{folder}: a GLM-4 of {size:,} parameters, {len(pairs['train'])} training pairs, "
           f"{len(pairs['held_out'])} held-out pairs")
 

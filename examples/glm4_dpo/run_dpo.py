@@ -31,15 +31,16 @@ def parser() -> cli.Parser:
                        help="finetune: the weights that preprocessing used as the reference; "
                             "predict: any weights")
     parse.add_argument("--auto_trans_ckpt", type=cli.boolean, metavar="True|False",
-                       help="load the checkpoint, one file or shards of any plan, into the shards "
-                            "of this plan")
+                       help="True: load_checkpoint may be a folder of shards of any plan, with "
+                            "--src_strategy. One file is cut for each card with either value")
     parse.add_argument("--src_strategy", metavar="FOLDER",
                        help="if load_checkpoint or adapter_checkpoint is a folder of shards "
                             "(rank_0, rank_1, ...): output/strategy of the run that saved them")
     parse.add_argument("--adapter_checkpoint", metavar="PATH",
                        help="predict: LoRA adapters to add to load_checkpoint: "
                             "output/checkpoint_network of their training, or one file")
-    parse.add_argument("--predict_data", metavar="TEXT", help="predict: the user's message")
+    parse.add_argument("--predict_data", metavar="TEXT", nargs="+",
+                       help="predict: the user's message; its words need no quotes")
     parse.add_argument("--resume", metavar="auto|FILE",
                        help="finetune: resume from the newest intact state in output_dir, or from "
                             "a file of output/checkpoint/rank_0")
@@ -71,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                      allow_changes=bool(arguments.allow_changes))
     else:
         from mindrlhf.inference import generate
-        answer = generate.predict(settings, arguments.predict_data, arguments.adapter_checkpoint)
+        text = None if arguments.predict_data is None else " ".join(arguments.predict_data)
+        answer = generate.predict(settings, text, arguments.adapter_checkpoint)
         print(answer, flush=True)
 
 

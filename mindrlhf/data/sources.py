@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
+import jsonlines
+
 from mindrlhf.cli import UserError, existing_file
 
 PACKED = ("", ".gz", ".zst")
@@ -227,18 +229,32 @@ class RowDecoder(json.JSONDecoder):
 
 def _line_rows(lines: BinaryIO) -> Iterator[JsonRow]:
     """Rows of JSON lines."""
-    decoder = RowDecoder()
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    decoder, line = RowDecoder(), 0
+
+    def counted() -> Iterator[bytes]:
+        nonlocal line
         try:
-            yield decoder.row(number, decoder.decode(line.decode("utf-8-sig")))
-        except (ValueError, RecursionError) as error:
-            decoder.repeated = None
-            yield JsonRow(number, None, _describe(error) + "; each line must be one JSON object")
+            for text in lines:
+                line += 1
+                yield text
+        except EOFError as error:  # a gzip file is cut; jsonlines would take it for the end
+            raise gzip.BadGzipFile(str(error)) from None
+
+    with jsonlines.Reader(counted(), loads=lambda text: decoder.decode(str(text))) as reader:
+        while True:
+            try:
+                value = reader.read(allow_none=True, skip_empty=True)
+            except EOFError:
+                return
+            except (jsonlines.InvalidLineError, RecursionError) as error:
+                decoder.repeated = None
+                problem = _describe(error.__cause__ or error)
+                yield JsonRow(line, None, f"{problem}; each line must be one JSON object")
+            else:
+                yield decoder.row(line, value)
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: BaseException) -> str:
     """What is wrong with text that does not parse."""
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 (byte {error.start}); save the file as UTF-8"

@@ -46,9 +46,23 @@ def predict(settings: Settings, text: str | None, adapters: str | None = None) -
     with cli.quiet_stdout():
         model = load_model(settings, adapters)
         output = model.generate(
-            [prompt], max_new_tokens=min(model_config.get("max_decode_length", 512), room),
+            [prompt], max_new_tokens=min(longest_answer(model_config, len(prompt)), room),
             eos_token_id=tokenizer.stop_ids, pad_token_id=tokenizer.pad_id)[0]
     return tokenizer.decode(output[len(prompt):]).strip()
+
+
+def longest_answer(model_config: Settings, prompt: int) -> int:
+    """Most tokens of an answer, by the settings.
+
+    Args:
+        model_config: the section; max_decode_length and max_new_tokens limit the answer, max_length
+            the prompt and the answer together.
+        prompt: tokens of the prompt.
+    """
+    limits = [model_config.get(key) for key in ("max_decode_length", "max_new_tokens")]
+    limits.append(max(model_config["max_length"] - prompt, 1) if "max_length" in model_config
+                  else None)
+    return min((limit for limit in limits if limit), default=512)
 
 
 def _check_strategy(settings: Settings, adapters: str | None) -> None:

@@ -15,7 +15,7 @@ from mindrlhf.training import metrics
 from mindrlhf.training.journal import Journal
 
 # metric -> 1 if higher is better, -1 if lower is
-BEST = {"loss": -1, "dpo_loss": -1, "accuracy": 1, "margin": 1}
+BEST = {"loss": -1, "dpo_loss": -1, "rewards/accuracies": 1, "rewards/margins": 1}
 
 
 class Progress:
@@ -25,11 +25,16 @@ class Progress:
         first: optimizer steps behind the state that the run resumed from, 0 for a new run.
         step: optimizer steps done, those of earlier runs included.
         total: steps at the end of the run.
+        tokens: trained on so far, prompts included.
     """
 
-    def __init__(self, *, first: int, total: int) -> None:
+    def __init__(self, *, first: int, total: int, epoch_steps: int = 1, tokens: int = 0) -> None:
         self.first = self.step = first
-        self.total = total
+        self.total, self.epoch_steps, self.tokens = total, epoch_steps, tokens
+
+    def measure(self) -> dict[str, float]:
+        """How far the run is, as metrics that TRL logs too."""
+        return {"epoch": self.step / self.epoch_steps, "num_tokens": self.tokens}
 
 
 class DPOMonitor(Callback):
@@ -80,6 +85,8 @@ class DPOMonitor(Callback):
         outputs = StepOutput(*run_context.original_args().net_outputs)
         self.progress.step += 1
         values = self.measure(outputs)
+        self.progress.tokens += values["tokens"]
+        values |= self.progress.measure()
         if self.progress.step == 1:
             self.check_reference(values)
         if self.journal:
@@ -199,7 +206,7 @@ class EvalMonitor(Callback):
         values = self.evaluate()
         cli.say(f"held-out, after step {self.progress.step}: {line(values)}")
         if self.journal:
-            self.journal.add("eval", self.progress.step, values)
+            self.journal.add("eval", self.progress.step, values | self.progress.measure())
         if self.progress.step == 0 or not self.keep_best:
             return
         if self.best is None or BEST[self.metric] * (values[self.metric] - self.best) > 0:
@@ -211,4 +218,4 @@ def line(values: dict[str, Any]) -> str:
     """The main metrics as part of a console line."""
     sft = f", sft {values['sft_loss']:.3f}" if values["loss"] != values["dpo_loss"] else ""
     return (f"loss {values['loss']:.4f} (dpo {values['dpo_loss']:.4f}{sft})  "
-            f"accuracy {values['accuracy']:.3f}  margin {values['margin']:+.3f}")
+            f"accuracy {values['rewards/accuracies']:.3f}  margin {values['rewards/margins']:+.3f}")

@@ -38,7 +38,8 @@ RESULTS = [*(f"{rank}/{name}" for rank in RANKS
              for name in ("*-step_*.ckpt", "*-step_*.ckpt.unusable", "*-network.ckpt",
                           "*-best.ckpt")), "metrics.jsonl"]
 BY_PRODUCTS = [*(f"{rank}/{name}" for rank in RANKS for name in (STEP, ".*.tmp")),
-               "strategy/*.ckpt", "tensorboard/events.out.tfevents.*", "curves.png", ".stop", FILE]
+               "strategy/*.ckpt", "tensorboard/events.out.tfevents.*", "profile/rank_[0-9]*/*",
+               "summary/rank_[0-9]*/*", "curves.png", ".stop", FILE]
 
 
 @dataclass(frozen=True)
@@ -265,8 +266,9 @@ def _remove_run(folder: Path, inputs: Iterable[str | Path | None]) -> None:
     try:
         for path in found:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for pattern in (*RANKS, "checkpoint", "checkpoint_network", "checkpoint_best", "strategy",
-                        "tensorboard"):
+        for pattern in (*RANKS, "profile/rank_[0-9]*", "summary/rank_[0-9]*", "checkpoint",
+                        "checkpoint_network", "checkpoint_best", "strategy", "tensorboard",
+                        "profile", "summary"):
             for path in folder.glob(pattern):
                 if path.is_dir() and not any(path.iterdir()):
                     path.rmdir()

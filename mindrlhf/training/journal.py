@@ -11,18 +11,30 @@ from mindrlhf.files import atomic_file
 
 
 class Curve(NamedTuple):
-    """A panel of curves.png: its title and the metrics in it."""
+    """A panel of curves.png.
+
+    Attributes:
+        title: of the panel.
+        unit: of its values; "" for plain numbers.
+        metrics: in the panel.
+        mark: value and label of a horizontal line.
+        limits: smallest and largest value; None: as the values need.
+    """
     title: str
+    unit: str
     metrics: tuple[str, ...]
+    mark: tuple[float, str] | None = None
+    limits: tuple[float, float] | None = None
 
 
 CURVES = (
-    Curve("loss", ("loss", "dpo_loss")),
-    Curve("reward accuracy", ("accuracy",)),
-    Curve("reward margin", ("margin",)),
-    Curve("rewards", ("chosen_reward", "rejected_reward")),
-    Curve("log-prob per token", ("chosen_logps_per_token", "rejected_logps_per_token")),
-    Curve("gradient norm", ("grad_norm",)))
+    Curve("loss", "nats per pair", ("loss", "dpo_loss"), mark=(math.log(2), "ln 2")),
+    Curve("reward accuracy", "share of pairs", ("rewards/accuracies",), limits=(0, 1)),
+    Curve("reward margin", "beta x nats", ("rewards/margins",)),
+    Curve("rewards", "beta x nats", ("rewards/chosen", "rewards/rejected")),
+    Curve("log-prob per token", "nats", ("logps/chosen_per_token", "logps/rejected_per_token")),
+    Curve("gradient norm", "before clipping", ("grad_norm",)),
+    Curve("learning rate", "", ("learning_rate",)))
 STYLES = {"train": "-", "eval": "o--"}  # split -> how matplotlib draws it
 
 
@@ -78,32 +90,55 @@ class Journal:
             if isinstance(value, (int, float)) and math.isfinite(value):
                 self.events.add_scalar(f"{split}/{name}", value, step)
 
+    def last(self, name: str, default: Any) -> Any:
+        """A training metric of the last step that was recorded; a default if there is none."""
+        values = (record[name] for record in reversed(self.records)
+                  if record["split"] == "train" and name in record)
+        return next(values, default)
+
     def draw(self) -> None:
         """Draw curves.png from all records."""
-        import matplotlib
-        matplotlib.use("Agg")
         from matplotlib import pyplot
-        figure, axes = pyplot.subplots(2, 3, figsize=(13, 7), constrained_layout=True)
-        for axis, curve in zip(axes.flat, CURVES):
-            for number, name in enumerate(curve.metrics):
-                self._plot(axis, name, color=f"C{number}")
-            axis.set_title(curve.title)
-            axis.set_xlabel("step")
-            axis.grid(alpha=0.3)
-            if axis.lines:
-                axis.legend(fontsize=8)
+        figure = self.plot_curves()
         with atomic_file(self.folder / "curves.png") as file:
             figure.savefig(file, format="png", dpi=110)
         pyplot.close(figure)
 
+    def plot_curves(self) -> Any:
+        """A matplotlib figure with a panel for each of CURVES."""
+        import matplotlib
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+        from matplotlib.ticker import MaxNLocator
+        figure, axes = pyplot.subplots(2, 4, figsize=(17, 7), constrained_layout=True)
+        for axis, curve in zip(axes.flat, CURVES):
+            for number, name in enumerate(curve.metrics):
+                self._plot(axis, name, color=f"C{number}")
+            if curve.mark:
+                height, label = curve.mark
+                axis.axhline(height, color="grey", linestyle=":", linewidth=1, label=label)
+            if curve.limits:
+                axis.set_ylim(*curve.limits)
+            axis.set_title(curve.title)
+            axis.set_xlabel("step")
+            axis.set_ylabel(curve.unit)
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.grid(alpha=0.3)
+            if axis.lines:
+                axis.legend(fontsize=8)
+        for axis in axes.flat[len(CURVES):]:
+            axis.set_visible(False)
+        return figure
+
     def _plot(self, axis: Any, name: str, color: str) -> None:
-        """Draw one metric, of both splits."""
+        """Draw one metric, of both splits. Points at the edge of a panel stay whole."""
         for split, style in STYLES.items():
             points = [(record["step"], record[name]) for record in self.records
                       if record["split"] == split and name in record]
             if points:
+                label = f"{name}, {'held-out' if split == 'eval' else 'training'}"
                 axis.plot(*zip(*points), style, color=color, linewidth=1, markersize=4,
-                          label=f"{name}, {'held-out' if split == 'eval' else 'training'}")
+                          clip_on=False, label=label)
 
     def close(self) -> None:
         """Flush and close the files."""

@@ -14,9 +14,9 @@ def compute_metrics(sums: Sequence[float], *, sft_weight: float) -> dict[str, fl
         sft_weight: weight of the SFT term in the loss.
 
     Returns:
-        name -> value. loss = dpo_loss + sft_weight * sft_loss. dpo_loss, accuracy and the rewards
-        are means over pairs; a tie does not count as accurate. sft_loss is nats per chosen token.
-        *_logps are nats per answer, *_logps_per_token nats per scored token. logratio_size is the
+        name -> value; names that TRL has are TRL's. loss = dpo_loss + sft_weight * sft_loss.
+        dpo_loss and rewards/* are means over pairs; a tie does not count as accurate. sft_loss is
+        nats per chosen token, logps/* per answer, logps/*_per_token per token. logratio_size is the
         mean over answers of |log pi - log pi_ref|, which is 0 where policy and reference are the
         same. pairs and tokens (prompts included, shared ones once) are counts, padding is the share
         of all positions that hold no token.
@@ -31,14 +31,14 @@ def compute_metrics(sums: Sequence[float], *, sft_weight: float) -> dict[str, fl
     result = {
         "dpo_loss": total["dpo_loss"] / pairs,
         "sft_loss": total["sft_nll"] / max(total["chosen_tokens"], 1.0),
-        "accuracy": total["correct"] / pairs,
-        "margin": (total["chosen_reward"] - total["rejected_reward"]) / pairs}
+        "rewards/accuracies": total["correct"] / pairs,
+        "rewards/margins": (total["chosen_reward"] - total["rejected_reward"]) / pairs}
     for side in SIDES:
         logps = total[f"{side}_logps"]
         result |= {
-            f"{side}_reward": total[f"{side}_reward"] / pairs,
-            f"{side}_logps": logps / pairs,
-            f"{side}_logps_per_token": logps / max(total[f"{side}_tokens"], 1.0)}
+            f"rewards/{side}": total[f"{side}_reward"] / pairs,
+            f"logps/{side}": logps / pairs,
+            f"logps/{side}_per_token": logps / max(total[f"{side}_tokens"], 1.0)}
     return {
         "loss": result["dpo_loss"] + sft_weight * result["sft_loss"], **result,
         "logratio_size": total["logratio_size"] / (2 * pairs),

@@ -240,19 +240,22 @@ def train(model: nn.Cell, run_config: Any, settings: dict[str, Any], data: Data,
     dataset = open_rows(data.train_path, data.train, feed, shuffle=shuffle)
     epoch, runner = dataset.get_dataset_size(), settings["runner_config"]
     total = min(epoch * runner["epochs"], runner.get("max_steps", 0) or math.inf)
-    progress = Progress(first=state.steps_done(resumed) if resumed else 0, total=total)
-    if progress.first >= total:
-        raise cli.UserError(f"{resumed}: is at step {progress.first} of {total}, so the run is "
-                            "complete; raise runner_config.epochs to train further")
+    first = state.steps_done(resumed) if resumed else 0
+    if first >= total:
+        raise cli.UserError(f"{resumed}: is at step {first} of {total}, so the run is complete; "
+                            "raise runner_config.epochs to train further")
     cli.say(f"{data.train_path}: {data.train['pairs']['written']} pairs in {data.train['rows']} "
             f"rows of {data.train['seq_len']}; {feed.batch_size * feed.shards} rows a step, "
             f"{epoch} steps an epoch, {total} in total; rows shuffled: {shuffle}, "
             f"seed {settings['seed']}")
-    run_config.lr_schedule.total_steps = total
-    journal = Journal(settings["output_dir"], progress.first) if cli.rank() == 0 else None
+    given = config.get_setting(settings, "lr_schedule.total_steps", -1)
+    run_config.lr_schedule.total_steps = total if given == -1 else given
+    journal = Journal(settings["output_dir"], first) if cli.rank() == 0 else None
+    progress = Progress(first=first, total=total, epoch_steps=epoch,
+                        tokens=journal.last("num_tokens", 0) if journal else 0)
     callbacks = make_callbacks(model, settings, data, progress, journal, run, resumed)
     if resumed:
-        resume_trainer(settings, resumed, progress.first)
+        resume_trainer(settings, resumed, first)
     trainer = Trainer(args=run_config, task="text_generation", model=model, train_dataset=dataset,
                       callbacks=callbacks)
     trainer.finetune(finetune_checkpoint=str(resumed) if resumed else False,

@@ -145,7 +145,8 @@ def to_mindspore(source: str, target: str, *, dtype: str, allow_nonfinite: bool 
 
 
 def to_hugging_face(source: str, target: str, *, dtype: str, allow_nonfinite: bool = False,
-                    layout: str = "glm", config: str | None = None) -> str:
+                    layout: str = "glm", config: str | None = None,
+                    tokenizer: str | None = None) -> str:
     """Convert a checkpoint file to a Hugging Face folder.
 
     Args:
@@ -155,6 +156,8 @@ def to_hugging_face(source: str, target: str, *, dtype: str, allow_nonfinite: bo
         allow_nonfinite: accept NaN and inf.
         layout: "glm" or "chatglm".
         config: config.json or sidecar of the model, if the checkpoint has no sidecar.
+        tokenizer: tokenizer.model, or a folder with the tokenizer's files; None: those beside the
+            source, if any.
 
     Returns:
         one line about the result.
@@ -164,6 +167,7 @@ def to_hugging_face(source: str, target: str, *, dtype: str, allow_nonfinite: bo
             written.
     """
     conversion = Conversion(DTYPES[dtype], allow_nonfinite)
+    extra = hf.find_tokenizer(tokenizer or Path(source).parent, required=tokenizer is not None)
     with _progress(target) as progress:
         stored = containers.open_tensors(source)
         model = find_config(source, config)
@@ -181,9 +185,11 @@ def to_hugging_face(source: str, target: str, *, dtype: str, allow_nonfinite: bo
                 items.append(conversion.item(part.name, part.shape, [rows]))
                 first += rows.length
         _prepare(items, target, progress)
-        hf.write_hf_folder(target, model, layout, conversion.dtype, items, progress.update)
+        hf.write_hf_folder(target, model, layout, conversion.dtype, items, progress.update, extra)
     summary = _summary(target, progress.total, dtype, model)
-    return f"{summary}; {layout} names; copy the model's tokenizer files there too"
+    copied = (f"with {', '.join(file.name for file in extra)} of {extra[0].parent}" if extra else
+              "copy the model's tokenizer files there too, or name them with --tokenizer")
+    return f"{summary}; {layout} names; {copied}"
 
 
 def find_config(source: str, given: str | None) -> ModelConfig:

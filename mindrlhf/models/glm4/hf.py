@@ -4,6 +4,7 @@ No code from such a folder is executed.
 """
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from mindrlhf.models.glm4.model_config import ModelConfig
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # names in a config.json
+TOKENIZER = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
+             "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 SHARD = 5_000_000_000  # bytes of a shard, at most; a larger tensor has a shard of its own
 
 
@@ -128,7 +131,7 @@ def _read_index(index: Path) -> dict[str, str]:
 
 def write_hf_folder(folder: str | Path, config: ModelConfig, layout: str, dtype: str,
                     tensors: Sequence[TensorItem], progress: Callable[[int], object] | None = None,
-                    *, shard_size: int | None = None) -> None:
+                    extra: Sequence[Path] = (), *, shard_size: int | None = None) -> None:
     """Write a folder that transformers and vLLM open. It appears when it is complete.
 
     Args:
@@ -138,6 +141,7 @@ def write_hf_folder(folder: str | Path, config: ModelConfig, layout: str, dtype:
         dtype: F32, F16 or BF16, of every tensor.
         tensors: with the names of the layout.
         progress: called with the number of bytes after each piece.
+        extra: files to copy into the folder.
         shard_size: bytes of a file, at most, unless one tensor is larger; None: SHARD.
     """
     if layout == "chatglm":
@@ -163,6 +167,28 @@ def write_hf_folder(folder: str | Path, config: ModelConfig, layout: str, dtype:
         write_json(target / "config.json", config_json(config, layout, dtype))
         write_json(target / "generation_config.json", {"eos_token_id": list(config.eos_token_id),
                                                        "pad_token_id": config.pad_token_id})
+        for file in extra:
+            shutil.copyfile(file, target / file.name)
+
+
+def find_tokenizer(place: str | Path, *, required: bool) -> list[Path]:
+    """The files of a tokenizer.
+
+    Args:
+        place: one of them, or their folder.
+        required: whether there must be some.
+
+    Raises:
+        UserError: there is none, but one is required.
+    """
+    place = Path(place)
+    if place.is_file() and required:
+        return [place]
+    found = [place / name for name in TOKENIZER if (place / name).is_file()]
+    if required and not found:
+        raise UserError(f"{place}: holds no tokenizer; give the model's tokenizer.model, or a "
+                        f"folder with it ({', '.join(TOKENIZER)})")
+    return found
 
 
 def _inv_freq(config: ModelConfig) -> np.ndarray:

@@ -15,6 +15,7 @@ from mindrlhf.checkpoints.shards import join_shards, require_alike
 from mindrlhf.checkpoints.strict import load_strictly
 from mindrlhf.checkpoints.tensors import StoredTensor
 from mindrlhf.cli import UserError
+from mindrlhf.config import find_checkpoint
 from mindrlhf.models.glm4 import weight_names
 from mindrlhf.models.glm4.lora import METADATA
 from mindrlhf.models.glm4.model_config import ModelConfig
@@ -66,7 +67,7 @@ def open_checkpoint(path: str | Path, strategy: str | None = None, *, step: int 
     """Open a single file, or the shards of several cards.
 
     Args:
-        path: a file, or a folder of rank_0, rank_1, ...
+        path: a file, a folder with one, or a folder of rank_0, rank_1, ...
         strategy: folder or file of strategies of the run that saved the shards; None: all ranks
             hold the same weights.
         step: training steps behind the shards; None: the newest step that is intact on all ranks.
@@ -76,7 +77,7 @@ def open_checkpoint(path: str | Path, strategy: str | None = None, *, step: int 
     Raises:
         UserError: a file is missing or damaged, or options for shards are given with one file.
     """
-    path = Path(path)
+    path = Path(find_checkpoint(str(path)))
     if not path.is_dir():
         if strategy or step:
             raise UserError(f"{path}: is one file; --src_strategy and --step belong to a folder of "

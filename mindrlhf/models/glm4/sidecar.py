@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mindrlhf import cli
-from mindrlhf.checkpoints.containers import open_tensors
+from mindrlhf.checkpoints.containers import SUFFIXES, open_tensors
 from mindrlhf.checkpoints.fingerprints import Fingerprint, digest
 from mindrlhf.checkpoints.fingerprints import fingerprint as fingerprint_of
 from mindrlhf.checkpoints.tensors import DTYPES, StoredTensor, TensorItem, pieces
@@ -233,6 +233,7 @@ def require_same_model(checkpoint: str | Path | None, settings: dict[str, Any]) 
     """
     if not checkpoint:
         return
+    _require_full_weights(Path(checkpoint))
     model = settings["model"]["model_config"]
     found = read_config_of(checkpoint)
     yaml = {name: model.get(name, "not set") for name in IN_YAML}
@@ -253,6 +254,26 @@ def require_same_model(checkpoint: str | Path | None, settings: dict[str, Any]) 
         raise UserError(f"{place}: the YAML is not for this checkpoint: " + "; ".join(
             f"{name} is {ours} in the YAML, {theirs} in the checkpoint"
             for name, (ours, theirs) in wrong.items()))
+
+
+def _require_full_weights(checkpoint: Path) -> None:
+    """Raise UserError if a checkpoint holds LoRA adapters, or weights with Hugging Face's names."""
+    inside = sorted(file for rank in checkpoint.glob("rank_0") for file in rank.iterdir()
+                    if file.suffix in SUFFIXES)
+    file = checkpoint if not checkpoint.is_dir() else inside[0] if inside else None
+    if file is None:
+        return  # reported where the weights are read
+    names = list(open_tensors(file))
+    if "step_num" in names:  # a training state
+        return
+    if any(map(weight_names.is_adapter, names)):
+        raise UserError(f"{checkpoint}: holds LoRA adapters, not weights: predict with them as "
+                        "--adapter_checkpoint and their base weights as --load_checkpoint, or "
+                        "merge both with transform_checkpoint.py --base_checkpoint")
+    if not any(map(weight_names.is_weight, names)) or weight_names.CHATGLM_EMBEDDING in names:
+        raise UserError(f"{checkpoint}: holds no GLM-4 with MindFormers' names, but "
+                        f"{cli.shown(names[:2])}; convert the Hugging Face folder of the model "
+                        "with convert_weight.py")
 
 
 def _measured_sizes(checkpoint: str | Path) -> dict[str, int]:
