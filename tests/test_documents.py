@@ -34,6 +34,7 @@ PARSERS = {
     "mindrlhf.check": "mindrlhf.check",
     "mindrlhf.plan": "mindrlhf.plan.__main__",
     "mindrlhf.data.show": "mindrlhf.data.show",
+    "mindrlhf.serve": "mindrlhf.serve.__main__",
 }
 CPU, PRINTED = "sh cpu", "text printed"  # info strings: what the test runs, and what that prints
 
