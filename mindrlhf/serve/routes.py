@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 
 from mindrlhf.parallel import Settings
 from mindrlhf.serve.protocol import ApiError, Completion, parse_request
-from mindrlhf.serve.worker import Update, TooManyRequests, Worker
+from mindrlhf.serve.worker import TooManyRequests, Update, Worker
 
 LARGEST_BODY = 1 << 20  # bytes; 8192 tokens have about 40 kB
 BODY_SECONDS = 30  # to receive a body
