@@ -2,6 +2,7 @@
 
 import random
 
+import hypothesis
 import numpy as np
 import pytest
 from conftest import GOLDEN, load_model
@@ -284,6 +285,21 @@ def test_what_may_be_a_stop_string_is_held_back(tokenizer):
     assert stream.is_stopped
     assert stream_of(tokenizer, "aabc", ["aabb"])[0] == ["", "", "", "aabc", ""]
     assert "".join(stream_of(tokenizer, "aab", ["aabb"])[0]) == "aab"
+
+
+@hypothesis.settings(max_examples=200, deadline=None)
+@hypothesis.given(
+    hypothesis.strategies.text("a b\n跑\u0301", max_size=12),
+    hypothesis.strategies.lists(hypothesis.strategies.text("a b跑", max_size=3), max_size=2),
+)
+def test_pieces_of_any_text_are_its_answer(tokenizer, text, stop):
+    pieces, stream = stream_of(tokenizer, text, stop)
+    assert "".join(pieces) == stream.text
+    stops = [item for item in stop if item]
+    assert stream.is_stopped == any(item in text.lstrip() for item in stops)
+    assert not any(item in stream.text for item in stops)
+    if not stream.is_stopped:
+        assert stream.text == text.strip()
 
 
 def test_blocks_by_hand():

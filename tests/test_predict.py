@@ -195,6 +195,12 @@ def test_options_that_do_not_go_together(options, more, part):
         run_dpo.main([*options, *more])
 
 
+def test_training_takes_no_option_of_prediction(golden):
+    for option, value in (("--batch_size", "8"), ("--seed", "0"), ("--predict_data", "a")):
+        with pytest.raises(UserError, match=f"{option} is for run_mode predict"):
+            run_dpo.main(["--config", str(golden.finetune), option, value])
+
+
 # --output: resumable
 
 

@@ -1,5 +1,6 @@
 """The OpenAI-compatible server, asked with OpenAI's client."""
 
+import asyncio
 import functools
 import json
 import random
@@ -18,8 +19,11 @@ import pytest
 from conftest import EXAMPLE, GOLDEN, ROOT, assert_one_error
 
 from mindrlhf import config
+from mindrlhf.inference.engine import Answer
+from mindrlhf.inference.sampling import Sampling
 from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
-from mindrlhf.serve import protocol
+from mindrlhf.serve import protocol, routes
+from mindrlhf.serve.worker import TooManyRequests, Update, Worker
 
 KEY = "secret"
 CACHE = (
@@ -348,6 +352,61 @@ def test_what_cannot_be_served_is_one_line(golden, yaml):
 
 
 # without a server
+
+
+class Engine:
+    """Fails at its second step."""
+
+    batch_size = 1
+
+    def __init__(self):
+        self.steps, self.ended = 0, []
+
+    def submit(self, answer):
+        pass
+
+    def cancel(self, answer):
+        self.ended.append(answer)
+
+    def step(self):
+        self.steps += 1
+        if self.steps == 2:
+            raise RuntimeError("a kernel failed")
+        return []
+
+
+def test_a_failure_of_the_model_reaches_the_requests_and_the_server_goes_on(capsys):
+    engine, found = Engine(), []
+    worker = Worker(engine, 1)
+    answers = [Answer([1], Sampling(1), number) for number in range(2)]
+    worker.submit(answers, found.append)
+    with pytest.raises(TooManyRequests):
+        worker.submit([Answer([1], Sampling(1))], found.append)
+    worker.run(lambda: engine.steps > 3)
+    assert [(update.answer, update.finish_reason) for update in found] == [
+        (answer, "error") for answer in answers
+    ]
+    assert engine.ended == answers
+    assert worker.load == 0
+    assert "a kernel failed" in capsys.readouterr().err
+
+
+def test_a_request_that_fails_or_takes_too_long_ends(monkeypatch):
+    monkeypatch.setattr(routes, "LOOK", 0.01)
+
+    async def wait(update, deadline):
+        events = asyncio.Queue()
+        if update:
+            events.put_nowait(update)
+        return await routes.next_event(events, deadline)
+
+    answer, later = Answer([1], Sampling(1)), time.monotonic() + 60
+    assert asyncio.run(wait(None, later)) is None
+    assert asyncio.run(wait(Update(answer, "a", None), later)).piece == "a"
+    for update, deadline, status in ((None, 0, 504), (Update(answer, "", "error"), later, 500)):
+        with pytest.raises(protocol.ApiError) as caught:
+            asyncio.run(wait(update, deadline))
+        assert caught.value.status == status
 
 
 TOKENIZER = functools.cache(lambda: Glm4Tokenizer(GOLDEN / "tokenizer.model"))

@@ -68,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "eval_dataset.data_loader.dataset_dir": arguments.eval_dataset,
         "processor.tokenizer.vocab_file": arguments.vocab_file})
     if settings["run_mode"] == "finetune":
+        options.require_no_prediction(arguments)
         from mindrlhf.training import run
         run.finetune(settings, overwrite=arguments.overwrite,
                      allow_changes=bool(arguments.allow_changes))

@@ -85,6 +85,16 @@ def add_prediction(parse: argparse.ArgumentParser) -> None:
     add_sampling(parse)
 
 
+def require_no_prediction(arguments: argparse.Namespace) -> None:
+    """Raise UserError if an option of add_prediction() is given for another run_mode."""
+    parse = argparse.ArgumentParser()
+    add_prediction(parse)
+    for name, default in vars(parse.parse_args([])).items():
+        if getattr(arguments, name) != default:
+            raise cli.UserError(f"--{name} is for run_mode predict; leave it out, and set what "
+                                "training needs in the YAML")
+
+
 def sampling_from(settings: Settings, arguments: argparse.Namespace) -> Sampling:
     """The sampling that the YAML and the options of add_sampling() give."""
     given = vars(arguments)

@@ -128,6 +128,8 @@ def serve(engine: Any, arguments: argparse.Namespace, listener: socket.socket) -
     thread.start()
     while not server.started and thread.is_alive():
         time.sleep(0.01)
+    if not server.started:
+        raise UserError("the HTTP server did not start; see the message above")
     address = listener.getsockname()
     shown = f"[{address[0]}]" if ":" in address[0] else address[0]
     print(f"{name}: http://{shown}:{address[1]}/v1, {engine.batch_size} answers at once, "
