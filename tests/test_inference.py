@@ -215,6 +215,7 @@ def test_top_k_and_top_p_cut_the_tail():
     )
     assert draws(Sampling(1, 1.0, top_p=1e-6), LOGITS)[0] == 1
     assert draws(Sampling(1, 1.0, top_k=1), LOGITS)[0] == 1
+    assert draws(Sampling(1, 1e-300), LOGITS)[0] == 1
     assert draws(Sampling(1), LOGITS)[0] == 1
 
 

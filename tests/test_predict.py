@@ -241,7 +241,17 @@ def test_answers_are_replaced_only_if_told(loaded, options, prompts, tmp_path, c
         run_dpo.main([*task, "--max_new_tokens", "3"])
     assert output.read_bytes() == before
     run_dpo.main([*task, "--max_new_tokens", "3", "--overwrite"])
-    assert {row["tokens"] for row in lines(output.read_text())} == {3}
+    short = output.read_bytes()
+    assert {row["tokens"] for row in lines(short.decode())} == {3}
+    output.write_bytes(short[:-1])  # someone has cut it
+    with pytest.raises(UserError, match="it has 7 lines of 8"):
+        run_dpo.main([*task, "--max_new_tokens", "3"])
+    output.rename(f"{output}.part")  # killed within the last line
+    run_dpo.main([*task, "--max_new_tokens", "3"])
+    assert output.read_bytes() == short
+    output.rename(f"{output}.part")  # killed after the last line
+    run_dpo.main([*task, "--max_new_tokens", "3"])
+    assert output.read_bytes() == short
 
 
 def test_no_other_file_is_written_over(loaded, options, prompts, tmp_path):
@@ -256,10 +266,10 @@ def test_no_other_file_is_written_over(loaded, options, prompts, tmp_path):
 
 
 def test_one_process_writes_a_file(tmp_path):
-    with answer_file.AnswerFile(tmp_path / "a", {}, [], overwrite=False) as done:
+    with answer_file.AnswerFile(tmp_path / "a", {}, 1, [], overwrite=False) as done:
         assert done == 0
         with pytest.raises(UserError, match="another process writes to it"):
-            answer_file.AnswerFile(tmp_path / "a", {}, [], overwrite=False).__enter__()
+            answer_file.AnswerFile(tmp_path / "a", {}, 1, [], overwrite=False).__enter__()
 
 
 def test_a_lone_surrogate_is_written_as_json():

@@ -49,9 +49,10 @@ def answer_all(model: Model, prompts: Sequence[Prompt], sampling: Sampling, coun
             inputs = [arguments.predict_file, model.settings.get("load_checkpoint"),
                       model.adapters, model.tokenizer.path]
             output = AnswerFile(arguments.output, describe_answers(model, prompts, sampling, count),
-                                inputs, overwrite=arguments.overwrite)
+                                total, inputs, overwrite=arguments.overwrite)
             done = stack.enter_context(output)
             if done >= total:
+                output.finish()
                 cli.say(f"{arguments.output}: has all {total} answers already")
                 return
             write = output.write
@@ -131,6 +132,7 @@ class AnswerFile:
     Args:
         path: of the file.
         made_of: as describe_answers() returns it.
+        total: number of all answers.
         inputs: files that the command reads.
         overwrite: replace answers that were made from something else.
 
@@ -138,9 +140,9 @@ class AnswerFile:
         UserError: the path holds something else.
     """
 
-    def __init__(self, path: str | Path, made_of: Mapping[str, Any],
+    def __init__(self, path: str | Path, made_of: Mapping[str, Any], total: int,
                  inputs: Iterable[str | Path | None], *, overwrite: bool) -> None:
-        self.path, self.made_of = Path(path), dict(made_of)
+        self.path, self.made_of, self.total = Path(path), dict(made_of), total
         self.part, self.sidecar = Path(f"{path}.part"), Path(f"{path}.json")
         self.file: BinaryIO | None = None
         require_no_loss([_output(place, self.sidecar)
@@ -149,19 +151,21 @@ class AnswerFile:
         if not found:
             return
         before = read_json(self.sidecar)[KEY]
-        changed = [name for name in self.made_of if before.get(name) != self.made_of[name]]
+        changed = [f"{name} was {before.get(name)}, is {value}"
+                   for name, value in self.made_of.items() if before.get(name) != value]
+        lines = self.path.read_bytes().count(b"\n") if self.path.exists() else total
+        if lines != total:
+            changed.append(f"it has {lines} lines of {total}")
         if changed and not overwrite:
-            name = changed[0]
-            raise UserError(
-                f"{found[0]}: holds answers made otherwise: {name} was {before.get(name)}, is "
-                f"{self.made_of[name]}; replace them with --overwrite, or give another --output")
+            raise UserError(f"{found[0]}: holds answers made otherwise: {changed[0]}; replace them "
+                            "with --overwrite, or give another --output")
         if changed:
             for place in found:
                 place.unlink()
 
     def __enter__(self) -> int:
         if self.path.exists():
-            return sum(1 for _ in self.path.open("rb"))
+            return self.total
         try:
             self.path.absolute().parent.mkdir(parents=True, exist_ok=True)
             file = open(self.part, "a+b")  # closed in __exit__
@@ -192,8 +196,9 @@ class AnswerFile:
         self.file.flush()
 
     def finish(self) -> None:
-        """All answers are there: give the file its name."""
-        os.replace(self.part, self.path)
+        """All answers are there: give the file its name, unless it has it."""
+        if self.file:
+            os.replace(self.part, self.path)
 
 
 def _output(path: Path, sidecar: Path) -> Output:

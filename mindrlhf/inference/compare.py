@@ -83,6 +83,7 @@ def _other_weights(model: Model, given: str) -> str:
     if not Path(given).is_dir():
         cli.existing_file(given, "the weights of --compare_with, or base with adapters")
     sidecar.require_same_model(given, model.settings)
+    load.open_weights(given)  # a damaged file is found before the first answer
     return given
 
 

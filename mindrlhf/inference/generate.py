@@ -31,7 +31,7 @@ def predict(settings: Settings, arguments: argparse.Namespace) -> None:
     model = open_model(settings, arguments.adapter_checkpoint)
     if arguments.chat:
         chat.require_terminal_editor()
-        engine = load_engine(model)
+        engine = load_engine(model, 1)
         chat.converse(engine, sampling, arguments.system)
         return
     prompts = _prompts(model, arguments)
@@ -53,7 +53,7 @@ def _require_one_task(arguments: argparse.Namespace) -> None:
         raise UserError(f"{' and '.join(given)}: give one of them")
     unused = [f"--{name}" for name in ("num_answers", "compare_with", "output", "batch_size")
               if arguments.chat and getattr(arguments, name)]
-    if arguments.output and arguments.predict_data and not arguments.compare_with:
+    if arguments.output and arguments.predict_data is not None and not arguments.compare_with:
         unused = ["--output"]
     if unused:
         raise UserError(f"{given[0]} takes no {unused[0]}; leave it out")
@@ -73,7 +73,7 @@ def _prompts(model: Model, arguments: argparse.Namespace) -> list[Prompt]:
 def _print_answers(model: Model, prompt: Prompt, sampling: Sampling, count: int,
                    batch_size: int | None) -> None:
     """Print the answer to one message; several are numbered."""
-    engine = load_engine(model, batch_size or count)
+    engine = load_engine(model, min(batch_size or count, count))
     answers = [Answer(prompt.ids, sampling, number) for number in range(count)]
     for _ in engine.run(answers):
         pass

@@ -49,7 +49,7 @@ def read_prompts(path: str | Path, tokenizer: Glm4Tokenizer, settings: Settings,
         UserError: a row is no prompt, or leaves no room for an answer.
     """
     path = existing_file(path, "the prompts of --predict_file")
-    rows = _text_rows(path) if path.suffix == ".txt" else sources.read_file_rows(path)
+    rows = _text_rows(path) if path.suffix.lower() == ".txt" else sources.read_file_rows(path)
     prompts = []
     for line, value, problem in rows:
         try:

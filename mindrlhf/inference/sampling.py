@@ -91,11 +91,11 @@ def choose_token(logits: np.ndarray, sampling: Sampling, seen: Sequence[int],
                                 1 / sampling.repetition_penalty)
     if sampling.is_greedy:
         return int(logits.argmax())
-    scores = logits.astype(np.float64) / sampling.temperature
+    scores = (logits.astype(np.float64) - logits.max()) / sampling.temperature
     ids = np.arange(scores.size)
     if 0 < sampling.top_k < scores.size:
         ids = _largest(scores, sampling.top_k)
-    weights = np.exp(scores[ids] - scores.max())
+    weights = np.exp(scores[ids])
     if sampling.top_p < 1:
         kept = _nucleus(weights, sampling.top_p)
         ids, weights = ids[kept], weights[kept]

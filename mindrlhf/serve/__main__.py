@@ -21,7 +21,7 @@ EXAMPLE = """\
   python -m mindrlhf.serve predict_glm4_9b.yaml --load_checkpoint merged.ckpt \\
     --vocab_file tokenizer.model --port 8000"""
 EXTRAS = ("fastapi", "uvicorn")
-SHUTDOWN = 2  # seconds that open connections get
+SHUTDOWN = 1  # seconds that open connections get
 
 
 def parser() -> cli.Parser:
@@ -138,7 +138,7 @@ def serve(engine: Any, arguments: argparse.Namespace, listener: socket.socket) -
         print("warning: other machines can use it without --api_key", file=sys.stderr, flush=True)
     worker.run(lambda: bool(over) or not thread.is_alive())
     server.should_exit = True
-    thread.join(SHUTDOWN + 1)
+    thread.join(2 * SHUTDOWN)
 
 
 def warm_up(engine: Any) -> None:
@@ -152,3 +152,5 @@ def warm_up(engine: Any) -> None:
 
 if __name__ == "__main__":
     cli.run_command(main)
+    sys.stdout.flush()
+    os._exit(0)  # MindSpore takes seconds to clean up
