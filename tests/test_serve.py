@@ -147,6 +147,9 @@ def test_history_and_system_are_part_of_the_prompt(client, texts):
 
 def test_models_and_health(client, server):
     assert [model.id for model in client.models.list()] == ["golden"]
+    assert client.models.retrieve("golden").owned_by == "mindrlhf"
+    with pytest.raises(openai.NotFoundError, match="'other' does not exist; this server has"):
+        client.models.retrieve("other")
     health = httpx.get(f"http://{server.address}/health").json()
     assert health == {"status": "ok", "model": "golden", "answers": 0, "most_answers": 12}
 

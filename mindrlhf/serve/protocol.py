@@ -175,9 +175,7 @@ def parse_request(body: Any, *, model: str, tokenizer: Glm4Tokenizer, settings: 
             raise ApiError(400, f"'{name}' is {shown(value)}; expected {expected}", name)
     if "messages" not in given:
         raise ApiError(400, "'messages' is missing; give a list of messages", "messages")
-    if given.get("model", model) != model:
-        raise ApiError(404, f"the model {shown(given['model'])} does not exist; this server has "
-                       f"{model}", "model", "model_not_found")
+    require_model(given.get("model", model), model)
     messages = with_system(_messages(given["messages"]), system)
     prompt = template.prompt_ids(tokenizer, messages)
     try:
@@ -195,6 +193,13 @@ def parse_request(body: Any, *, model: str, tokenizer: Glm4Tokenizer, settings: 
     options = given.get("stream_options", {})
     return Completion(model, answers, given.get("stream", False),
                       bool(options.get("include_usage")))
+
+
+def require_model(name: str, served: str) -> None:
+    """Raise ApiError if a model is not the one that is served."""
+    if name != served:
+        raise ApiError(404, f"the model {shown(name)} does not exist; this server has {served}",
+                       "model", "model_not_found")
 
 
 def _is_unsupported(name: str, value: Any) -> bool:

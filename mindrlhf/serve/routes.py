@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from mindrlhf.parallel import Settings
-from mindrlhf.serve.protocol import ApiError, Completion, parse_request
+from mindrlhf.serve.protocol import ApiError, Completion, parse_request, require_model
 from mindrlhf.serve.worker import TooManyRequests, Update, Worker
 
 LARGEST_BODY = 1 << 20  # bytes; 8192 tokens have about 40 kB
@@ -43,6 +43,11 @@ class Service:
     api_key: str | None
     timeout: float
     started: int
+
+    def describe_model(self) -> dict[str, Any]:
+        """The model as /v1/models has it."""
+        return {"id": self.model, "object": "model", "created": self.started,
+                "owned_by": "mindrlhf"}
 
 
 def make_app(service: Service) -> FastAPI:
@@ -73,8 +78,13 @@ def make_app(service: Service) -> FastAPI:
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
         require_key(request, service.api_key)
-        return {"object": "list", "data": [{"id": service.model, "object": "model",
-                                            "created": service.started, "owned_by": "mindrlhf"}]}
+        return {"object": "list", "data": [service.describe_model()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(request: Request, name: str) -> dict[str, Any]:
+        require_key(request, service.api_key)
+        require_model(name, service.model)
+        return service.describe_model()
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
