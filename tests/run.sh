@@ -4,7 +4,7 @@
 #   MINDFORMERS=1.3.2 bash tests/run.sh    all tests with MindFormers 1.3.2
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source scripts/setup.sh requirements.txt tests/requirements.txt
+source scripts/setup.sh requirements.txt requirements-serve.txt tests/requirements.txt
 ruff check .
 ruff format --check --quiet .
 mypy

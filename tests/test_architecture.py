@@ -22,7 +22,7 @@ LAYERS = (
     ("models.glm4",),
     ("data",),
     ("inference", "plan", "training"),
-    ("check", "rehearsal"),
+    ("check", "rehearsal", "serve"),
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 FILES = sorted((ROOT / "mindrlhf").rglob("*.py"))

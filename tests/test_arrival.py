@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import EXAMPLE, GOLDEN, ROOT, assert_one_error, run_script
 
-from mindrlhf import cli, config
+from mindrlhf import config
 from mindrlhf.checkpoints import containers
 from mindrlhf.checkpoints.tensors import TensorItem
 from mindrlhf.cli import UserError
@@ -275,30 +275,19 @@ def test_real_prompts_pass_tokenizer_and_template_without_loss(prompts):
         assert answer == f"\n{text}<|user|>"
 
 
-def test_real_prompts_pass_prediction_without_loss(prompts, golden, monkeypatch):
-    """A model that repeats the user's message; the answer is the message."""
-    from mindrlhf.inference import generate
+def test_real_prompts_pass_prediction_without_loss(prompts, golden):
+    """As --predict_file reads them."""
+    from mindrlhf.inference.prompts import read_prompts
+    from mindrlhf.models.glm4 import template
     from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
 
     tokenizer = Glm4Tokenizer(golden.tokenizer)
-    end = tokenizer.special["<|assistant|>"]
-
-    class Parrot:
-        def generate(self, ids, **_):
-            (prompt,) = ids
-            start = prompt.index(tokenizer.special["<|user|>"]) + 1
-            return [[*prompt, *prompt[start : prompt.index(end)]]]
-
-    monkeypatch.setattr(generate, "load_model", lambda *_: Parrot())
     settings = config.load_settings(
-        golden.predict,
-        run_mode="predict",
-        overrides={
-            "load_checkpoint": str(golden.checkpoint),
-            "processor.tokenizer.vocab_file": str(golden.tokenizer),
-            "model.model_config.seq_length": 4096,
-        },
+        golden.predict, run_mode="predict", overrides={"model.model_config.seq_length": 4096}
     )
-    for text in prompts:
-        assert generate.predict(settings, text) == text.strip()
-    assert cli.rank() == 0
+    found = read_prompts(ROOT / "tests/golden/cvalues_prompts.jsonl", tokenizer, settings)
+    assert [prompt.messages for prompt in found] == [(("user", text),) for text in prompts]
+    assert all(
+        prompt.ids == template.prompt_ids(tokenizer, [("user", text)])
+        for prompt, text in zip(found, prompts)
+    )

@@ -35,6 +35,7 @@ PARSERS = {
     "mindrlhf.plan": "mindrlhf.plan.__main__",
     "mindrlhf.data.show": "mindrlhf.data.show",
     "mindrlhf.config": "mindrlhf.config.__main__",
+    "mindrlhf.serve": "mindrlhf.serve.__main__",
 }
 CPU, PRINTED = "sh cpu", "text printed"  # info strings: what the test runs, and what that prints
 

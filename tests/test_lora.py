@@ -1,5 +1,7 @@
 """LoRA on the golden case: what is trained, saved, merged and refused."""
 
+import json
+
 import mindspore as ms
 import numpy as np
 import pytest
@@ -126,7 +128,7 @@ def test_by_hand(golden, trained):
     )
 
 
-def test_predict_takes_base_and_adapters(golden, trained):
+def test_predict_takes_base_and_adapters(golden, trained, tmp_path):
     options = [
         "--config",
         golden.predict,
@@ -143,6 +145,15 @@ def test_predict_takes_base_and_adapters(golden, trained):
     )
     assert plain.returncode == adapted.returncode == 0, adapted.stderr
     assert plain.stdout != adapted.stdout
+    both = run_script(
+        RUN_DPO,
+        *options,
+        *("--adapter_checkpoint", trained[0] / "checkpoint_network"),
+        *("--compare_with", "base", "--output", tmp_path / "both"),
+    )
+    assert both.returncode == 0, both.stderr
+    row = json.loads((tmp_path / "both.jsonl").read_text())
+    assert [row["answer"] + "\n", row["other_answer"] + "\n"] == [adapted.stdout, plain.stdout]
 
 
 def test_only_adapters_are_trained(unmerged):

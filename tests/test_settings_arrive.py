@@ -224,16 +224,17 @@ def test_generation_keys_reach_text_generation(golden):
 
 
 @pytest.mark.parametrize(
-    ("limits", "most"),
+    ("limits", "most", "room"),
     [
-        ({}, 512),
-        ({"max_decode_length": 128}, 128),
-        ({"max_decode_length": 128, "max_new_tokens": 9}, 9),
-        ({"max_length": 50}, 40),
-        ({"max_length": 5}, 1),
+        ({}, 512, 320),
+        ({"max_decode_length": 128}, 128, 320),
+        ({"max_decode_length": 128, "max_new_tokens": 9}, 9, 320),
+        ({"max_length": 50}, 512, 50),
     ],
 )
-def test_every_limit_of_an_answer_holds(limits, most):
-    from mindrlhf.inference import generate
+def test_every_limit_of_an_answer_holds(limits, most, room):
+    from mindrlhf.inference import engine, sampling
 
-    assert generate.longest_answer(limits, 10) == most
+    settings = {"model": {"model_config": {"seq_length": 320, **limits}}, "seed": 1}
+    assert sampling.sampling_of(settings, {}).max_new_tokens == most
+    assert engine.room_of(settings) == room

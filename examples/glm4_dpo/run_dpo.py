@@ -8,6 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mindrlhf import cli, config
+from mindrlhf.inference import options
 
 EXAMPLE = """\
   bash ../../scripts/msrun_launcher.sh "run_dpo.py --config finetune_glm4_9b.yaml \\
@@ -39,8 +40,7 @@ def parser() -> cli.Parser:
     parse.add_argument("--adapter_checkpoint", metavar="PATH",
                        help="predict: LoRA adapters to add to load_checkpoint: "
                             "output/checkpoint_network of their training, or one file")
-    parse.add_argument("--predict_data", metavar="TEXT", nargs="+",
-                       help="predict: the user's message; its words need no quotes")
+    options.add_prediction(parse)
     parse.add_argument("--resume", metavar="auto|FILE",
                        help="finetune: resume from the newest intact state in output_dir, or from "
                             "a file of output/checkpoint/rank_0")
@@ -48,14 +48,15 @@ def parser() -> cli.Parser:
                        help="finetune: with --resume, go on with other settings, data or weights "
                             "than those of the state (default: False)")
     parse.add_argument("--overwrite", action="store_true",
-                       help="finetune: remove an earlier run in output_dir first")
+                       help="finetune: remove an earlier run in output_dir first; predict: replace "
+                             "answers in --output that were made otherwise")
     parse.add_argument("--output_dir", metavar="FOLDER",
                        help="for checkpoints, strategies and metrics (default: ./output)")
     return parse
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train, or print the answer."""
+    """Train, or answer."""
     arguments = parser().parse_args(argv)
     settings = config.load_settings(arguments.config, run_mode=("finetune", "predict"), overrides={
         "load_checkpoint": arguments.load_checkpoint,
@@ -67,14 +68,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "eval_dataset.data_loader.dataset_dir": arguments.eval_dataset,
         "processor.tokenizer.vocab_file": arguments.vocab_file})
     if settings["run_mode"] == "finetune":
+        options.require_no_prediction(arguments)
         from mindrlhf.training import run
         run.finetune(settings, overwrite=arguments.overwrite,
                      allow_changes=bool(arguments.allow_changes))
     else:
         from mindrlhf.inference import generate
-        text = None if arguments.predict_data is None else " ".join(arguments.predict_data)
-        answer = generate.predict(settings, text, arguments.adapter_checkpoint)
-        print(answer, flush=True)
+        generate.predict(settings, arguments)
 
 
 if __name__ == "__main__":

@@ -73,10 +73,7 @@ def parse_row(row: Any, kind: str) -> ParsedRow:
     for name in fields:
         if name not in row:
             raise ValueError(f"missing '{name}'; a {kind} row has {', '.join(fields)}")
-    for name in NOT_RENDERED:
-        if row.get(name) not in EMPTY:
-            raise ValueError(f"'{name}' is not empty, and the template does not render it; write "
-                             "it as text into the messages")
+    _require_rendered(row)
     parsed = FORMATS[kind].parse(row, fields)
     parsed = parsed._replace(messages=_add_common(row, parsed.messages))
     _require_all_prompts(row, kind, parsed)
@@ -102,6 +99,36 @@ def detect_type(row: Any) -> str:
     found = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
     raise ValueError("--dataset_type auto needs the fields of one type "
                      f"({describe_fields(FORMATS)}); this row has: {found or 'none'}")
+
+
+def parse_prompt(row: Any) -> Messages:
+    """The conversation before the answer, of a row to be answered.
+
+    Args:
+        row: the row's JSON value: with the fields of a type of FORMATS, whose answers are ignored;
+            or with `messages` or `conversations`, or `prompt`, a string or messages; and COMMON.
+
+    Raises:
+        ValueError: it is none of these; the message says what is wrong.
+    """
+    if isinstance(row, dict) and any(all(name in row for name in form.fields)
+                                     for form in FORMATS.values()):
+        return parse_row(row, detect_type(row)).messages
+    names = [name for name in ("messages", "conversations", "prompt")
+             if isinstance(row, dict) and row.get(name) not in EMPTY]
+    if not names:
+        found = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
+        raise ValueError("no prompt; a row has prompt, messages, or the fields of a data set; this "
+                         f"one has {found or 'none'}")
+    name, value = names[0], row[names[0]]
+    _require_rendered(row)
+    if isinstance(value, str):
+        messages = _open_dialogue(value) or (("user", value),)
+    else:
+        messages = _messages(value, name)
+    messages = _add_common(row, _prompt(messages, name))
+    _require_all_prompts(row, "prompt", ParsedRow(messages, "", ""))
+    return messages
 
 
 def describe_fields(kinds: Iterable[str]) -> str:
@@ -230,15 +257,24 @@ def _history(value: Any) -> Messages:
     return _messages(value, "history")
 
 
+def _require_rendered(row: Row) -> None:
+    """Refuse a row with content that the template does not render."""
+    for name in NOT_RENDERED:
+        if row.get(name) not in EMPTY:
+            raise ValueError(f"'{name}' is not empty, and the template does not render it; write "
+                             "it as text into the messages")
+
+
 def _require_all_prompts(row: Row, kind: str, parsed: ParsedRow) -> None:
     """Refuse a row with a prompt field whose texts are no messages, white space apart.
 
     `prompt` is checked even if the format knows it, because whole conversations replace it.
     """
+    known = FORMATS[kind].known if kind in FORMATS else COMMON
     there = {*(text for _, text in parsed.messages), parsed.chosen}
     for name in PROMPT_FIELDS:
         value = row.get(name)
-        if value in EMPTY or (name in FORMATS[kind].known and name != "prompt"):
+        if value in EMPTY or (name in known and name != "prompt"):
             continue
         turns = _open_dialogue(value) if isinstance(value, str) else ()
         lost = {*([text for _, text in turns] or _texts(value))} - there

@@ -1,103 +1,81 @@
-"""Answers of a trained model, from MindFormers' text generation."""
+"""run_mode predict: loads the model once and answers a message, a file, or a person."""
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+import argparse
 
-from mindrlhf import cli, config
 from mindrlhf.cli import UserError
-from mindrlhf.config import Settings
-from mindrlhf.models.glm4 import sidecar, template
+from mindrlhf.inference import answer_file, chat, compare
+from mindrlhf.inference.engine import Answer, require_room
+from mindrlhf.inference.loading import Model, load_engine, open_model
+from mindrlhf.inference.options import require_sampling, sampling_from
+from mindrlhf.inference.prompts import Prompt, read_prompts, with_system
+from mindrlhf.inference.sampling import Sampling
+from mindrlhf.models.glm4 import template
+from mindrlhf.parallel import Settings
 
 
-def predict(settings: Settings, text: str | None, adapters: str | None = None) -> str:
-    """The model's answer to one message.
-
-    Args:
-        settings: as config.load_settings returns them, of run_mode predict.
-        text: the user's message.
-        adapters: LoRA adapters to add to the weights: output/checkpoint_network of their training,
-            or one file.
-
-    Returns:
-        the answer without special tokens.
-
-    Raises:
-        UserError: there is no text or no tokenizer, the text is too long, or weights, adapters and
-            YAML do not match.
-    """
-    from mindrlhf import runtime
-    from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
-
-    if text is None:
-        raise UserError("run_mode predict needs --predict_data TEXT")
-    runtime.quiet_mindformers()
-    sidecar.require_same_model(settings.get("load_checkpoint"), settings)
-    tokenizer = Glm4Tokenizer(settings["processor"]["tokenizer"]["vocab_file"])
-    model_config = settings["model"]["model_config"]
-    tokenizer.check_vocabulary(model_config["padded_vocab_size"])
-    prompt = template.prompt_ids(tokenizer, [("user", text)])
-    room = model_config["seq_length"] - len(prompt)
-    if room < 1:
-        raise UserError(f"--predict_data is {len(prompt)} tokens with the chat template, which "
-                        f"fills seq_length {model_config['seq_length']}; shorten it")
-    config.require_weights(settings)
-    _check_strategy(settings, adapters)
-    with cli.quiet_stdout():
-        model = load_model(settings, adapters)
-        output = model.generate(
-            [prompt], max_new_tokens=min(longest_answer(model_config, len(prompt)), room),
-            eos_token_id=tokenizer.stop_ids, pad_token_id=tokenizer.pad_id)[0]
-    return tokenizer.decode(output[len(prompt):]).strip()
-
-
-def longest_answer(model_config: Settings, prompt: int) -> int:
-    """Most tokens of an answer, by the settings.
-
-    Args:
-        model_config: the section; max_decode_length and max_new_tokens limit the answer, max_length
-            the prompt and the answer together.
-        prompt: tokens of the prompt.
-    """
-    limits = [model_config.get(key) for key in ("max_decode_length", "max_new_tokens")]
-    limits.append(max(model_config["max_length"] - prompt, 1) if "max_length" in model_config
-                  else None)
-    return min((limit for limit in limits if limit), default=512)
-
-
-def _check_strategy(settings: Settings, adapters: str | None) -> None:
-    """Raise UserError if --src_strategy is ambiguous: weights and adapters both are shards."""
-    path = settings["load_checkpoint"]
-    both = adapters and Path(path).is_dir() and Path(adapters).is_dir()
-    if settings.get("src_strategy") and both:
-        raise UserError(f"--src_strategy: {path} and {adapters} are both folders of shards; merge "
-                        "one of them first")
-
-
-def load_model(settings: Settings, adapters: str | None) -> Any:
-    """Build MindFormers' ChatGLM2ForConditionalGeneration and load its weights.
+def predict(settings: Settings, arguments: argparse.Namespace) -> None:
+    """Do what the options of options.add_prediction() say.
 
     Args:
         settings: as config.load_settings returns them, of run_mode predict.
-        adapters: LoRA adapters to add to the weights, as in predict().
-
-    Returns:
-        the network, ready to generate.
+        arguments: the options, with adapter_checkpoint and overwrite.
 
     Raises:
-        UserError: weights, adapters and YAML do not match.
+        UserError: options, prompts, weights, adapters and YAML do not match.
     """
-    from mindrlhf import runtime
-    from mindrlhf.models.glm4 import build, load, lora
+    _require_one_task(arguments)
+    sampling = sampling_from(settings, arguments)
+    count = arguments.num_answers or 1
+    require_sampling(sampling, count)
+    model = open_model(settings, arguments.adapter_checkpoint)
+    if arguments.chat:
+        chat.require_terminal_editor()
+        engine = load_engine(model, 1)
+        chat.converse(engine, sampling, arguments.system)
+        return
+    prompts = _prompts(model, arguments)
+    if arguments.compare_with:
+        compare.compare(model, prompts, sampling, count, arguments)
+    elif arguments.predict_file:
+        answer_file.answer_all(model, prompts, sampling, count, arguments)
+    else:
+        _print_answers(model, prompts[0], sampling, count, arguments.batch_size)
 
-    path, strategy = settings["load_checkpoint"], settings.get("src_strategy")
-    # --src_strategy is that of the sharded one: the weights, else the adapters
-    of_adapters = bool(adapters) and not Path(path).is_dir()
-    run_config = config.to_mindformers(settings)
-    runtime.start_device(run_config, parallel=False)
-    model = build.build_network(run_config)
-    base = load.load_weights(model, path, strategy=None if of_adapters else strategy)
-    if adapters:
-        stored = load.open_adapters(adapters, strategy if of_adapters else None)
-        load.set_values(model, lora.merge_adapters(base, stored, adapters))
-    return model
+
+def _require_one_task(arguments: argparse.Namespace) -> None:
+    """Raise UserError unless the options name one task, and nothing that it has no use for."""
+    given = [f"--{name}" for name in ("predict_data", "predict_file", "chat")
+             if getattr(arguments, name) not in (None, False)]
+    if not given:
+        raise UserError("run_mode predict needs --predict_data TEXT, --predict_file FILE or --chat")
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)}: give one of them")
+    unused = [f"--{name}" for name in ("num_answers", "compare_with", "output", "batch_size")
+              if arguments.chat and getattr(arguments, name)]
+    if arguments.output and arguments.predict_data is not None and not arguments.compare_with:
+        unused = ["--output"]
+    if unused:
+        raise UserError(f"{given[0]} takes no {unused[0]}; leave it out")
+
+
+def _prompts(model: Model, arguments: argparse.Namespace) -> list[Prompt]:
+    """The prompts of --predict_file or --predict_data."""
+    if arguments.predict_file:
+        return read_prompts(arguments.predict_file, model.tokenizer, model.settings,
+                            arguments.system)
+    messages = (("user", " ".join(arguments.predict_data)),)
+    ids = template.prompt_ids(model.tokenizer, with_system(messages, arguments.system))
+    require_room(ids, model.settings, "--predict_data")
+    return [Prompt(1, messages, ids)]
+
+
+def _print_answers(model: Model, prompt: Prompt, sampling: Sampling, count: int,
+                   batch_size: int | None) -> None:
+    """Print the answer to one message; several are numbered."""
+    engine = load_engine(model, min(batch_size or count, count))
+    answers = [Answer(prompt.ids, sampling, number) for number in range(count)]
+    for _ in engine.run(answers):
+        pass
+    for answer in answers:
+        print(answer.text if count == 1 else f"[{answer.number + 1}] {answer.text}", flush=True)

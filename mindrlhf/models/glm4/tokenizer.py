@@ -82,6 +82,11 @@ class Glm4Tokenizer:
             run = []
         return "".join([*pieces, self._encoding.decode(run)])
 
+    def bytes_of(self, token: int) -> bytes | None:
+        """UTF-8 of a token, perhaps of a part of a character; None for special and unknown ids."""
+        is_text = token < self._encoding.n_vocab
+        return self._encoding.decode_single_token_bytes(token) if is_text else None
+
 
 def _check(path: Path) -> None:
     """Raise UserError unless a file is a tokenizer.model.
