@@ -35,6 +35,9 @@ def run_command(main: Callable[[], object]) -> None:
         main()
     except UserError as error:
         end_with(str(error))
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr, flush=True)
+        sys.exit(130)
     except BrokenPipeError:  # the reader of stdout has exited: `... | head`
         sys.exit(1)
     except OSError as error:

@@ -11,7 +11,7 @@ import numpy as np
 
 from mindrlhf.cli import UserError, existing_file, rank
 from mindrlhf.data.features import TokenPair, row_columns
-from mindrlhf.files import Output, hash_file, read_head, staging_folder, write_json
+from mindrlhf.files import Output, hash_file, read_head, remove_seal, staging_folder, write_json
 from mindrlhf.records import COLUMNS, SIDES
 
 SIDECAR_FORMAT = 1
@@ -84,7 +84,7 @@ def write_rows(path: str | Path, rows: Iterable[Mapping[str, np.ndarray]], *, se
             path.unlink(missing_ok=True)
             shutil.move(folder / f"{path.name}.db", path.with_name(f"{path.name}.db"))
             write_json(data_sidecar_path(path),
-                       {"format": SIDECAR_FORMAT, **sidecar, HASHES: hashes})
+                       {"format": SIDECAR_FORMAT, **sidecar, HASHES: hashes}, sealed=True)
             shutil.move(folder / path.name, path)
     except (OSError, RuntimeError) as error:
         raise UserError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from None
@@ -133,6 +133,7 @@ def read_data_sidecar(path: str | Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise UserError(f"{sidecar}: not a sidecar of training data ({error}); preprocess "
                         "again") from None
+    remove_seal(sidecar, content)
     return content
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from mindspore import nn
 from mindspore.train.callback import Callback
 
-from mindrlhf import cli, config, runtime
+from mindrlhf import cli, config, locks, runtime
 from mindrlhf.checkpoints import containers, fingerprints
 from mindrlhf.data import mindrecord
 from mindrlhf.data.dataset import open_dataset
@@ -69,9 +69,16 @@ def finetune(settings: dict[str, Any], *, overwrite: bool = False,
 
     Raises:
         UserError: data, weights, YAML, workers or the state to resume from do not match, output_dir
-            holds another run, or a step fails.
+            holds another run, another run is writing there, or a step fails.
     """
     config.require_workers(settings, cli.workers())
+    with locks.hold(settings["output_dir"], is_folder=True):
+        _finetune(settings, overwrite=overwrite, allow_changes=allow_changes)
+    runtime.end_worker()
+
+
+def _finetune(settings: dict[str, Any], *, overwrite: bool, allow_changes: bool) -> None:
+    """As finetune(), while no other run writes into output_dir."""
     data = open_data(settings)  # before the workers connect, so that errors come early
     resumed = open_state(settings)
     if not resumed:
@@ -88,7 +95,6 @@ def finetune(settings: dict[str, Any], *, overwrite: bool = False,
     if not resumed:
         sidecar.copy_to_run(settings["load_checkpoint"], settings["output_dir"])
     train(model, run_config, settings, data, run, resumed)
-    runtime.end_worker()
 
 
 def open_data(settings: dict[str, Any]) -> Data:
