@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,11 @@ class UserError(Exception):
 # of files and disks that a user can name or fill; other OSErrors are faults of the program
 USERS_ERRNOS = {errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT,
                 errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EFBIG, errno.EIO}
+
+
+# what MindSpore says of memory of the host and of NPUs
+NO_MEMORY = re.compile(r"memory isn't enough|out of memory|bad_alloc|allocate memory failed", re.I)
+SIZE_UNITS = (("GB", 1e9), ("MB", 1e6), ("KB", 1e3))
 
 
 def printable(text: str) -> str:
@@ -45,9 +51,29 @@ def run_command(main: Callable[[], object]) -> None:
             raise
         place = f"{error.filename}: " if error.filename else ""
         end_with(f"{place}{error.strerror}; give another path, or make room on its disk")
-    except MemoryError as error:
-        end_with(f"out of memory ({error or 'of this process'}); lower seq_length, batch_size or "
+    except Exception as error:
+        cause = out_of_memory(error)
+        if cause is None:
+            raise
+        end_with(f"out of memory ({cause or 'of this process'}); lower seq_length, batch_size or "
                  "the number of workers, or give the machine more memory")
+
+
+def out_of_memory(error: BaseException | None) -> str | None:
+    """The first line of an error that memory ran out, or of one that led to this error, or None.
+
+    MindFormers replaces a MemoryError by others; MindSpore raises a RuntimeError.
+    """
+    while error is not None:
+        lines = str(error).strip().splitlines() or [""]
+        if isinstance(error, MemoryError):
+            return lines[0]
+        if isinstance(error, RuntimeError):
+            for line in lines:
+                if NO_MEMORY.search(line):
+                    return line.strip()
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def end_with(message: str) -> NoReturn:
@@ -120,6 +146,13 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def size_text(nbytes: float) -> str:
+    """A number of bytes for people: GB from 0.01 GB on, else MB or KB."""
+    unit, factor = next((unit, factor) for unit, factor in SIZE_UNITS
+                        if nbytes >= factor / 100 or unit == "KB")
+    return f"{nbytes / factor:.2f} {unit}"
+
+
 def rank() -> int:
     """Rank of this process among those that the launcher started (0 without a launcher)."""
     return int(os.environ.get("RANK_ID", 0))
@@ -131,9 +164,10 @@ def workers() -> int:
 
 
 def say(*lines: str) -> None:
-    """Print on rank 0."""
+    """Print on rank 0, with control characters as visible escapes."""
     if rank() == 0:
-        print(*lines, sep="\n", flush=True)
+        for line in "\n".join(lines).split("\n"):
+            print(printable(line), flush=True)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
 
 import xxhash
 
-from mindrlhf.cli import UserError
+from mindrlhf.cli import UserError, size_text
 
 Opened = TypeVar("Opened")
 SEAL = "seal"  # key of a JSON file whose value is the hash of all others
@@ -33,7 +33,7 @@ def require_space(path: str | Path, nbytes: int) -> None:
     """Raise UserError if the disk of a path has less than nbytes free."""
     free = shutil.disk_usage(existing_parent(path)).free
     if free < nbytes:
-        raise UserError(f"{path}: {nbytes / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; choose "
+        raise UserError(f"{path}: {size_text(nbytes)} needed, {size_text(free)} free; choose "
                         "another disk")
 
 

@@ -213,7 +213,7 @@ def test_a_full_disk_is_told_before_it_costs_anything(tmp_path, capsys):
     context = SimpleNamespace(original_args=lambda: parameters)
     free = [1000]
     monitor = saver(tmp_path, network, free)
-    with pytest.raises(UserError, match=r"takes 0\.00 GB, 0\.00 GB are free"):
+    with pytest.raises(UserError, match=r"takes 40\.40 KB, 1\.00 KB are free"):
         monitor.on_train_begin(context)
     free[0] = 10**9
     former = signal.getsignal(signal.SIGTERM)

@@ -11,6 +11,7 @@ from mindspore import nn
 from mindspore.train.callback import Callback
 
 from mindrlhf import cli, config, locks, runtime
+from mindrlhf.arithmetic import ceil_div
 from mindrlhf.checkpoints import containers, fingerprints
 from mindrlhf.data import mindrecord
 from mindrlhf.data.dataset import open_dataset
@@ -23,6 +24,8 @@ from mindrlhf.training.evaluate import Evaluator
 from mindrlhf.training.identity import Identity
 from mindrlhf.training.journal import Journal, read_records
 from mindrlhf.training.saving import DPOCheckpointMonitor, check_optimizer_state
+
+MOST_PADDING = 64  # rows of a step for each row of the data
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ def _finetune(settings: dict[str, Any], *, overwrite: bool, allow_changes: bool)
     if not resumed:
         config.require_weights(settings)
     sidecar.require_same_model(resumed or settings.get("load_checkpoint"), settings)
+    require_filled_batches(settings, data)
     run = begin_run(settings, data, resumed, overwrite=overwrite, allow_changes=allow_changes)
     if resumed:
         resumed = state.own_state(resumed)
@@ -210,6 +214,16 @@ def feed_of(settings: dict[str, Any]) -> Feed:
     return Feed(batch_size=rows, shards=cli.workers(), shard=cli.rank())
 
 
+def require_filled_batches(settings: dict[str, Any], data: Data) -> None:
+    """Raise UserError if a step takes far more rows than there are, so that most are padding."""
+    feed, runner = feed_of(settings), settings["runner_config"]
+    rows, found = feed.batch_size * feed.shards, data.train["rows"]
+    if runner["batch_size"] > 1 and rows > MOST_PADDING * found:
+        raise cli.UserError(
+            f"runner_config.batch_size: {runner['batch_size']} makes {rows} rows a step, and "
+            f"{data.train_path} has {found}; give at most {ceil_div(found, feed.shards)}")
+
+
 def open_rows(path: str, made: dict[str, Any], feed: Feed, *, shuffle: bool) -> Any:
     """This worker's batches of a .mindrecord, a MindSpore dataset.
 
@@ -331,7 +345,8 @@ def best_so_far(output_dir: str | Path, step: int, metric: str) -> float | None:
     if not step or not path.exists():
         return None
     values = [record[metric] for record in read_records(path, before=step)
-              if record["split"] == "eval" and record["step"]]
+              if record["split"] == "eval" and record["step"]
+              and isinstance(record.get(metric), (int, float))]  # NaN is null in JSON
     return max(values, key=lambda value: BEST[metric] * value, default=None)
 
 

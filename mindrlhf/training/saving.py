@@ -71,8 +71,8 @@ class DPOCheckpointMonitor(Callback):
         self.size = self._size(cell)
         if (free := self._free()) < self.size:
             raise cli.UserError(
-                f"{self.output}: a training state takes {self.size / 1e9:.2f} GB, "
-                f"{free / 1e9:.2f} GB are free; make room, or give another --output_dir")
+                f"{self.output}: a training state takes {cli.size_text(self.size)}, "
+                f"{cli.size_text(free)} are free; make room, or give another --output_dir")
         self.terminated = False
         self.former = signal.signal(signal.SIGTERM, self._on_signal)
 

@@ -91,7 +91,7 @@ class Ended:
     stderr: str
 
 
-def finish(process, seconds=120) -> Ended:
+def finish(process, seconds=600) -> Ended:
     """Wait for the end of a command."""
     try:
         out, error = process.communicate(timeout=seconds)

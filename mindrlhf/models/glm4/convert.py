@@ -237,5 +237,5 @@ def _prepare(items: Sequence[TensorItem], target: str | Path, progress: Any) -> 
 
 def _summary(target: str, nbytes: int, dtype: str, config: ModelConfig) -> str:
     """One line about what was written."""
-    return (f"{target}: {nbytes / 1e9:.2f} GB, {dtype}; {config.num_layers} layers, "
+    return (f"{target}: {cli.size_text(nbytes)}, {dtype}; {config.num_layers} layers, "
             f"rope_ratio {config.rope_ratio}, layernorm_epsilon {config.layernorm_epsilon}")

@@ -209,12 +209,12 @@ def write_target(source: SourceCheckpoint, target: TargetCheckpoint) -> list[str
     if source.is_adapted and not target.base:
         lines.append("these are LoRA adapters alone; --base_checkpoint adds them to their base "
                      "weights")
-    size = reshard.size_on_disk(written.cards) / 1e9
+    size = cli.size_text(reshard.size_on_disk(written.cards))
     ranks = f"{len(source.opened.files)} rank(s)"
     if target.strategy:
         ranks += f" to {len(files)}"
     unknown = "" if described else f"; without the model's config: the run has no {sidecar.MODEL}"
-    lines.append(f"{target.path}: {len(written.cards[0])} parameters, {size:.2f} GB, from {ranks}; "
+    lines.append(f"{target.path}: {len(written.cards[0])} parameters, {size}, from {ranks}; "
                  f"read back and verified, fingerprint {written.fingerprint[:12]}{unknown}")
     return lines
 
