@@ -23,11 +23,8 @@ class UserError(Exception):
 # of files and disks that a user can name or fill; other OSErrors are faults of the program
 USERS_ERRNOS = {errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT,
                 errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EFBIG, errno.EIO}
-
-
 # what MindSpore says of memory of the host and of NPUs
 NO_MEMORY = re.compile(r"memory isn't enough|out of memory|bad_alloc|allocate memory failed", re.I)
-SIZE_UNITS = (("GB", 1e9), ("MB", 1e6), ("KB", 1e3))
 
 
 def printable(text: str) -> str:
@@ -147,10 +144,10 @@ def shown(value: object) -> str:
 
 
 def size_text(nbytes: float) -> str:
-    """A number of bytes for people: GB from 0.01 GB on, else MB or KB."""
-    unit, factor = next((unit, factor) for unit, factor in SIZE_UNITS
-                        if nbytes >= factor / 100 or unit == "KB")
-    return f"{nbytes / factor:.2f} {unit}"
+    """A number of bytes for people: GB from 0.01 GB on, MB from 0.1 MB on, else KB."""
+    if nbytes >= 1e7:
+        return f"{nbytes / 1e9:.2f} GB"
+    return f"{nbytes / 1e6:.2f} MB" if nbytes >= 1e5 else f"{nbytes / 1e3:.2f} KB"
 
 
 def rank() -> int:

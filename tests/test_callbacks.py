@@ -72,8 +72,8 @@ def test_the_best_evaluation_so_far_skips_those_without_a_number(tmp_path):
     [
         (0, "0.00 KB"),
         (99, "0.10 KB"),
-        (9_999, "10.00 KB"),
-        (10_000, "0.01 MB"),
+        (99_999, "100.00 KB"),
+        (100_000, "0.10 MB"),
         (9_999_999, "10.00 MB"),
         (10_000_000, "0.01 GB"),
         (18.8e9, "18.80 GB"),

@@ -470,7 +470,7 @@ def test_a_folder_that_holds_something_is_not_touched(tmp_path):
 def test_a_full_disk_is_seen_before_writing(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(UserError, match=r"\d\.\d\d MB needed"):
+    with pytest.raises(UserError, match=r"\d\.\d\d [MK]B needed"):
         convert(GOLDEN / "hf_glm", tmp_path / "x.ckpt")
     assert list(tmp_path.iterdir()) == []
 

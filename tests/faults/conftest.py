@@ -15,7 +15,7 @@ FIGURES: dict[str, Counter] = {}  # fault -> outcome -> how often
 def pytest_addoption(parser):
     group = parser.getgroup("faults")
     group.addoption(
-        "--kills", type=int, help="kills of each command; half as many of training (default: 5)"
+        "--kills", type=int, help="kills of each command; two fifths of it of training (default: 5)"
     )
     group.addoption("--flips", type=int, help="flipped bits in each kind of file (default: 20)")
     group.addoption("--seed", type=int, help="of the random moments and places (default: 0)")

@@ -101,6 +101,6 @@ def test_training(case, tmp_path, undisturbed, kills, seed, count):
     folder = tmp_path / "out"
     begin, resume = harness.train(case, folder), harness.train(case, folder, "--resume", "auto")
     expected = undisturbed("train", begin, folder, harness.Result.of_training)
-    kills = (kills + 1) // 2  # each start takes ten seconds
+    kills = max(kills * 2 // 5, 1)  # each start takes ten seconds
     kill_and_finish((begin, resume), folder, expected, harness.Result.of_training, kills, seed,
                     count, "training")  # fmt: skip
