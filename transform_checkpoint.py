@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mindrlhf import cli
+from mindrlhf import cli, locks
 from mindrlhf.checkpoints.containers import SUFFIXES
 from mindrlhf.models.glm4 import transform
 
@@ -54,10 +54,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
     source = transform.open_source(arguments.src_checkpoint, arguments.src_strategy, arguments.step)
     suffix = arguments.format and f".{arguments.format}"
-    target = transform.plan_target(source, arguments.dst_checkpoint, suffix=suffix,
-                                   strategy=arguments.dst_strategy, base=arguments.base_checkpoint,
-                                   overwrite=arguments.overwrite)
-    cli.say(*transform.write_target(source, target))
+    output = arguments.dst_checkpoint
+    with locks.hold(output if arguments.dst_strategy else transform.file_to_write(output, suffix)):
+        target = transform.plan_target(
+            source, output, suffix=suffix, strategy=arguments.dst_strategy,
+            base=arguments.base_checkpoint, overwrite=arguments.overwrite)
+        cli.say(*transform.write_target(source, target))
 
 
 if __name__ == "__main__":

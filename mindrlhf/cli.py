@@ -23,6 +23,8 @@ class UserError(Exception):
 # of files and disks that a user can name or fill; other OSErrors are faults of the program
 USERS_ERRNOS = {errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT,
                 errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EFBIG, errno.EIO}
+# what MindSpore says of memory of the host and of NPUs
+NO_MEMORY = re.compile(r"memory isn't enough|out of memory|bad_alloc|allocate memory failed", re.I)
 
 
 # what MindSpore reports when a card is full
@@ -42,6 +44,9 @@ def run_command(main: Callable[[], object]) -> None:
         main()
     except UserError as error:
         end_with(str(error))
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr, flush=True)
+        sys.exit(130)
     except BrokenPipeError:  # the reader of stdout has exited: `... | head`
         sys.exit(1)
     except OSError as error:
@@ -49,8 +54,11 @@ def run_command(main: Callable[[], object]) -> None:
             raise
         place = f"{error.filename}: " if error.filename else ""
         end_with(f"{place}{error.strerror}; give another path, or make room on its disk")
-    except MemoryError as error:
-        end_with(f"out of memory ({error or 'of this process'}); lower seq_length, batch_size or "
+    except Exception as error:
+        cause = out_of_memory(error)
+        if cause is None:
+            raise
+        end_with(f"out of memory ({cause or 'of this process'}); lower seq_length, batch_size or "
                  "the number of workers, or give the machine more memory")
     except ModuleNotFoundError as error:
         end_with(missing_package(error))
@@ -88,6 +96,23 @@ def report_missing_packages() -> None:
         former(kind, error, trace)
 
     sys.excepthook = hook
+
+
+def out_of_memory(error: BaseException | None) -> str | None:
+    """The first line of an error that memory ran out, or of one that led to this error, or None.
+
+    MindFormers replaces a MemoryError by others; MindSpore raises a RuntimeError.
+    """
+    while error is not None:
+        lines = str(error).strip().splitlines() or [""]
+        if isinstance(error, MemoryError):
+            return lines[0]
+        if isinstance(error, RuntimeError):
+            for line in lines:
+                if NO_MEMORY.search(line):
+                    return line.strip()
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def end_with(message: str) -> NoReturn:
@@ -163,6 +188,13 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def size_text(nbytes: float) -> str:
+    """A number of bytes for people: GB from 0.01 GB on, MB from 0.1 MB on, else KB."""
+    if nbytes >= 1e7:
+        return f"{nbytes / 1e9:.2f} GB"
+    return f"{nbytes / 1e6:.2f} MB" if nbytes >= 1e5 else f"{nbytes / 1e3:.2f} KB"
+
+
 def rank() -> int:
     """Rank of this process among those that the launcher started (0 without a launcher)."""
     return int(os.environ.get("RANK_ID", 0))
@@ -174,9 +206,10 @@ def workers() -> int:
 
 
 def say(*lines: str) -> None:
-    """Print on rank 0."""
+    """Print on rank 0, with control characters as visible escapes."""
     if rank() == 0:
-        print(*lines, sep="\n", flush=True)
+        for line in "\n".join(lines).split("\n"):
+            print(printable(line), flush=True)
 
 
 @contextlib.contextmanager

@@ -17,9 +17,10 @@ from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
 
 import xxhash
 
-from mindrlhf.cli import UserError
+from mindrlhf.cli import UserError, size_text
 
 Opened = TypeVar("Opened")
+SEAL = "seal"  # key of a JSON file whose value is the hash of all others
 BLOCK = 4 << 20  # bytes that are hashed at once; they fit into a processor's cache
 
 
@@ -32,7 +33,7 @@ def require_space(path: str | Path, nbytes: int) -> None:
     """Raise UserError if the disk of a path has less than nbytes free."""
     free = shutil.disk_usage(existing_parent(path)).free
     if free < nbytes:
-        raise UserError(f"{path}: {nbytes / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; choose "
+        raise UserError(f"{path}: {size_text(nbytes)} needed, {size_text(free)} free; choose "
                         "another disk")
 
 
@@ -250,17 +251,31 @@ def staging_folder(path: str | Path) -> Iterator[Path]:
                         "was removed") from None
 
 
-def write_json(path: str | Path, content: Any) -> None:
-    """Write a JSON file, atomically."""
+def write_json(path: str | Path, content: dict[str, Any], *, sealed: bool = False) -> None:
+    """Write a JSON file, atomically.
+
+    Args:
+        path: of the file.
+        content: of the file.
+        sealed: add a hash of the content, which read_json compares.
+    """
+    if sealed:
+        content = {**content, SEAL: _seal_of(content)}
     with atomic_file(path) as file:
         file.write(json.dumps(content, ensure_ascii=False, indent=1).encode() + b"\n")
 
 
+def _seal_of(content: dict[str, Any]) -> str:
+    """XXH3 (128 bits) of JSON values, 32 hex digits."""
+    as_read = json.loads(json.dumps(content))  # tuples are lists, keys are strings
+    return xxhash.xxh3_128_hexdigest(json.dumps(as_read, sort_keys=True).encode())
+
+
 def read_json(path: str | Path) -> dict[str, Any]:
-    """Read the object in a JSON file.
+    """Read the object in a JSON file, without the seal.
 
     Raises:
-        UserError: it is not a JSON object, or a key appears twice.
+        UserError: it is not a JSON object, a key appears twice, or the seal does not fit.
     """
     def require_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         content = {}
@@ -280,4 +295,17 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}; download "
                         "it again")
+    remove_seal(path, content)
     return content
+
+
+def remove_seal(path: str | Path, content: dict[str, Any]) -> None:
+    """Remove the seal from the content of a JSON file, if it has one.
+
+    Raises:
+        UserError: the seal does not fit the content.
+    """
+    seal = content.pop(SEAL, None)
+    if seal is not None and seal != _seal_of(content):
+        raise UserError(f"{path}: was changed or damaged after it was written; copy it again, or, "
+                        f"if you changed it on purpose, remove its {SEAL!r}")

@@ -13,7 +13,7 @@ from conftest import ROOT
 # From the bottom to the top. A module imports from lower layers, or from its own package.
 LAYERS = (
     ("arithmetic", "cli", "records"),
-    ("files", "parallel", "schema"),
+    ("files", "locks", "parallel", "schema"),
     ("contradictions", "recompute"),
     ("config",),
     ("checkpoints", "cpu"),

@@ -5,6 +5,7 @@ import itertools
 import subprocess
 import sys
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from conftest import EXAMPLE, ROOT, assert_one_error, run_script
 from mindrlhf import cli, config, schema
 from mindrlhf.checkpoints import containers, tensors
 from mindrlhf.cli import UserError
+from mindrlhf.data import sources
 from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
 
 BASE = f"base_config: {EXAMPLE / 'finetune_glm4_tiny.yaml'}\n"
@@ -184,6 +186,15 @@ def test_errors_show_control_characters_of_values_and_names(tmp_path):
         ("open('x' * 300, 'w')", "File name too long"),
         ("raise MemoryError", "out of memory"),
         ("import numpy; numpy.empty(1 << 50)", "out of memory (Unable to allocate"),
+        (
+            "try:\n        raise MemoryError('of MindFormers')\n"
+            "    except Exception as error:\n        raise TypeError('missing dtype')",
+            "out of memory (of MindFormers)",
+        ),
+        (
+            "raise RuntimeError('\\n----\\n- Memory pool: Memory isn\\'t enough\\n---- C++')",
+            "out of memory (- Memory pool: Memory isn't enough)",
+        ),
         ("open('/dev/full', 'w', buffering=1).write('x' + chr(10))", "No space left on device"),
     ],
 )
@@ -295,3 +306,32 @@ def test_tensors_of_32_dimensions_are_read(tmp_path):
         path = tmp_path / f"x{suffix}"
         containers.write_tensors(path, [tensors.TensorItem.of_array("w", "F32", array)])
         assert containers.open_tensors(path)["w"].array().shape == array.shape
+
+
+# pairs
+
+
+def test_a_gz_of_one_endless_line(tmp_path, monkeypatch):
+    """100 KB of .gz become 100 MB of spaces; reading stops at 64 MB."""
+    path = tmp_path / "x.jsonl.gz"
+    block = zlib.compressobj(wbits=31)
+    with open(path, "wb") as file:
+        for _ in range(100):
+            file.write(block.compress(b" " * (1 << 20)))
+        file.write(block.flush())
+    message = refused(lambda: list(sources.read_file_rows(path)))
+    assert message.endswith("x.jsonl.gz:1: has more than 64 MB; each line must be one JSON object")
+
+
+def test_an_array_beyond_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "LARGEST_ARRAY", 100)
+    path = tmp_path / "x.json"
+    path.write_text("[" + " " * 99 + "]")
+    assert "an array of more than" in refused(lambda: list(sources.read_file_rows(path)))
+    path.write_text("[" + " " * 98 + "]")
+    assert list(sources.read_file_rows(path)) == []
+
+
+def test_what_commands_print_has_no_control_characters(capsys):
+    cli.say("a\x1b[31m\nb\x07", "中文 ✓")
+    assert capsys.readouterr().out == "a\\x1b[31m\nb\\x07\n中文 ✓\n"

@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT, assert_one_error, run_script
 from test_training import RUN_DPO, arguments, copy_data, other_weights, records, training_yaml
 
+from mindrlhf import files
 from mindrlhf.checkpoints import containers
 from mindrlhf.cli import UserError
 from mindrlhf.files import write_json
@@ -52,11 +53,11 @@ def test_the_run_and_its_states_hold_the_same_identity(trained):
     output, _ = trained
     path = output / STATE
     saved = identity.identity_in(containers.open_tensors(path), path)
-    assert saved.to_bytes() == Identity(**json.loads((output / "run.json").read_text())).to_bytes()
+    assert saved.to_bytes() == Identity(**files.read_json(output / "run.json")).to_bytes()
     assert saved.values["dpo.beta"] == 0.1
     assert saved.values["workers"] == 1
     assert "rows" in saved.values["training data"]
-    step = json.loads((output / "checkpoint_network/rank_0/step.json").read_text())
+    step = files.read_json(output / "checkpoint_network/rank_0/step.json")
     assert step == {"step": 6, "run": saved.id}
 
 

@@ -297,7 +297,9 @@ def copy_data(golden, folder, **changes):
     for suffix in ("", ".db", ".json"):
         shutil.copy(f"{golden.data}{suffix}", folder / f"{golden.data.name}{suffix}")
     sidecar = folder / f"{golden.data.name}.json"
-    sidecar.write_text(json.dumps({**json.loads(sidecar.read_text()), **changes}))
+    content = {**json.loads(sidecar.read_text()), **changes}
+    del content["seal"]
+    sidecar.write_text(json.dumps(content))
     return folder / golden.data.name
 
 

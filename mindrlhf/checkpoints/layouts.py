@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 
 from mindrlhf.cli import UserError
 
+MOST_CARDS = 1 << 20  # of a plan
 
 @dataclass(frozen=True)
 class TensorLayout:
@@ -139,6 +141,9 @@ def write_partial_strategy(path: Path, names: Collection[str], target: Path) -> 
 
     Returns:
         target.
+
+    Raises:
+        UserError: the file is damaged.
     """
     from mindspore.train.node_strategy_pb2 import ParallelStrategyMap
     content, few = ParallelStrategyMap(), ParallelStrategyMap()
@@ -147,6 +152,8 @@ def write_partial_strategy(path: Path, names: Collection[str], target: Path) -> 
     few.parallel_strategy_item.extend(content.parallel_strategy_item[:1])
     few.parallel_layout_item.extend(item for item in content.parallel_layout_item
                                     if item.param_name in names)
+    if not few.IsInitialized():
+        raise UserError(f"{path}: is damaged; copy output/strategy again")
     target.write_bytes(few.SerializeToString())
     return target
 
@@ -162,10 +169,15 @@ def _parse_layout(entry: Any) -> TensorLayout:
     axes = tuple(tuple(len(devices) - 1 - axis for axis in dimension if axis >= 0)
                  for dimension in each)
     layout = TensorLayout(devices, axes)
-    if not all(0 <= place < len(devices) for places in axes for place in places):
+    used = [place for places in axes for place in places]
+    if not set(used) <= set(range(len(devices))) or min([-1, *chain(*maps)]) < -1:  # -1: no split
         raise ValueError("has an axis that is not in its device matrix")
+    if min(devices, default=0) < 1 or math.prod(devices) > MOST_CARDS or len(set(used)) < len(used):
+        raise ValueError("has an impossible device matrix, or an axis that splits twice")
     if entry.opt_weight_shard_step and entry.opt_weight_shard_size:
         spare = layout.cards // math.prod(layout.splits)
         size = entry.opt_weight_shard_size
         layout = TensorLayout(devices, axes, spare if size == -1 else size)
+        if layout.shards < 1 or spare % layout.shards:
+            raise ValueError("shards the optimizer over cards that it does not have")
     return layout

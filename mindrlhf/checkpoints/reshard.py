@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Optional
 
@@ -101,20 +101,30 @@ def _transform_group(ranks: Ranks, names: Sequence[str], strategies: Sequence[Pa
     """Yield for each card what MindSpore makes of a group of tensors: name -> tensor."""
     import mindspore as ms
     plans = [path and str(path) for path in strategies]
-    needed = [sorted(ms.rank_list_for_transform(rank, *plans)) for rank in range(cards)]
+    with _as_one_line(names):
+        needed = [sorted(ms.rank_list_for_transform(rank, *plans)) for rank in range(cards)]
+        if not set().union(*needed) <= set(range(len(ranks))):
+            raise ValueError("the strategies name cards that the source does not have")
     for rank in sorted(set().union(*needed)):
         items = [_as_bits(ranks[rank][name]) for name in names]
         write_tensors(work / f"rank_{rank}.ckpt", items, hashed=False)
     for rank in range(cards):
         parts = {part: str(work / f"rank_{part}.ckpt") for part in needed[rank]}
-        try:
+        with _as_one_line(names):
             ms.transform_checkpoint_by_rank(rank, parts, str(work / "out.ckpt"), *plans)
-        except (RuntimeError, ValueError, TypeError, KeyError) as error:
-            first_line = str(error).strip().split("\n")[0]
-            raise UserError(f"MindSpore cannot transform {names[0]} and the tensors after it "
-                            f"({first_line}); check the strategies and the disk") from None
         gc.collect()  # MindSpore leaves the tensors in reference cycles, which double the peak
         yield open_tensors(work / "out.ckpt")
+
+
+@contextmanager
+def _as_one_line(names: Sequence[str]) -> Iterator[None]:
+    """Turn an error of MindSpore about a group of tensors into a UserError."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, LookupError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise UserError(f"MindSpore cannot transform {names[0]} and the tensors after it "
+                        f"({first_line}); check the strategies and the disk") from None
 
 
 def _groups(ranks: Ranks) -> Iterator[list[str]]:

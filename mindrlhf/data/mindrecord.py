@@ -12,7 +12,7 @@ import numpy as np
 from mindrlhf.cli import UserError, existing_file, rank
 from mindrlhf.data import groups, packing
 from mindrlhf.data.features import TokenGroup, TokenPair, row_inputs
-from mindrlhf.files import Output, hash_file, read_head, staging_folder, write_json
+from mindrlhf.files import Output, hash_file, read_head, remove_seal, staging_folder, write_json
 from mindrlhf.records import COLUMNS
 
 SIDECAR_FORMAT = 2
@@ -112,7 +112,7 @@ def write_rows(path: str | Path, rows: Iterable[Mapping[str, np.ndarray]],
             path.unlink(missing_ok=True)
             shutil.move(folder / f"{path.name}.db", path.with_name(f"{path.name}.db"))
             write_json(data_sidecar_path(path),
-                       {"format": SIDECAR_FORMAT, **sidecar, HASHES: hashes})
+                       {"format": SIDECAR_FORMAT, **sidecar, HASHES: hashes}, sealed=True)
             shutil.move(folder / path.name, path)
     except (OSError, RuntimeError) as error:
         raise UserError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from None
@@ -162,6 +162,7 @@ def read_data_sidecar(path: str | Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise UserError(f"{sidecar}: not a sidecar of training data ({error}); preprocess "
                         "again") from None
+    remove_seal(sidecar, content)
     return content
 
 

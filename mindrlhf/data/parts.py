@@ -25,6 +25,7 @@ from mindrlhf.data.groups import Sequences, Sizes
 from mindrlhf.files import atomic_file
 
 SMALLEST, LARGEST = 8, 1024  # pairs of a part; more only where a bundle has more
+PATIENCE = 1800  # seconds without progress after which the other workers count as lost
 
 
 def split_bundles(bundles: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -231,14 +232,29 @@ class Parts:
         pairs, tokens = total.tolist()
         return pairs, tokens
 
-    def wait(self, show: Callable[[], None] | None = None, poll: float = 0.2) -> None:
+    def wait(self, show: Callable[[], None] | None = None, poll: float = 0.2,
+             patience: float = PATIENCE) -> None:
         """Wait until every part exists.
 
         Args:
             show: called at each poll and at the end.
             poll: seconds between polls.
+            patience: seconds without any progress of the other workers to wait, at most.
+
+        Raises:
+            UserError: they made none for so long, or parts that were done are gone.
         """
-        while self.done() < self.count:
+        reached, since = (0, (0, 0)), time.monotonic()
+        while (done := self.done()) < self.count:
+            found = done, self.progress()
+            is_late = found == reached and time.monotonic() - since > patience
+            if is_late or done < reached[0]:
+                why = f"no progress for {patience:g} s" if is_late else "parts were removed"
+                raise UserError(f"{self.folder}: {why}; {self.count - done} of {self.count} parts "
+                                "are missing. See the logs of the other workers, and repeat the "
+                                "command to continue")
+            if found != reached:
+                reached, since = found, time.monotonic()
             if show:
                 show()
             time.sleep(poll)

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mindrlhf import cli, config, files
+from mindrlhf import cli, config, files, locks
 from mindrlhf.checkpoints import fingerprints
 from mindrlhf.cli import UserError
 from mindrlhf.config import Settings
@@ -65,9 +65,20 @@ def preprocess(options: Options, config_path: str, overrides: dict[str, Any]) ->
 
     Raises:
         UserError: a file, a row or a setting is wrong, or the model gives log-probs that are not
-            finite.
+            finite, or another run writes the same data.
     """
     settings = load_preprocess_settings(options, config_path, overrides)
+    with locks.hold(options.dst):
+        make_data(options, settings)
+
+
+def make_data(options: Options, settings: Settings) -> None:
+    """Make the training data, while no other run writes them.
+
+    Args:
+        options: what to read and how.
+        settings: of the run.
+    """
     is_sharded = Plan.of(settings).is_sharded
     source, held_out = read_source(options)
     sidecar.require_same_model(settings.get("load_checkpoint"), settings)
@@ -164,8 +175,9 @@ def describe_run(options: Options, settings: Settings, source: preference.PairSo
     """
     from mindrlhf import runtime
     hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in source.files]
-    weights = fingerprints.fingerprint(
-        load.open_weights(settings["load_checkpoint"], settings.get("src_strategy")))
+    opened = load.open_weights(settings["load_checkpoint"], settings.get("src_strategy"))
+    weights = fingerprints.fingerprint(opened)
+    sidecar.require_recorded_weights(settings["load_checkpoint"], opened, weights)
     about = {
         "format": mindrecord.SIDECAR_FORMAT,
         "seq_len": settings["model"]["model_config"]["seq_length"], "template": template.VERSION,
@@ -295,6 +307,7 @@ def score_parts(parts: Parts, todo: Mapping[int, Sequence[int]], source: prefere
             truncation=options.truncation, share=options.share)
 
     if todo:
+        locks.wait_for_rank_0(options.dst)
         scorer = open_scorer(settings, tokenizer, packed=options.pack)
         for number in todo:
             part = score_part(number, scorer)

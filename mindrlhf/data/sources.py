@@ -22,6 +22,8 @@ from mindrlhf.cli import UserError, existing_file
 PACKED = ("", ".gz", ".zst")
 SUFFIXES = (*(kind + packed for kind in (".jsonl", ".json", ".csv") for packed in PACKED),
             ".parquet", ".arrow")
+LONGEST_SPACE = 1 << 20  # bytes before the [ of an array
+LONGEST_LINE, LARGEST_ARRAY = 64 << 20, 4 << 30  # bytes, decompressed
 LONGEST_CELL = 2 ** 31 - 1  # characters of a CSV cell
 SIDECAR = ".mindrecord.json"  # not data: --dst may lie in the folder that --src names
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -137,11 +139,9 @@ def _pyarrow(path: Path) -> Any:
 def _json_rows(path: Path) -> Iterator[JsonRow]:
     """Rows of JSON lines or of an array: it starts with `[`, after space and byte order mark."""
     with _open_bytes(path) as lines:
-        first = b" "
-        while first and (first.isspace() or first in b"\xef\xbb\xbf"):
-            first = lines.read(1)
+        first = lines.read(LONGEST_SPACE).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
     with _open_bytes(path) as lines:
-        yield from _array_rows(path, lines) if first == b"[" else _line_rows(lines)
+        yield from (_array_rows if first == b"[" else _line_rows)(path, lines)
 
 
 def _require_distinct(names: Sequence[str], path: Path) -> None:
@@ -227,15 +227,18 @@ class RowDecoder(json.JSONDecoder):
         return JsonRow(line, None, f"has the key {name!r} twice; remove one")
 
 
-def _line_rows(lines: BinaryIO) -> Iterator[JsonRow]:
+def _line_rows(path: Path, lines: BinaryIO) -> Iterator[JsonRow]:
     """Rows of JSON lines."""
     decoder, line = RowDecoder(), 0
 
     def counted() -> Iterator[bytes]:
         nonlocal line
         try:
-            for text in lines:
+            while text := lines.readline(LONGEST_LINE + 1):
                 line += 1
+                if len(text) > LONGEST_LINE:  # a few KB of .gz can become gigabytes
+                    raise UserError(f"{path}:{line}: has more than {LONGEST_LINE >> 20} MB; each "
+                                    "line must be one JSON object")
                 yield text
         except EOFError as error:  # a gzip file is cut; jsonlines would take it for the end
             raise gzip.BadGzipFile(str(error)) from None
@@ -273,7 +276,11 @@ def _array_rows(path: Path, lines: BinaryIO) -> Iterator[JsonRow]:
     """Rows of a file that is one array, decoded one at a time, so that each has its line number."""
     decoder, line, counted = RowDecoder(), 1, 0
     try:
-        text = lines.read().decode("utf-8-sig")
+        content = lines.read(LARGEST_ARRAY + 1)
+        if len(content) > LARGEST_ARRAY:
+            raise UserError(f"{path}: an array of more than {LARGEST_ARRAY >> 30} GB is not read "
+                            "into memory; save the data as .jsonl")
+        text = content.decode("utf-8-sig")
         position = _skip_space(text, text.index("[") + 1)
         while not text.startswith("]", position):
             line, counted = line + text.count("\n", counted, position), position

@@ -11,7 +11,7 @@ from mindrlhf.models.glm4 import template
 from mindrlhf.records import COLUMNS
 
 
-class Answer(NamedTuple):
+class RowAnswer(NamedTuple):
     """An answer as a row holds it.
 
     Attributes:
@@ -24,7 +24,7 @@ class Answer(NamedTuple):
     response: list[int]
 
 
-def read_answers(row: Mapping[str, np.ndarray]) -> list[Answer]:
+def read_answers(row: Mapping[str, np.ndarray]) -> list[RowAnswer]:
     """The answers of a row, in order; the inverse of features.row_inputs()."""
     ids, answer_ids, group_ids = row["input_ids"], row["answer_ids"], row["group_ids"]
     answers = []
@@ -34,7 +34,7 @@ def read_answers(row: Mapping[str, np.ndarray]) -> list[Answer]:
             continue
         group = int(group_ids[own[0]])
         context = ids[(group_ids == group) & (answer_ids == 0)]
-        answers.append(Answer(group - 1, [*context.tolist(), int(ids[own[0]])],
+        answers.append(RowAnswer(group - 1, [*context.tolist(), int(ids[own[0]])],
                               row["labels"][own].tolist()))
     return answers
 
@@ -118,7 +118,7 @@ def _check_layout(row: Mapping[str, np.ndarray]) -> list[str]:
     return problems
 
 
-def _check_answer(answer: Answer, special: Mapping[str, int]) -> list[str]:
+def _check_answer(answer: RowAnswer, special: Mapping[str, int]) -> list[str]:
     """Problems of the tokens of one answer; special: special token -> id."""
     problems = []
     if len(answer.response) < 2:
@@ -134,7 +134,7 @@ def _check_answer(answer: Answer, special: Mapping[str, int]) -> list[str]:
     return problems
 
 
-def _check_pairs(row: Mapping[str, np.ndarray], answers: Sequence[Answer]) -> list[str]:
+def _check_pairs(row: Mapping[str, np.ndarray], answers: Sequence[RowAnswer]) -> list[str]:
     """Problems of the columns of answers and pairs."""
     problems = []
     pairs = int((row["pair_ids"] >= 0).sum())

@@ -16,6 +16,9 @@ from mindrlhf.training.journal import Journal
 
 # metric -> 1 if higher is better, -1 if lower is
 BEST = {"loss": -1, "dpo_loss": -1, "rewards/accuracies": 1, "rewards/margins": 1}
+DEAD_STEPS = 3  # in a row, after which ruined weights are reported
+EXPLODED = 100  # times the loss of the first step
+SEPARATED = 1e-3  # a loss below this has a gradient of almost 0 by right
 
 
 class Progress:
@@ -65,7 +68,8 @@ class DPOMonitor(Callback):
         self.sft_weight, self.tolerance = sft_weight, tolerance
         self.operations, self.peak = operations, cards * (peak_tflops or 0) * 1e12
         self.every, self.max_bad_steps = per_print_times, max_bad_steps
-        self.bad_steps = self.bad_in_a_row = 0
+        self.bad_steps = self.bad_in_a_row = self.dead_in_a_row = 0
+        self.first_loss: float | None = None
 
     def on_train_begin(self, run_context: Any) -> None:
         """Start the progress bar."""
@@ -92,6 +96,7 @@ class DPOMonitor(Callback):
         if self.journal:
             self.journal.add("train", self.progress.step, values)
         self.show(values)
+        self.warn_of_dead_weights(values)
         if self.bad_in_a_row >= self.max_bad_steps:
             raise cli.UserError(
                 self.fault(values, outputs.pair_ids.asnumpy(), outputs.faulty.asnumpy()))
@@ -130,6 +135,20 @@ class DPOMonitor(Callback):
                     f"{values['tokens_per_second']:.0f} tokens/s  "
                     f"{values['padding']:.0%} padding  {mfu}{values['memory_gb']:.1f} GB")
         self.bar.update()
+
+    def warn_of_dead_weights(self, values: dict[str, Any]) -> None:
+        """Say it once when steps were so large that the weights no longer learn."""
+        loss = values["loss"]
+        if self.first_loss is None:
+            self.first_loss = max(loss, math.log(2))
+        exploded = loss > EXPLODED * self.first_loss
+        dead = exploded or (values["grad_norm"] == 0 and loss > SEPARATED)
+        self.dead_in_a_row = self.dead_in_a_row + 1 if dead else 0
+        if self.dead_in_a_row == DEAD_STEPS:
+            what = (f"the loss is {loss:.3g}, {self.first_loss:.3g} at the first step" if exploded
+                    else f"the gradient is 0 and the loss stays {loss:.3g}")
+            cli.say(f"warning: step {self.progress.step}: for {DEAD_STEPS} steps, {what}: the "
+                    "weights are ruined. Lower lr_schedule.learning_rate and train again")
 
     def check_reference(self, values: dict[str, Any]) -> None:
         """Raise UserError if log-probs at the first step differ from those of the preprocessing."""

@@ -225,7 +225,7 @@ def claim_folder(output_dir: str | Path, run: Identity, *, resumed: Path | None,
     if cli.rank() == 0:
         if not found:
             _remove_run(folder, inputs)
-        write_json(folder / FILE, asdict(run))
+        write_json(folder / FILE, asdict(run), sealed=True)
 
 
 def _is_owner(folder: Path, run: Identity, resumed: Path | None) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mindrlhf.cli import UserError
 from mindrlhf.files import atomic_file
 
 
@@ -39,13 +40,23 @@ STYLES = {"train": "-", "eval": "o--"}  # split -> how matplotlib draws it
 
 
 def read_records(path: str | Path, *, before: float = math.inf) -> list[dict[str, Any]]:
-    """Records of a metrics.jsonl up to step `before`. A last line that a kill cut is skipped."""
+    """Records of a metrics.jsonl up to step `before`. A last line that a kill cut is skipped.
+
+    Raises:
+        UserError: another line is not a record of a run.
+    """
     records = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    lines = Path(path).read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            break
+            record = json.loads(line.decode())
+            if not (isinstance(record["step"], int) and isinstance(record["split"], str)):
+                raise ValueError
+        except (ValueError, TypeError, KeyError, RecursionError):
+            if number == len(lines):
+                break
+            raise UserError(f"{path}:{number}: not a record of a run; remove this line, or move "
+                            "the file away") from None
         if record["step"] <= before:
             records.append(record)
     return records

@@ -10,7 +10,8 @@ from typing import Any
 from mindspore import nn
 from mindspore.train.callback import Callback
 
-from mindrlhf import cli, config, runtime
+from mindrlhf import cli, config, locks, runtime
+from mindrlhf.arithmetic import ceil_div
 from mindrlhf.checkpoints import containers, fingerprints
 from mindrlhf.data import mindrecord
 from mindrlhf.data.dataset import open_dataset
@@ -24,6 +25,8 @@ from mindrlhf.training.evaluate import Evaluator
 from mindrlhf.training.identity import Identity
 from mindrlhf.training.journal import Journal, read_records
 from mindrlhf.training.saving import DPOCheckpointMonitor, check_optimizer_state
+
+MOST_PADDING = 64  # rows of a step for each row of the data
 
 
 @dataclass(frozen=True)
@@ -70,14 +73,22 @@ def finetune(settings: dict[str, Any], *, overwrite: bool = False,
 
     Raises:
         UserError: data, weights, YAML, workers or the state to resume from do not match, output_dir
-            holds another run, or a step fails.
+            holds another run, another run is writing there, or a step fails.
     """
     config.require_workers(settings, cli.workers())
+    with locks.hold(settings["output_dir"], is_folder=True):
+        _finetune(settings, overwrite=overwrite, allow_changes=allow_changes)
+    runtime.end_worker()
+
+
+def _finetune(settings: dict[str, Any], *, overwrite: bool, allow_changes: bool) -> None:
+    """As finetune(), while no other run writes into output_dir."""
     data = open_data(settings)  # before the workers connect, so that errors come early
     resumed = open_state(settings)
     if not resumed:
         config.require_weights(settings)
     sidecar.require_same_model(resumed or settings.get("load_checkpoint"), settings)
+    require_filled_batches(settings, data)
     run = begin_run(settings, data, resumed, overwrite=overwrite, allow_changes=allow_changes)
     if resumed:
         resumed = state.own_state(resumed)
@@ -89,7 +100,6 @@ def finetune(settings: dict[str, Any], *, overwrite: bool = False,
     if not resumed:
         sidecar.copy_to_run(settings["load_checkpoint"], settings["output_dir"])
     train(model, run_config, settings, data, run, resumed)
-    runtime.end_worker()
 
 
 def open_data(settings: dict[str, Any]) -> Data:
@@ -203,6 +213,16 @@ def feed_of(settings: dict[str, Any]) -> Feed:
     if plan.is_sharded:  # every card reads the full batch; the graph takes the card's part of it
         return Feed(batch_size=rows * plan.data, shards=1, shard=0)
     return Feed(batch_size=rows, shards=cli.workers(), shard=cli.rank())
+
+
+def require_filled_batches(settings: dict[str, Any], data: Data) -> None:
+    """Raise UserError if a step takes far more rows than there are, so that most are padding."""
+    feed, runner = feed_of(settings), settings["runner_config"]
+    rows, found = feed.batch_size * feed.shards, data.train["rows"]
+    if runner["batch_size"] > 1 and rows > MOST_PADDING * found:
+        raise cli.UserError(
+            f"runner_config.batch_size: {runner['batch_size']} makes {rows} rows a step, and "
+            f"{data.train_path} has {found}; give at most {ceil_div(found, feed.shards)}")
 
 
 def open_rows(path: str, made: dict[str, Any], feed: Feed, *, shuffle: bool) -> Any:
@@ -330,7 +350,8 @@ def best_so_far(output_dir: str | Path, step: int, metric: str) -> float | None:
     if not step or not path.exists():
         return None
     values = [record[metric] for record in read_records(path, before=step)
-              if record["split"] == "eval" and record["step"]]
+              if record["split"] == "eval" and record["step"]
+              and isinstance(record.get(metric), (int, float))]  # NaN is null in JSON
     return max(values, key=lambda value: BEST[metric] * value, default=None)
 
 

@@ -2,11 +2,12 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class DPOCheckpointMonitor(Callback):
         self.name_filter = (lambda name: not is_base_weight(name)) if lora else None
         self.metadata = adapter_metadata(lora) if lora else {}
         self.stop_file, self.created = self.output / ".stop", time.time()
-        self.unsaved: str | None = None  # why the latest save failed, if it did
+        self.unsaved: dict[Path, str] = {}  # folder -> why the latest save there failed
 
     def on_train_begin(self, run_context: Any) -> None:
         """Check the free space, and listen for SIGTERM.
@@ -70,8 +71,8 @@ class DPOCheckpointMonitor(Callback):
         self.size = self._size(cell)
         if (free := self._free()) < self.size:
             raise cli.UserError(
-                f"{self.output}: a training state takes {self.size / 1e9:.2f} GB, "
-                f"{free / 1e9:.2f} GB are free; make room, or give another --output_dir")
+                f"{self.output}: a training state takes {cli.size_text(self.size)}, "
+                f"{cli.size_text(free)} are free; make room, or give another --output_dir")
         self.terminated = False
         self.former = signal.signal(signal.SIGTERM, self._on_signal)
 
@@ -86,11 +87,14 @@ class DPOCheckpointMonitor(Callback):
         """
         step, last = self.progress.step, self.progress.step == self.progress.total
         stop = self._stop_now(step)
-        if last or stop or step % self.every == 0:
-            self.save_state(run_context.original_args())
-        if last:
+        due = last or stop or step % self.every == 0
+        if last:  # before the state, because a run whose last state exists counts as complete
             self.save_weights("checkpoint_network", f"{self.prefix}-network.ckpt")
-        if self.journal and (last or stop or step % self.every == 0):
+        if last and self.journal:
+            self.journal.draw()
+        if due:
+            self.save_state(run_context.original_args())
+        if due and self.journal and not last:
             self.journal.draw()
         if stop and not last:
             cli.say(f"stopped by SIGTERM after step {step}; --resume auto continues from there")
@@ -155,7 +159,8 @@ class DPOCheckpointMonitor(Callback):
         """
         folder = self.output / place / f"rank_{cli.rank()}"
         if self._save(self.network, folder, name, self.metadata):
-            write_json(folder / STEP, {"step": self.progress.step, "run": self.run.id})
+            write_json(folder / STEP, {"step": self.progress.step, "run": self.run.id},
+                       sealed=True)
 
     def _save(self, cell: nn.Cell, folder: Path, name: str, extra: dict[str, Any]) -> bool:
         """Save a cell's parameters; they get their name when complete. Return whether it worked."""
@@ -164,18 +169,18 @@ class DPOCheckpointMonitor(Callback):
             folder.mkdir(parents=True, exist_ok=True)
             if self._free() < self._size(cell):
                 raise OSError("no space left on the disk")
-            with staging_folder(path) as staging:
+            with staging_folder(path) as staging, _mindspore_silent():
                 ms.save_checkpoint(cell, str(staging / name), integrated_save=False,
                                    append_dict=extra, choice_func=self.name_filter, crc_check=True)
                 os.replace(staging / name, path)
         except (OSError, RuntimeError, cli.UserError) as error:
             # staging_folder turns an OSError into a UserError
             cause = error.__context__ if isinstance(error, cli.UserError) else error
-            self.unsaved = (f"{path}: was not saved ({str(cause or error).splitlines()[0]}); "
-                            "earlier ones stay")
-            print(f"warning: {self.unsaved}", flush=True)
+            why = str(cause or error).splitlines()[0]
+            self.unsaved[folder] = f"{path}: was not saved ({why}); earlier ones stay"
+            print(f"warning: {self.unsaved[folder]}", flush=True)
             return False
-        self.unsaved = None
+        self.unsaved.pop(folder, None)
         return True
 
     def _size(self, cell: nn.Cell) -> int:
@@ -194,8 +199,23 @@ class DPOCheckpointMonitor(Callback):
             UserError: the last file could not be saved.
         """
         signal.signal(signal.SIGTERM, self.former)
-        if self.unsaved:
-            raise cli.UserError(f"{self.unsaved}. Make room and resume from an earlier state")
+        states = state.state_folder(self.output)
+        if states in self.unsaved:
+            raise cli.UserError(f"{self.unsaved[states]}. Make room and resume from an earlier "
+                                "state")
+        for problem in self.unsaved.values():
+            raise cli.UserError(f"{problem}. Make room; the last state holds the same weights: "
+                                f"transform_checkpoint.py takes {states.parent}")
+
+
+@contextlib.contextmanager
+def _mindspore_silent() -> Iterator[None]:
+    """Suppress MindSpore's own lines about a file that it cannot write."""
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def check_optimizer_state(optimizer: nn.Optimizer, path: str | Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mindrlhf import cli, files
+from mindrlhf import cli, files, locks
 from mindrlhf.checkpoints import containers, tensors
 from mindrlhf.checkpoints.strict import describe_difference
 from mindrlhf.checkpoints.tensors import StoredTensor, TensorItem
@@ -127,7 +127,7 @@ def to_mindspore(source: str, target: str, *, dtype: str, allow_nonfinite: bool 
             *(Path(source, name) for name in (hf.INDEX, "config.json"))]
     files.require_no_loss(sidecar.checkpoint_outputs(target), read)
     conversion = Conversion(DTYPES[dtype], allow_nonfinite)
-    with _progress(target) as progress:
+    with locks.hold(target), _progress(target) as progress:
         found = hf.read_hf_folder(source)
         shapes, items = weight_names.parameter_shapes(found.config), []
         for name, parts in weight_names.hf_parts(found.config, found.layout).items():
@@ -139,8 +139,8 @@ def to_mindspore(source: str, target: str, *, dtype: str, allow_nonfinite: bool 
         _prepare(items, target, progress)
         sidecar.remove_sidecar(target)  # after an interruption it would describe other weights
         identity = containers.write_tensors(target, items, progress.update)
-    sidecar.write_sidecar(target, found.config, dtype=conversion.dtype, fingerprint=identity,
-                          source=source, source_layout=found.layout)
+        sidecar.write_sidecar(target, found.config, dtype=conversion.dtype, fingerprint=identity,
+                              source=source, source_layout=found.layout)
     return _summary(target, progress.total, dtype, found.config)
 
 
@@ -168,7 +168,7 @@ def to_hugging_face(source: str, target: str, *, dtype: str, allow_nonfinite: bo
     """
     conversion = Conversion(DTYPES[dtype], allow_nonfinite)
     extra = hf.find_tokenizer(tokenizer or Path(source).parent, required=tokenizer is not None)
-    with _progress(target) as progress:
+    with locks.hold(target), _progress(target) as progress:
         stored = containers.open_tensors(source)
         model = find_config(source, config)
         problem = describe_difference(weight_names.parameter_shapes(model),
@@ -243,5 +243,5 @@ def _prepare(items: Sequence[TensorItem], target: str | Path, progress: Any) -> 
 
 def _summary(target: str, nbytes: int, dtype: str, config: ModelConfig) -> str:
     """One line about what was written."""
-    return (f"{target}: {nbytes / 1e9:.2f} GB, {dtype}; {config.num_layers} layers, "
+    return (f"{target}: {cli.size_text(nbytes)}, {dtype}; {config.num_layers} layers, "
             f"rope_ratio {config.rope_ratio}, layernorm_epsilon {config.layernorm_epsilon}")

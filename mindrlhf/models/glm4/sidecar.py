@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mindrlhf import cli
-from mindrlhf.checkpoints.containers import SUFFIXES, open_tensors
+from mindrlhf.checkpoints.containers import SUFFIXES, open_tensors, require_intact
 from mindrlhf.checkpoints.fingerprints import Fingerprint, digest
 from mindrlhf.checkpoints.fingerprints import fingerprint as fingerprint_of
 from mindrlhf.checkpoints.tensors import DTYPES, StoredTensor, TensorItem, pieces
@@ -92,7 +92,8 @@ def write_sidecar(checkpoint: str | Path, config: ModelConfig, *, dtype: str, fi
     """
     write_json(path_beside(checkpoint), {
         "numbers": asdict(config), "dtype": dtype, "source": str(source), **about,
-        "fingerprint": fingerprint, "sample_fingerprint": sample_fingerprint(checkpoint)})
+        "fingerprint": fingerprint, "sample_fingerprint": sample_fingerprint(checkpoint)},
+        sealed=True)
 
 
 def remove_sidecar(checkpoint: str | Path) -> None:
@@ -159,20 +160,26 @@ def holds_already(checkpoint: str | Path, items: Sequence[TensorItem],
     return sample_fingerprint(checkpoint) == sample_of_items(items)
 
 
-def require_recorded_weights(checkpoint: str | Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """Compare all values of a checkpoint with the fingerprint in its own sidecar, if it has one.
+def require_recorded_weights(checkpoint: str | Path, tensors: Mapping[str, StoredTensor],
+                             known: str | None = None) -> None:
+    """Compare a checkpoint with what was recorded of it when it was written.
+
+    That is the fingerprint in its own sidecar and, in a .ckpt of a run, the checksum at its end.
 
     Args:
         checkpoint: a file, or a folder of shards.
         tensors: name -> tensor: all that are in the file, or the joined shards.
+        known: their fingerprint; None: not computed yet.
 
     Raises:
         UserError: they differ.
     """
     path = Path(checkpoint)
+    if path.is_file():
+        require_intact(path)
     beside = path / MODEL if path.is_dir() else path_beside(path)
     recorded = read_sidecar(beside).about.get("fingerprint") if beside.is_file() else None
-    if recorded and recorded != fingerprint_of(tensors):
+    if recorded and recorded != (known or fingerprint_of(tensors)):
         raise UserError(f"{path}: was changed or damaged after it was written: its weights do not "
                         f"have the fingerprint in {beside}; copy both again")
 
@@ -294,7 +301,7 @@ def copy_to_run(checkpoint: str | Path, output_dir: str | Path) -> None:
     elif path.resolve() != target.resolve():
         found = read_sidecar(path)
         write_json(target, {"numbers": asdict(found.config), "source": str(checkpoint),
-                            "source_fingerprint": found.about.get("fingerprint")})
+                            "source_fingerprint": found.about.get("fingerprint")}, sealed=True)
 
 
 def copy_to_result(source: str | Path, target: str | Path, *, dtype: str,
@@ -318,7 +325,8 @@ def copy_to_result(source: str | Path, target: str | Path, *, dtype: str,
     config = read_sidecar(path).config
     if Path(target).is_dir():
         write_json(Path(target) / MODEL, {"numbers": asdict(config), "source": str(source),
-                                          "dtype": dtype, "fingerprint": fingerprint})
+                                          "dtype": dtype, "fingerprint": fingerprint},
+                   sealed=True)
     else:
         write_sidecar(target, config, dtype=dtype, fingerprint=fingerprint, source=source)
     return True

@@ -107,6 +107,17 @@ def _require_equal_ranks(opened: OpenedCheckpoint) -> dict[str, StoredTensor]:
     return opened.ranks[0]
 
 
+def file_to_write(path: str | Path, suffix: str | None = None) -> Path:
+    """The file for unsharded weights, given its path or that of its folder.
+
+    Args:
+        path: file or folder.
+        suffix: ".ckpt" or ".safetensors"; None: that of the path, or .ckpt.
+    """
+    path = Path(path)
+    return path if path.suffix in SUFFIXES else path / f"merged{suffix or '.ckpt'}"
+
+
 def plan_target(source: SourceCheckpoint, path: str | Path, *, strategy: str | None = None,
                 suffix: str | None = None, base: str | None = None,
                 overwrite: bool = False) -> TargetCheckpoint:
@@ -141,9 +152,8 @@ def plan_target(source: SourceCheckpoint, path: str | Path, *, strategy: str | N
         cards = len(reshard.plan_cards(source.tensors, found, is_expected=is_weight))
         names = [f"rank_{rank}/sharded{suffix or '.ckpt'}" for rank in range(cards)]
         return TargetCheckpoint(path, names, found, base)
-    if path.suffix not in SUFFIXES:
-        path = path / f"merged{suffix or '.ckpt'}"
-    elif suffix and path.suffix != suffix:
+    path = file_to_write(path, suffix)
+    if suffix and path.suffix != suffix:
         raise UserError(f"{path}: is not --format {suffix[1:]}; leave one of them out")
     place = source.opened.place
     read = ([file.parent for file in source.opened.files] if place.is_dir()  # rank_0, rank_1, ...
@@ -199,12 +209,12 @@ def write_target(source: SourceCheckpoint, target: TargetCheckpoint) -> list[str
     if source.is_adapted and not target.base:
         lines.append("these are LoRA adapters alone; --base_checkpoint adds them to their base "
                      "weights")
-    size = reshard.size_on_disk(written.cards) / 1e9
+    size = cli.size_text(reshard.size_on_disk(written.cards))
     ranks = f"{len(source.opened.files)} rank(s)"
     if target.strategy:
         ranks += f" to {len(files)}"
     unknown = "" if described else f"; without the model's config: the run has no {sidecar.MODEL}"
-    lines.append(f"{target.path}: {len(written.cards[0])} parameters, {size:.2f} GB, from {ranks}; "
+    lines.append(f"{target.path}: {len(written.cards[0])} parameters, {size}, from {ranks}; "
                  f"read back and verified, fingerprint {written.fingerprint[:12]}{unknown}")
     return lines
 

@@ -1,0 +1,1 @@
+"""Fault injection: the commands are killed, starved, damaged and run beside each other."""
