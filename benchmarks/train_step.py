@@ -179,13 +179,13 @@ def build_products(matrices: Any) -> Any:
 def make_columns(layout: str) -> list[np.ndarray]:
     """The columns of a batch, a row for each pair. layout: of LAYOUTS."""
     from mindrlhf.data import mindrecord
-    from mindrlhf.data.features import Comparison, TokenGroup
+    from mindrlhf.data.features import ComparedPair, TokenGroup
 
     rows = []
     for number, (prompt, *answers) in enumerate(make_pairs()):
         texts = [answer.tolist() for answer in answers]
         if layout == "shared":
-            pairs = [Comparison(0, 1, number)]
+            pairs = [ComparedPair(0, 1, number)]
             groups = [TokenGroup(prompt.tolist(), texts, pairs, [REFERENCE] * 2)]
         else:
             groups = [TokenGroup(prompt.tolist(), [text], [], [REFERENCE]) for text in texts]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mindrlhf.data import groups, mindrecord
-from mindrlhf.data.features import Comparison, TokenPair
+from mindrlhf.data.features import ComparedPair, TokenPair
 from mindrlhf.data.groups import Limits, bundle_pairs, find_sequences, make_groups, row_limits
 from mindrlhf.data.preference import Pair
 
@@ -151,4 +151,4 @@ def test_pairs_of_a_group_keep_their_answers():
     found = find_sequences(THREE, share=True)
     (group,) = make_groups(found.sizes, [2, 1], row_limits(48))
     assert group.answers == [0, 2, 1]
-    assert found.read(group).pairs == [Comparison(0, 1, 2), Comparison(2, 1, 1)]
+    assert found.read(group).pairs == [ComparedPair(0, 1, 2), ComparedPair(2, 1, 1)]

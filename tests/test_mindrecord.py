@@ -10,7 +10,7 @@ import xxhash
 from mindrlhf.cli import UserError
 from mindrlhf.data import mindrecord
 from mindrlhf.data.dataset import open_dataset
-from mindrlhf.data.features import Comparison, TokenGroup
+from mindrlhf.data.features import ComparedPair, TokenGroup
 from mindrlhf.records import COLUMNS
 
 S, A, P = 24, 4, 3
@@ -29,7 +29,7 @@ SIDECAR = {
 def rows(count=5):
     for number in range(count):
         group = TokenGroup(
-            [1, 2, 3 + number], [[7, 8], [9]], [Comparison(0, 1, number)], [-1.5 - number, -2.5]
+            [1, 2, 3 + number], [[7, 8], [9]], [ComparedPair(0, 1, number)], [-1.5 - number, -2.5]
         )
         yield mindrecord.make_row([group], pad_id=0, seq_len=S, answers=A, pairs=P)
 
@@ -43,8 +43,8 @@ def path(tmp_path):
 
 def test_a_row_by_hand():
     groups = [
-        TokenGroup([1, 2], [[3], [4, 5]], [Comparison(1, 0, 17)], [-1, -2]),
-        TokenGroup([6], [[7, 8], [9]], [Comparison(0, 1, 4), Comparison(1, 0, 5)], [-3, -4]),
+        TokenGroup([1, 2], [[3], [4, 5]], [ComparedPair(1, 0, 17)], [-1, -2]),
+        TokenGroup([6], [[7, 8], [9]], [ComparedPair(0, 1, 4), ComparedPair(1, 0, 5)], [-3, -4]),
     ]
     row = mindrecord.make_row(groups, pad_id=0, seq_len=8, answers=5, pairs=4)
     assert list(row) == list(COLUMNS)

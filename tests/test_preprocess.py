@@ -339,16 +339,57 @@ def test_the_evaluation_set_shares_no_prompt(golden, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def many(golden):
-    """300 pairs, so 38 parts."""
+    """300 pairs, so 38 parts. The two pairs of a prompt are 150 rows apart."""
     return write(
         golden.folder / "many.jsonl",
-        [{**ROWS[number % 8], "prompt": f"{number}?"} for number in range(300)],
+        [{**ROWS[number % 8], "prompt": f"{number % 150}?"} for number in range(300)],
     )
 
 
 @pytest.fixture(scope="module")
 def quiet(golden, many):
     return run(golden, many, golden.folder / "quiet.mindrecord")
+
+
+def test_equal_prompts_are_found_over_the_whole_source(golden, many, quiet, tmp_path):
+    """Some of the four texts of a prompt are equal. Unshared, the log-probs are the same."""
+    sidecar = assert_whole(golden, quiet)
+    source = [json.loads(line) for line in many.read_text(encoding="utf-8").splitlines()]
+    answers = {(row["prompt"], row[name]) for row in source for name in ("pos_resp", "neg_resp")}
+    assert (sidecar["prompts"], sidecar["answers"]) == (150, len(answers))
+    encode = Glm4Tokenizer(golden.tokenizer).encode
+    prompts = [len(encode(f"{number}?")) + 5 for number in range(150)]  # the template adds 5
+    assert sidecar["tokens"] == sum(prompts) - 150 + sum(len(encode(x)) + 2 for _, x in answers)
+    path = run(golden, many, tmp_path / "a.mindrecord", "--share", "False")
+    unshared = assert_whole(golden, path)
+    assert (unshared["prompts"], unshared["answers"]) == (300, 600)
+    assert unshared["tokens_unshared"] == sidecar["tokens_unshared"]
+    assert sidecar["tokens"] < unshared["tokens"] < unshared["tokens_unshared"]
+    shared = by_pair(quiet)
+    for number, values in by_pair(path).items():
+        assert np.abs(np.subtract(values, shared[number])).max() < 1e-4
+    assert tokens_of(path) == tokens_of(quiet)
+
+
+def test_a_prompt_with_more_answers_than_a_row_holds_loses_no_pair(golden, tmp_path, capsys):
+    """12 answers of 40 letters, each better than the next: 66 pairs; a row holds 8 answers."""
+    answers = [chr(97 + number) * 40 for number in range(12)]
+    source = write(
+        tmp_path / "pairs.jsonl",
+        [
+            {"prompt": "Which one?", "pos_resp": better, "neg_resp": worse}
+            for number, better in enumerate(answers)
+            for worse in answers[number + 1 :]
+        ],
+    )
+    path = run(golden, source, tmp_path / "a.mindrecord")
+    sidecar = assert_whole(golden, path)
+    assert sidecar["pairs"]["written"] == sidecar["pairs"]["read"] == 66
+    assert (sidecar["prompts"], sidecar["answers"]) == (1, 12)
+    assert "x pairs of a prompt exceed a row" in capsys.readouterr().out
+    found = by_pair(path)
+    best = [found[number][0] for number in range(11)]  # all compare the first answer
+    assert np.ptp(best) == 0
 
 
 @pytest.mark.parametrize("workers", [2, 4])

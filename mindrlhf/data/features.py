@@ -31,7 +31,7 @@ class TokenPair:
         return group_size(len(self.prompt), len(self.chosen) + (0 if one else len(self.rejected)))
 
 
-class Comparison(NamedTuple):
+class ComparedPair(NamedTuple):
     """Which two answers a pair compares.
 
     Attributes:
@@ -55,7 +55,7 @@ class TokenGroup:
     """
     prompt: list[int]
     answers: list[list[int]]
-    pairs: list[Comparison] = field(default_factory=list)
+    pairs: list[ComparedPair] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
 
 

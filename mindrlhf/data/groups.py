@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mindrlhf.data.features import Comparison, TokenGroup, TokenPair, group_size
+from mindrlhf.data.features import ComparedPair, TokenGroup, TokenPair, group_size
 from mindrlhf.data.preference import Pair
 
 MIN_TOKENS = 16  # a row of S positions takes at most S / 16 answers, and as many pairs
@@ -57,7 +57,7 @@ class PairGroup:
     tokens: int = 0
 
 
-    def compare(self, pairs: Any, numbers: Any) -> list[Comparison]:
+    def compare(self, pairs: Any, numbers: Any) -> list[ComparedPair]:
         """The pairs, with their answers counted within the group.
 
         Args:
@@ -65,7 +65,7 @@ class PairGroup:
             numbers: pair -> its row in the source.
         """
         place = {answer: number for number, answer in enumerate(self.answers)}
-        return [Comparison(place[chosen], place[rejected], numbers[pair])
+        return [ComparedPair(place[chosen], place[rejected], numbers[pair])
                 for pair in self.pairs for chosen, rejected in [pairs[pair]]]
 
 

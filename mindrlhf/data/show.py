@@ -17,7 +17,7 @@ import numpy as np
 
 from mindrlhf import cli
 from mindrlhf.data import mindrecord, validation
-from mindrlhf.data.features import Comparison
+from mindrlhf.data.features import ComparedPair
 from mindrlhf.models.glm4 import template
 from mindrlhf.records import SIDES
 
@@ -80,10 +80,10 @@ def print_pairs(row: Mapping[str, np.ndarray]) -> None:
             **{f"reference_{side}_logps": logps[getattr(pair, side)] for side in SIDES}}))
 
 
-def _pairs_of(row: Mapping[str, np.ndarray]) -> list[Comparison]:
+def _pairs_of(row: Mapping[str, np.ndarray]) -> list[ComparedPair]:
     """The pairs of a row; their answers are counted within the row."""
     columns = (row[name].tolist() for name in (*SIDES, "pair_ids"))
-    return [pair for pair in map(Comparison, *columns) if pair.number >= 0]
+    return [pair for pair in map(ComparedPair, *columns) if pair.number >= 0]
 
 
 def check_file(rows: Iterable[Mapping[str, np.ndarray]], sidecar: Mapping[str, Any],
