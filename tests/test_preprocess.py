@@ -466,6 +466,29 @@ def test_a_kill_while_the_file_is_written_leaves_the_parts(golden, tmp_path, mon
     assert rows(run(golden, golden.pairs, path)) == rows(golden.data)
 
 
+def test_a_kill_between_data_and_picture_leaves_no_run_without_its_picture(
+    golden, tmp_path, monkeypatch
+):
+    path = tmp_path / "a.mindrecord"
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(summary, "draw_summary", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(golden, golden.pairs, path)
+    assert path.exists()
+    monkeypatch.setattr(summary, "draw_summary", PICTURE)
+    monkeypatch.setattr(preprocess, "open_scorer", None)
+    rank(monkeypatch, 1, 2)
+    run(golden, golden.pairs, path)
+    assert not path.with_name("a.mindrecord.png").exists()
+    rank(monkeypatch, 0, 2)
+    run(golden, golden.pairs, path)
+    assert path.with_name("a.mindrecord.png").exists()
+    assert not path.with_name("a.mindrecord.parts").exists()
+
+
 def test_progress_is_shown_with_its_speed(golden, many, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MINDRLHF_TERMINAL", "1")
     run(golden, many, tmp_path / "a.mindrecord")

@@ -241,6 +241,21 @@ def test_parts_of_another_run_are_refused_and_the_difference_named(tmp_path):
         other.check()
 
 
+def test_a_flipped_bit_in_a_part_is_found(tmp_path):
+    parts = Parts(tmp_path / "a.mindrecord", 1, {"data": "x"})
+    parts.write(0, part_of([0, 1, 2]))
+    content = parts.path(0).read_bytes()
+    begin = 8 + int.from_bytes(content[:8], "little")  # of the arrays, behind the header
+    for place in range(begin, len(content), 7):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << place % 8
+        parts.path(0).write_bytes(flipped)
+        with pytest.raises(UserError, match="damaged after it was written; remove it and repeat"):
+            parts.read()
+    parts.path(0).write_bytes(content)
+    parts.read()
+
+
 KILLED = """
 import sys, time
 import numpy as np

@@ -167,7 +167,8 @@ class Parts:
     def write(self, number: int, part: Part) -> None:
         """Write a part atomically."""
         pairs, tokens = len(part.numbers) + len(part.dropped), len(part.tokens)
-        about = json.dumps({"run": self.identity, "counts": [pairs, tokens]})
+        about = json.dumps({"run": self.identity, "counts": [pairs, tokens],
+                            "content": _hash(vars(part))})
         with atomic_file(self.path(number)) as file:
             file.write(save(vars(part), {"about": about}))
         self._progress_path(number).unlink(missing_ok=True)
@@ -266,11 +267,13 @@ class Parts:
 
         Args:
             share: whether prompts that are equal in different parts become one.
+
+        Raises:
+            UserError: a part is damaged.
         """
         self.check()
         files = [safe_open(self.path(number), "np") for number in range(self.count)]
-        names = [field.name for field in fields(Part) if field.name != "tokens"]
-        parts = [{name: file.get_tensor(name) for name in names} for file in files]
+        parts = [self._read_part(number, file) for number, file in enumerate(files)]
         joined = _join(parts)
         places = [_places(number, part) for number, part in enumerate(parts)]
         if share:
@@ -282,6 +285,15 @@ class Parts:
             joined["cut"][order], np.sort(joined["dropped"]), files,
             *(np.concatenate(kind) for kind in zip(*places)))
 
+    def _read_part(self, number: int, file: Any) -> dict[str, np.ndarray]:
+        """The arrays of an open part but its tokens; a damaged part is a UserError."""
+        arrays = {field.name: file.get_tensor(field.name) for field in fields(Part)}
+        if _about(file).get("content") != _hash(arrays):
+            raise UserError(f"{self.path(number)}: was damaged after it was written; remove it and "
+                            "repeat the command, which scores its pairs again")
+        del arrays["tokens"]
+        return arrays
+
     def remove(self) -> None:
         """Delete the parts, the leftovers of killed workers and, once empty, the folder."""
         for pattern in ("part-*.safetensors", "part-*.progress", ".part-*.tmp"):
@@ -289,6 +301,14 @@ class Parts:
                 path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.folder.rmdir()
+
+
+def _hash(arrays: Mapping[str, np.ndarray]) -> str:
+    """XXH3 (128 bits) of the arrays of a part, 32 hex digits."""
+    content = xxhash.xxh3_128()
+    for field in fields(Part):
+        content.update(np.ascontiguousarray(arrays[field.name]).tobytes())
+    return content.hexdigest()
 
 
 def _join(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:

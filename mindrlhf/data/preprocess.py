@@ -101,7 +101,7 @@ def make_data(options: Options, settings: Settings) -> None:
     if is_made(paths, run.origin["run"]):  # checked last: rank 0 then removes parts
         cli.say(f"{options.dst}: exists already, made from the same data, weights and options. "
                 "Nothing to do")
-        parts.remove()
+        finish_picture(options, parts)
         return
     for path in paths:
         files.require_overwrite(path, options.overwrite,
@@ -119,6 +119,15 @@ def make_data(options: Options, settings: Settings) -> None:
         cli.say(*summary.summary_lines(report),
                 summary.length_line(report, partial(operations_at, settings)),
                 f"  picture    {picture}")
+
+
+def finish_picture(options: Options, parts: Parts) -> None:
+    """Draw the picture if a kill came between data and picture, and remove the parts (rank 0)."""
+    picture = Path(f"{options.dst}.png")
+    if cli.rank() == 0:
+        if not picture.exists() and parts.done() == parts.count:
+            summary.draw_summary(picture, parts.read(options.share))
+        parts.remove()
 
 
 def load_preprocess_settings(options: Options, config_path: str, overrides: dict[str, Any]
