@@ -32,19 +32,11 @@ import data_model
 import numpy as np
 import yaml
 from processes import ROOT, cpu_model, table
+from train_step import SIZES
 
 EXAMPLE = ROOT / "examples" / "glm4_dpo"
 PAIRS_A_STEP, THREADS, LENGTHS = 6, 2, (512, 1024)
 TAGS = (5, 2)  # tokens that the template adds to a prompt and to an answer
-SIZES = {
-    "num_layers": 8,
-    "padded_vocab_size": 8192,
-    "hidden_size": 512,
-    "ffn_hidden_size": 1536,
-    "num_attention_heads": 8,
-    "multi_query_group_num": 2,
-    "kv_channels": 64,
-}
 
 
 class Result(NamedTuple):

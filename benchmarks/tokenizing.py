@@ -40,7 +40,7 @@ def make_pairs(tokenizer: Any, count: int, seed: int) -> list[Pair]:
 
 
 def worker(seed: int, ready: Any, go: Any, results: Any) -> None:
-    """Make pairs, wait for the other workers, and put (seconds, tokens of the longer sides).
+    """Make pairs, wait for the other workers, and put (seconds, positions of the pairs).
 
     Args:
         seed: of the pairs.
@@ -59,7 +59,7 @@ def worker(seed: int, ready: Any, go: Any, results: Any) -> None:
     go.wait()
     begin = time.perf_counter()
     tokens = sum(
-        truncate_prompt(tokenize_pair(tokenizer, pair), SEQ_LEN, tokenizer=tokenizer)[0].longest
+        truncate_prompt(tokenize_pair(tokenizer, pair), SEQ_LEN, tokenizer=tokenizer)[0].size
         for pair in pairs
     )
     results.put((time.perf_counter() - begin, tokens))
@@ -93,6 +93,6 @@ def measure(workers: int) -> list[str]:
 if __name__ == "__main__":
     table(
         "tokenizing",
-        ["processes", "pairs", "tokens of a longer side", "seconds", "pairs/s"],
+        ["processes", "pairs", "positions of a pair", "seconds", "pairs/s"],
         [measure(workers) for workers in (1, 2)],
     )

@@ -24,11 +24,8 @@ class UserError(Exception):
 USERS_ERRNOS = {errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT,
                 errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EFBIG, errno.EIO}
 # what MindSpore says of memory of the host and of NPUs
-NO_MEMORY = re.compile(r"memory isn't enough|out of memory|bad_alloc|allocate memory failed", re.I)
-
-
-# what MindSpore reports when a card is full
-OUT_OF_MEMORY = re.compile(r"memory isn't enough|memory not enough|out of memory", re.IGNORECASE)
+NO_MEMORY = re.compile(r"memory isn't enough|memory not enough|out of memory|bad_alloc|"
+                       "allocate memory failed", re.IGNORECASE)
 CANN = ("acl", "hccl", "opc_tool", "tbe", "te")  # packages of Ascend's toolkit
 PACKAGES = {"yaml": "PyYAML"}  # module -> name of its package, where they differ
 
@@ -54,21 +51,15 @@ def run_command(main: Callable[[], object]) -> None:
             raise
         place = f"{error.filename}: " if error.filename else ""
         end_with(f"{place}{error.strerror}; give another path, or make room on its disk")
+    except ModuleNotFoundError as error:
+        end_with(missing_package(error))
     except Exception as error:
         cause = out_of_memory(error)
         if cause is None:
             raise
-        end_with(f"out of memory ({cause or 'of this process'}); lower seq_length, batch_size or "
-                 "the number of workers, or give the machine more memory")
-    except ModuleNotFoundError as error:
-        end_with(missing_package(error))
-    except RuntimeError as error:
-        line = next((line for line in str(error).splitlines() if OUT_OF_MEMORY.search(line)), None)
-        if line is None:
-            raise
-        end_with(f"out of memory of the device ({line.strip('- ')}); lower seq_length, batch_size "
-                 "or dpo.logps_chunk_size, recompute more layers, or shard over more cards: python "
-                 "-m mindrlhf.plan CONFIG says what fits")
+        end_with(f"out of memory ({cause or 'of this process'}); lower seq_length, batch_size, "
+                 "dpo.logps_chunk_size or the number of workers, recompute more layers, or shard "
+                 "over more cards: python -m mindrlhf.plan CONFIG says what fits")
 
 
 def missing_package(error: ModuleNotFoundError) -> str:
@@ -110,7 +101,7 @@ def out_of_memory(error: BaseException | None) -> str | None:
         if isinstance(error, RuntimeError):
             for line in lines:
                 if NO_MEMORY.search(line):
-                    return line.strip()
+                    return line.strip("- ")
         error = error.__cause__ or error.__context__
     return None
 

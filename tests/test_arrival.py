@@ -175,7 +175,7 @@ def test_without_the_environment_each_command_says_so_in_one_line(command):
         (
             "raise RuntimeError('x\\n- Memory not enough:\\nDevice(id:0) memory isn\\'t enough and "
             "alloc failed, kernel name: MatMul')",
-            "out of memory of the device (Memory not enough:); lower seq_length",
+            "out of memory (Memory not enough:); lower seq_length",
         ),
         ("raise MemoryError('std::bad_alloc')", "out of memory (std::bad_alloc); lower"),
     ],

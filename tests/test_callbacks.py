@@ -14,7 +14,9 @@ from mindrlhf.training.journal import read_records
 def warned(capsys, steps):
     """What a run says after steps of these (loss, gradient norm)."""
     progress = callbacks.Progress(first=0, total=len(steps))
-    monitor = callbacks.DPOMonitor(progress, None, sft_weight=0.0, tolerance=None)
+    monitor = callbacks.DPOMonitor(
+        progress, None, sft_weight=0.0, tolerance=None, operations=1, cards=1
+    )
     for loss, grad_norm in steps:
         progress.step += 1
         monitor.warn_of_dead_weights({"loss": loss, "grad_norm": grad_norm})

@@ -193,7 +193,7 @@ def test_errors_show_control_characters_of_values_and_names(tmp_path):
         ),
         (
             "raise RuntimeError('\\n----\\n- Memory pool: Memory isn\\'t enough\\n---- C++')",
-            "out of memory (- Memory pool: Memory isn't enough)",
+            "out of memory (Memory pool: Memory isn't enough)",
         ),
         ("open('/dev/full', 'w', buffering=1).write('x' + chr(10))", "No space left on device"),
     ],
