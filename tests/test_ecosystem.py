@@ -20,7 +20,7 @@ TABLE = ROOT / "tests/golden/ecosystem_keys.tsv"
 SMALL = """
 base_config: {base}
 context: {{device_target: CPU, jit_config: {{jit_level: O0}}, max_device_memory: 8GB}}
-model: {{model_config: {{num_layers: 3, hidden_size: 96, ffn_hidden_size: 160, seq_length: 320,
+model: {{model_config: {{num_layers: 3, hidden_size: 96, ffn_hidden_size: 160, seq_length: 384,
   num_attention_heads: 6, multi_query_group_num: 2, kv_channels: 16, padded_vocab_size: 330,
   layernorm_epsilon: 1.5625e-07, rope_ratio: 500, rotary_dtype: float32, use_flash_attention: False,
   compute_dtype: float32, param_init_type: float32, use_past: False, is_dynamic: False}}}}
