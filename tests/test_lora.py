@@ -5,7 +5,7 @@ import json
 import mindspore as ms
 import numpy as np
 import pytest
-from conftest import load_model, run_script, write_overlay
+from conftest import SEQ_LEN, load_model, run_script, write_overlay
 from test_training import RUN_DPO, arguments, records
 
 from mindrlhf import config
@@ -86,11 +86,12 @@ def unmerged(golden, trained):
 
 
 def logits(network):
-    ids = ms.Tensor(np.random.default_rng(0).integers(0, 330, (1, 320)).astype(np.int32))
-    mask = network.attention_mask(ms.Tensor(np.ones((1, 320), np.int32)))
-    return network.transformer.output_layer(
-        network.transformer(input_ids=ids, full_attention_mask=mask)
-    ).asnumpy()
+    positions = np.arange(SEQ_LEN, dtype=np.int32).reshape(1, -1)
+    ids = np.random.default_rng(0).integers(0, 330, positions.shape).astype(np.int32)
+    hidden = network.hidden_states(
+        *map(ms.Tensor, (ids, np.ones_like(ids), np.zeros_like(ids), positions))
+    )
+    return network.transformer.output_layer(hidden).asnumpy()
 
 
 def test_merged_and_unmerged_logits_agree(golden, trained, unmerged, tmp_path):
