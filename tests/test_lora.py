@@ -6,6 +6,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 from conftest import SEQ_LEN, load_model, run_script, write_overlay
+from test_glm4_dpo import Logits
 from test_training import RUN_DPO, arguments, records
 
 from mindrlhf import config
@@ -88,10 +89,8 @@ def unmerged(golden, trained):
 def logits(network):
     positions = np.arange(SEQ_LEN, dtype=np.int32).reshape(1, -1)
     ids = np.random.default_rng(0).integers(0, 330, positions.shape).astype(np.int32)
-    hidden = network.hidden_states(
-        *map(ms.Tensor, (ids, np.ones_like(ids), np.zeros_like(ids), positions))
-    )
-    return network.transformer.output_layer(hidden).asnumpy()
+    layout = np.ones_like(ids), np.zeros_like(ids), positions
+    return Logits(network)(*map(ms.Tensor, (ids, *layout))).asnumpy()
 
 
 def test_merged_and_unmerged_logits_agree(golden, trained, unmerged, tmp_path):
