@@ -79,9 +79,9 @@ def measure(arguments: argparse.Namespace) -> None:
             self.logps = SequenceLogps(layer, arguments.vocab, chunk_size=arguments.chunks[0])
 
         def construct(
-            self, hidden: ms.Tensor, labels: ms.Tensor, mask: ms.Tensor, segments: ms.Tensor
+            self, hidden: ms.Tensor, labels: ms.Tensor, answer_ids: ms.Tensor
         ) -> ms.Tensor:
-            return -self.logps(hidden, labels, mask, segments, 1)[0].sum()
+            return -self.logps(hidden, labels, answer_ids, 1).sum()
 
     random = np.random.default_rng(0)
     shape = (1, arguments.positions)
@@ -101,7 +101,7 @@ def measure(arguments: argparse.Namespace) -> None:
     seconds = []
     for _ in range(3):
         begin = time.perf_counter()
-        loss, (by_hidden, (by_weight,)) = step(hidden, labels, ones, ones)
+        loss, (by_hidden, (by_weight,)) = step(hidden, labels, ones)
         loss.asnumpy()
         seconds.append(time.perf_counter() - begin)
         value, gradients = loss.asnumpy(), (by_hidden.asnumpy(), by_weight[::16].asnumpy())
