@@ -15,6 +15,8 @@ from conftest import ROOT
 
 from mindrlhf import locks
 from mindrlhf.cli import UserError
+from mindrlhf.data.features import TokenPair
+from mindrlhf.data.groups import find_sequences
 from mindrlhf.data.parts import Part, Parts
 
 HOLD = """
@@ -239,9 +241,9 @@ def test_the_launcher_gives_all_workers_one_name_and_each_launch_another(tmp_pat
 
 
 def part(pairs):
-    numbers, none = np.arange(pairs, dtype=np.int32), np.zeros(0, np.int32)
-    return Part(numbers, np.ones((pairs, 3), np.int32), np.ones(3 * pairs, np.int32),
-                np.ones((pairs, 2), np.float32), np.zeros(pairs, np.int32), none)  # fmt: skip
+    found = find_sequences([TokenPair([1], [2], [3])] * pairs, share=False)
+    logps = np.zeros(len(found.answers), np.float32)
+    return Part.of(found, logps, numbers=range(pairs), cut=[0] * pairs, dropped=[])
 
 
 def test_the_wait_for_a_dead_worker_ends_in_one_line(tmp_path):
