@@ -267,7 +267,7 @@ def test_pairs_are_preprocessed_by_both(data, expected):
             if number >= 0:
                 pair = wanted.pop(int(number))
                 for side in ("chosen", "rejected"):
-                    found = row[f"{side}_ref_logps"][place]
+                    found = row["reference_logps"][row[side][place]]
                     assert found == pytest.approx(pair[f"ref_{side}_logps"], abs=3e-4)
     assert not wanted
 
