@@ -234,7 +234,7 @@ def small(graph: str) -> dict[str, Any]:
     rows = settings["runner_config"]["batch_size"] * Plan.of(settings).data
     return config.with_changes(settings, {
         **{f"model.model_config.{key}": value for key, value in SIZES.items()},
-        "dpo.logps_chunk_size": 2 * rows * LENGTH // CHUNKS, "output_dir": "."})
+        "dpo.logps_chunk_size": rows * LENGTH // CHUNKS, "output_dir": "."})
 
 
 def compile_one(graph: str, build_dir: str) -> None:
@@ -267,8 +267,8 @@ def compile_one(graph: str, build_dir: str) -> None:
     elif graph == "reference":
         from mindrlhf.models.glm4.network import ReferenceLogps
         rows = settings["runner_config"]["batch_size"]
-        batch = [tensor((2 * rows, LENGTH), "int32")] * len(INPUTS)
-        ReferenceLogps(model, PAIRS).set_train(False).compile(*batch)
+        batch = [tensor((rows, LENGTH), "int32")] * len(INPUTS)
+        ReferenceLogps(model, 2 * PAIRS).set_train(False).compile(*batch)
     else:
         predict(model, graph)
 
@@ -283,7 +283,8 @@ def tensor(shape: tuple[int, ...], dtype: str) -> Any:
 def columns(settings: dict[str, Any]) -> list[Any]:
     """A batch of training data, as a card of the plan reads it."""
     from mindrlhf.training.run import feed_of
-    rows, sizes = feed_of(settings).batch_size, {"seq_len": LENGTH, "pairs": PAIRS}
+    rows, sizes = feed_of(settings).batch_size, {
+        "seq_len": LENGTH, "answers": 2 * PAIRS, "pairs": PAIRS}
     return [tensor((rows, sizes[column.size]), column.dtype) for column in COLUMNS.values()]
 
 
