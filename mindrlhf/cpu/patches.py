@@ -32,7 +32,7 @@ class _FloatMaskMul(nn.Cell):
 
 
 def optimize_cpu(network: nn.Cell, config: Any) -> None:
-    """Replace the optimizer's kernel and, in a float32 network, cells by faster and smaller ones.
+    """Replace the optimizer's kernels and, in a float32 network, cells by faster and smaller ones.
 
     The results are the same.
 
@@ -41,31 +41,52 @@ def optimize_cpu(network: nn.Cell, config: Any) -> None:
         config: the model_config section.
     """
     _fuse_adamw()
+    _square_by_rows()
     if config.compute_dtype == config.rotary_dtype == "float32":
         replace_cells(network)
 
 
 def _fuse_adamw() -> None:
-    """Make MindFormers' AdamW update a parameter with one kernel.
+    """Make MindFormers' AdamW update a parameter with Adam's kernel.
 
-    MindFormers uses a dozen kernels, which need six times the parameter's size. The fused kernel
-    does no bias correction. With b1 = 1 - beta1^t and b2 = sqrt(1 - beta2^t), AdamW's
+    MindFormers uses a dozen kernels, which need six times the parameter's size. With
+    b1 = 1 - beta1^t and b2 = sqrt(1 - beta2^t), AdamW's
 
         p (1 - lr decay) - lr (m / b1) / (sqrt(v) / b2 + eps)
 
-    is the kernel's p - r (m / (sqrt(v) + eps b2) + p decay b1 / b2) with the rate r = lr b2 / b1.
+    is the kernel's p - lr b2 / b1 m / (sqrt(v) + eps b2) of a parameter that has decayed.
+    The kernel of AdamWeightDecay takes six times as long as that of Adam.
     """
     from mindformers.core.optim import adamw
-    update, kernel = ops.MultitypeFuncGraph("fused_adamw"), ops.AdamWeightDecay()
+    update, kernel = ops.MultitypeFuncGraph("fused_adamw"), ops.Adam()
 
     @update.register(*["Tensor"] * 10, "Bool")
     def run(beta1: Tensor, beta2: Tensor, eps: Tensor, step: Tensor, rate: Tensor, decay: Tensor,
             parameter: Tensor, gradient: Tensor, mean: Tensor, square: Tensor,
             wanted: bool) -> Tensor:
         if wanted:
-            first, second = 1 - ops.pow(beta1, step), ops.sqrt(1 - ops.pow(beta2, step))
-            return kernel(parameter, mean, square, rate * second / first, beta1, beta2,
-                          eps * second, decay * first / second, gradient.astype(ms.float32))
+            first, second = ops.pow(beta1, step), ops.pow(beta2, step)
+            decayed = ops.assign(parameter, parameter * (1 - rate * decay))
+            gradient = ops.depend(gradient.astype(ms.float32), decayed)
+            return kernel(parameter, mean, square, first, second, rate, beta1, beta2,
+                          eps * ops.sqrt(1 - second), gradient)
         return gradient
 
     adamw._adamw_opt = update
+
+
+def _square_by_rows() -> None:
+    """Make MindFormers' norm of the gradients sum up each row first.
+
+    The kernel that sums up a full matrix takes ten times as long as that for the last axis.
+    """
+    from mindformers.core import clip_grad
+    square_sum, mean = ops.MultitypeFuncGraph("square_by_rows"), ops.ReduceMean()
+
+    @square_sum.register("Tensor")
+    def run(gradient: Tensor) -> Tensor:
+        gradient = gradient.astype(ms.float32)
+        rows = (gradient * gradient).reshape((-1, gradient.shape[-1]))
+        return mean(mean(rows, 1), 0).reshape((1,)) * gradient.size
+
+    clip_grad.get_square_sum = square_sum
