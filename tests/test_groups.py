@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 
 from mindrlhf.data import groups, mindrecord
 from mindrlhf.data.features import ComparedPair, TokenPair
-from mindrlhf.data.groups import Limits, bundle_pairs, find_sequences, make_groups, row_limits
+from mindrlhf.data.groups import (
+    Limits,
+    bundle_pairs,
+    estimate_tokens,
+    find_sequences,
+    make_groups,
+    row_limits,
+)
 from mindrlhf.data.preference import Pair
 
 # one prompt with three answers, of which b is chosen in one pair and rejected in another
@@ -69,6 +76,11 @@ def test_conversations_are_bundled_in_the_order_of_their_first_pairs():
     pairs = [Pair((("user", text),), "a", "b") for text in "xyxzy"]
     assert bundle_pairs(pairs, share=True) == [[0, 2], [1, 4], [3]]
     assert bundle_pairs(pairs, share=False) == [[0], [1], [2], [3], [4]]
+
+
+def test_tokens_are_estimated_from_the_bytes_of_distinct_texts():
+    pairs = [Pair((("user", "12345678"),), "你好" * 2, answer) for answer in ("abcd", "abcd" * 3)]
+    assert estimate_tokens(pairs, [0, 1]) == (8 + 12 + 4 + 12) // 4
 
 
 PROMPTS = st.lists(st.integers(0, 2), min_size=1, max_size=6)

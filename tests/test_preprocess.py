@@ -339,7 +339,7 @@ def test_the_evaluation_set_shares_no_prompt(golden, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def many(golden):
-    """300 pairs, so 38 parts. The two pairs of a prompt are 150 rows apart."""
+    """300 pairs, so 9 parts. The two pairs of a prompt are 150 rows apart."""
     return write(
         golden.folder / "many.jsonl",
         [{**ROWS[number % 8], "prompt": f"{number % 150}?"} for number in range(300)],
@@ -404,7 +404,7 @@ def test_the_number_of_workers_changes_no_byte_of_a_row(
         if number == workers - 1:  # its share only
             assert len(
                 list(path.with_name("a.mindrecord.parts").glob("part-*.safetensors"))
-            ) == len(range(number, 38, workers))
+            ) == len(range(number, 9, workers))
     assert rows(path) == rows(quiet)
     assert not path.with_name("a.mindrecord.parts").exists()
 
@@ -423,7 +423,7 @@ def test_killed_and_started_again_it_gives_the_same_rows(
     process.wait()
     assert not path.exists()
     done = {part.name: part.stat().st_mtime_ns for part in folder.glob("part-*.safetensors")}
-    assert len(done) < 38
+    assert len(done) < 9
 
     with pytest.raises(UserError, match="different options"):
         run(golden, many, path, "--truncation", "drop")

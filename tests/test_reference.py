@@ -19,7 +19,7 @@ from mindrlhf import config
 from mindrlhf.cli import UserError
 from mindrlhf.data.features import TokenPair
 from mindrlhf.data.groups import find_sequences
-from mindrlhf.data.parts import LARGEST, SMALLEST, Part, Parts, split_bundles
+from mindrlhf.data.parts import BATCHES, LARGEST, SMALLEST, Part, Parts, split_bundles
 from mindrlhf.data.reference import Scorer, make_part
 from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
 
@@ -113,6 +113,18 @@ def test_parts_are_of_a_fair_size_and_divide_no_bundle(sizes, times):
     assert all(len(part) >= SMALLEST for part in parts[:-1])
     assert len(parts) <= 64 * -(-first // (64 * LARGEST))
     assert max(map(len, parts)) < LARGEST + max(sizes)
+
+
+@given(st.lists(st.integers(1, 900), min_size=1, max_size=300), st.integers(1, 2000))
+def test_parts_fill_their_batches(tokens, batch_positions):
+    """All but the last: at most one batch in BATCHES + 1 is not full."""
+    parts = split_bundles([[number] for number in range(len(tokens))], tokens, batch_positions)
+    assert [number for part in parts for number in part] == list(range(len(tokens)))
+    for part in parts[:-1]:
+        needed = sum(tokens[number] for number in part)
+        assert needed >= BATCHES * batch_positions
+        if len(part) > SMALLEST:
+            assert needed < BATCHES * batch_positions + tokens[part[-1]]
 
 
 @pytest.mark.parametrize("pairs", [64 * SMALLEST * 64, 116_000, 1_000_000])

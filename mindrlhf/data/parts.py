@@ -24,29 +24,36 @@ from mindrlhf.cli import UserError
 from mindrlhf.data.groups import Sequences, Sizes
 from mindrlhf.files import atomic_file
 
-SMALLEST, LARGEST = 8, 1024  # pairs of a part; more only where a bundle has more
+SMALLEST, LARGEST = 8, 1024  # pairs of a part; more where a bundle has more, or batches need more
+BATCHES = 4  # that a part fills, at least: the last one is half empty on average
 PATIENCE = 1800  # seconds without progress after which the other workers count as lost
 
 
-def split_bundles(bundles: Sequence[Sequence[int]]) -> list[list[int]]:
+def split_bundles(bundles: Sequence[Sequence[int]], tokens: Sequence[int] | None = None,
+                  batch_positions: int = 0) -> list[list[int]]:
     """Split the source into parts: bundles of pairs, none of them divided.
 
-    A part has enough pairs to fill its rows, and few enough that a kill loses little. With enough
-    pairs, there are about 64 parts or a multiple of it, so that 8 workers finish together.
+    A part has enough pairs to fill BATCHES batches, and few enough that a kill loses little. With
+    enough pairs, there are about 64 parts or a multiple of it, so that 8 workers finish together.
 
     Args:
         bundles: indices of the pairs of each bundle.
+        tokens: estimated tokens of each bundle; None: as many as fill a batch.
+        batch_positions: of a batch.
 
     Returns:
         Indices of the pairs of each part.
     """
     pairs = sum(map(len, bundles))
     least = max(ceil_div(pairs, 64 * ceil_div(pairs, 64 * LARGEST)), SMALLEST)
-    parts: list[list[int]] = [[]]
-    for bundle in bundles:
-        if len(parts[-1]) >= least:
+    parts: list[list[int]] = []
+    room = 0  # tokens that the last part still needs
+    for bundle, size in zip(bundles, tokens or [batch_positions] * len(bundles)):
+        if not parts or (len(parts[-1]) >= least and room <= 0):
             parts.append([])
+            room = BATCHES * batch_positions
         parts[-1] += bundle
+        room -= size
     return parts
 
 

@@ -62,7 +62,7 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(scope="session")
 def case(golden, tmp_path_factory):
-    """The golden case with 64 pairs, so that preprocessing makes 8 parts, and 8 training steps."""
+    """The golden case with 64 pairs, so that preprocessing makes 5 parts, and 8 training steps."""
     folder = tmp_path_factory.mktemp("case")
     rows = (GOLDEN / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
     lines = []
@@ -71,7 +71,7 @@ def case(golden, tmp_path_factory):
             lines.append(json.dumps({**row, "prompt": f"{number} {row['prompt']}"}))
     (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     write_overlay(folder / "finetune.yaml", "finetune", TRAINING)
-    write_overlay(folder / "process.yaml", "process")
+    write_overlay(folder / "process.yaml", "process", seq_len=192)
     return SimpleNamespace(
         folder=folder,
         hf=GOLDEN / "hf_glm",
