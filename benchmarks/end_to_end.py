@@ -6,7 +6,8 @@
 Prints a table with one line per data set, row length and side, then ratios of wall times. Ours are
 the commands of the tutorial, from start to end, imports and compilation included. TRL is
 DPOTrainer with precomputed reference log-probs, each batch padded to its longest sequence, in one
-process; it gets our weights and token ids (`mindrlhf.data.show --json`), so it tokenizes nothing.
+process; it gets our weights and token ids (`mindrlhf.data.show --json`), so it tokenizes nothing,
+and its time begins after its imports.
 The model has 8 layers of width 512 and 8192 ids; float32, 2 threads, 6 pairs a step (ours: as many
 rows as hold 6 on average). The lengths are those of data_model.py. With "3", a prompt has three
 ranked answers, and each two of them are a pair; with "1", a prompt has two answers. "computed" are
