@@ -125,13 +125,17 @@ def read_head(path: str | Path) -> bytes:
         return b""
 
 
-def hash_file(path: str | Path) -> str:
-    """XXH3 (128 bits) of a file's content, 32 hex digits.
+def hash_file(path: str | Path, algorithm: Callable[[], Any] = xxhash.xxh3_128) -> str:
+    """Hash of a file's content, in hex digits. The file is never in memory as a whole.
+
+    Args:
+        path: of the file.
+        algorithm: of the hash: XXH3 (128 bits) or one of hashlib's.
 
     Raises:
         UserError: the file cannot be read.
     """
-    content, block = xxhash.xxh3_128(), memoryview(bytearray(BLOCK))
+    content, block = algorithm(), memoryview(bytearray(BLOCK))
     try:
         with open(path, "rb", buffering=0) as file:
             while size := file.readinto(block):
