@@ -7,6 +7,7 @@ import contextlib
 import glob
 import json
 import os
+import resource
 import shutil
 import socket
 from collections.abc import Callable, Iterable, Iterator
@@ -35,6 +36,14 @@ def require_space(path: str | Path, nbytes: int) -> None:
     if free < nbytes:
         raise UserError(f"{path}: {size_text(nbytes)} needed, {size_text(free)} free; choose "
                         "another disk")
+
+
+def require_file_size(path: str | Path, nbytes: int) -> None:
+    """Raise UserError if the shell's limit (ulimit -f) allows no file of nbytes."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if limit not in (resource.RLIM_INFINITY, -1) and limit < nbytes:
+        raise UserError(f"{path}: {size_text(nbytes)} needed, but this shell allows files of "
+                        f"{size_text(limit)} (ulimit -f); raise the limit")
 
 
 class Output(NamedTuple):

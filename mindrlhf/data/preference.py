@@ -140,10 +140,12 @@ def _clean(pair: Pair, known: dict[Any, Any]) -> Pair:
     def text(value: str) -> str:
         return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
+    def once(value: Any) -> Any:
+        return known.setdefault(value, value)
+
     messages = tuple((role, text(value)) for role, value in pair.messages)
-    parts = (known.setdefault(part, part)
-             for part in (messages, text(pair.chosen), text(pair.rejected)))
-    return Pair(*parts, pair.number, pair.place)
+    return Pair(once(messages), once(text(pair.chosen)), once(text(pair.rejected)), pair.number,
+                pair.place)
 
 
 def choose_held_out(pairs: Sequence[Pair], ratio: float) -> list[bool]:

@@ -158,6 +158,7 @@ def load_preprocess_settings(options: Options, config_path: str, overrides: dict
         *sources.find_files(options.src), config_path,
         settings["load_checkpoint"] if Path(settings["load_checkpoint"]).is_file() else None,
         settings["processor"]["tokenizer"]["vocab_file"]])
+    files.require_file_size(options.dst, mindrecord.SMALLEST)  # before the pairs are scored
     return settings
 
 
