@@ -7,6 +7,7 @@ import contextlib
 import glob
 import json
 import os
+import resource
 import shutil
 import socket
 from collections.abc import Callable, Iterable, Iterator
@@ -35,6 +36,14 @@ def require_space(path: str | Path, nbytes: int) -> None:
     if free < nbytes:
         raise UserError(f"{path}: {size_text(nbytes)} needed, {size_text(free)} free; choose "
                         "another disk")
+
+
+def require_file_size(path: str | Path, nbytes: int) -> None:
+    """Raise UserError if the shell's limit (ulimit -f) allows no file of nbytes."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if limit not in (resource.RLIM_INFINITY, -1) and limit < nbytes:
+        raise UserError(f"{path}: {size_text(nbytes)} needed, but this shell allows files of "
+                        f"{size_text(limit)} (ulimit -f); raise the limit")
 
 
 class Output(NamedTuple):
@@ -125,13 +134,17 @@ def read_head(path: str | Path) -> bytes:
         return b""
 
 
-def hash_file(path: str | Path) -> str:
-    """XXH3 (128 bits) of a file's content, 32 hex digits.
+def hash_file(path: str | Path, algorithm: Callable[[], Any] = xxhash.xxh3_128) -> str:
+    """Hash of a file's content, in hex digits. The file is never in memory as a whole.
+
+    Args:
+        path: of the file.
+        algorithm: of the hash: XXH3 (128 bits) or one of hashlib's.
 
     Raises:
         UserError: the file cannot be read.
     """
-    content, block = xxhash.xxh3_128(), memoryview(bytearray(BLOCK))
+    content, block = algorithm(), memoryview(bytearray(BLOCK))
     try:
         with open(path, "rb", buffering=0) as file:
             while size := file.readinto(block):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import hypothesis
 import pytest
 
 from mindrlhf.models.glm4 import build, load
@@ -17,6 +18,9 @@ GOLDEN = ROOT / "tests" / "golden" / "case_1"
 SEQ_LEN = 384
 sys.path[:0] = [str(ROOT), str(EXAMPLE)]
 os.environ.setdefault("GLOG_v", "3")
+# an example may take long beside other processes
+hypothesis.settings.register_profile("gate", deadline=None)
+hypothesis.settings.load_profile("gate")
 
 # what an overlay changes to make the golden case's model of the tiny one
 OVERLAY = """

@@ -23,6 +23,7 @@ PAIRS = (
     ("examples/glm4_dpo/README.md", "examples/glm4_dpo/README_CN.md"),
     ("docs/several_machines.md", "docs/several_machines_CN.md"),
     ("docs/faults.md", "docs/faults_CN.md"),
+    ("SECURITY.md", "SECURITY_CN.md"),
 )
 TUTORIALS = PAIRS[1]
 # Name in the header of a table of options -> module with parser().

@@ -337,3 +337,16 @@ def test_the_share_is_met_and_does_not_depend_on_the_order():
     assert turned[::-1] == apart
     spaced = [Pair((("user", f" question\t{number // 2}\n"),), "a", "b") for number in range(1000)]
     assert choose_held_out(spaced, 0.1) == apart  # white space makes no other prompt
+
+
+def test_texts_that_pairs_have_in_common_are_in_memory_once(tmp_path):
+    rows = [
+        {"prompt": f"prompt {number // 3}", "chosen": "right", "rejected": f"wrong {number % 2}"}
+        for number in range(6)
+    ]
+    write(tmp_path / "a.jsonl", rows)
+    pairs = read_pairs([tmp_path / "a.jsonl"]).pairs
+    assert pairs[0].messages is pairs[2].messages
+    assert pairs[0].messages is not pairs[3].messages
+    assert len({id(pair.chosen) for pair in pairs}) == 1
+    assert len({id(pair.rejected) for pair in pairs}) == 2

@@ -3,6 +3,7 @@
 PyTorch's values, no pair lost, any number of workers, kills, bad input.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -497,6 +498,38 @@ def test_progress_is_shown_with_its_speed(golden, many, tmp_path, monkeypatch, c
     assert "300/300" in err
     assert "pair/s" in err
     assert " tokens/s" in err
+
+
+@pytest.mark.parametrize(("asked", "taken"), [(3, 3), (10**6, 8), (10**9, 8)])
+def test_a_batch_has_no_rows_that_no_part_can_fill(golden, tmp_path, monkeypatch, asked, taken):
+    """10**6 rows took 18 GB, for 8 pairs."""
+    config = write_overlay(
+        tmp_path / "a.yaml", "process", f"runner_config: {{batch_size: {asked}}}"
+    )
+    sizes = []
+
+    def stopped(settings, *_, **__):
+        sizes.append(settings["runner_config"]["batch_size"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(preprocess, "open_scorer", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(golden, golden.pairs, tmp_path / "a.mindrecord", "--config", config)
+    assert sizes == [taken]
+
+
+def test_a_source_is_hashed_block_by_block(golden, tmp_path, monkeypatch):
+    read, read_bytes = [], type(golden.pairs).read_bytes
+
+    def noted(path):
+        read.append(path)
+        return read_bytes(path)
+
+    monkeypatch.setattr(type(golden.pairs), "read_bytes", noted)
+    run(golden, golden.pairs, tmp_path / "a.mindrecord")
+    assert golden.pairs not in read  # as a whole, 10 GB of pairs would take 10 GB more
+    about = json.loads((tmp_path / "a.mindrecord.json").read_text())
+    assert about["source"][0]["sha256"] == hashlib.sha256(read_bytes(golden.pairs)).hexdigest()
 
 
 # one model over all cards

@@ -1,6 +1,7 @@
 """GLM-4's tags and tokens: against PyTorch's token ids, and on hostile text."""
 
 import json
+import sys
 
 import pytest
 from conftest import GOLDEN
@@ -108,6 +109,13 @@ def test_hostile_text_stays_text(tokenizer, text):
 )
 def test_a_megabyte_without_a_break_is_encoded(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_encoding_leaves_nothing_in_memory_beside_the_text(tokenizer):
+    text = "怎么" * 1000
+    size = sys.getsizeof(text)
+    tokenizer.encode(text)
+    assert sys.getsizeof(text) == size  # 6 KB more where CPython keeps its UTF-8
 
 
 def test_a_lone_surrogate_becomes_the_replacement_character(tokenizer):

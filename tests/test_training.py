@@ -107,6 +107,20 @@ def test_training_raises_the_margin_on_the_evaluated_pairs(run):
     assert after["rewards/margins"] > 1
 
 
+TRL = {"loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
+       "logps/chosen", "logps/rejected"}  # fmt: skip
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_tags_of_tensorboard_are_split_and_name_of_metrics_jsonl(run, split):
+    events = b"".join(path.read_bytes() for path in (run[0] / "tensorboard").iterdir())
+    for record in records(run[0], split):
+        assert record.keys() >= TRL
+        names = [name for name, value in record.items() if isinstance(value, (int, float))]
+        missing = [name for name in names if f"{split}/{name}".encode() not in events]
+        assert missing == ["step"]
+
+
 def test_the_console_tells_it_in_one_line_a_step(run):
     lines = [line for line in run[1].splitlines() if line.startswith("step ")]
     assert len(lines) == 6

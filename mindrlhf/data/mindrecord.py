@@ -12,9 +12,18 @@ import numpy as np
 from mindrlhf.cli import UserError, existing_file, rank
 from mindrlhf.data import groups, packing
 from mindrlhf.data.features import TokenGroup, TokenPair, row_inputs
-from mindrlhf.files import Output, hash_file, read_head, remove_seal, staging_folder, write_json
+from mindrlhf.files import (
+    Output,
+    hash_file,
+    read_head,
+    remove_seal,
+    require_file_size,
+    staging_folder,
+    write_json,
+)
 from mindrlhf.records import COLUMNS
 
+SMALLEST = 48 << 20  # bytes of a .mindrecord, with holes; under a lower limit, the writer crashes
 SIDECAR_FORMAT = 2
 HASHES = "xxh3_128"  # key of the sidecar: content hash of each file
 HASHED = {"rows": "", "index": ".db"}  # name in the sidecar -> ending of the file's path
@@ -96,6 +105,7 @@ def write_rows(path: str | Path, rows: Iterable[Mapping[str, np.ndarray]],
     """
     from mindspore.mindrecord import FileWriter
     path = Path(path)
+    require_file_size(path, SMALLEST)
     sizes = column_sizes(sidecar)
     schema = {name: {"type": column.dtype, "shape": [sizes[column.size]]}
               for name, column in COLUMNS.items()}
@@ -115,7 +125,15 @@ def write_rows(path: str | Path, rows: Iterable[Mapping[str, np.ndarray]],
                        {"format": SIDECAR_FORMAT, **sidecar, HASHES: hashes}, sealed=True)
             shutil.move(folder / path.name, path)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path}: cannot be written ({_cause(error)}); make room on its disk, or "
+                        "give another path") from None
+
+
+def _cause(error: Exception) -> str:
+    """What MindSpore says went wrong, in one line, or what the system says."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    marked = [line.rpartition("]")[2].strip() for line in lines if line.startswith("[ERROR]")]
+    return (marked or lines)[0]
 
 
 def read_rows(path: str | Path) -> Iterator[dict[str, np.ndarray]]:
@@ -130,7 +148,7 @@ def read_rows(path: str | Path) -> Iterator[dict[str, np.ndarray]]:
         reader = FileReader(str(path))
         yield from reader.get_next()
     except RuntimeError as error:
-        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]}); preprocess "
+        raise UserError(f"{path}: cannot be read ({_cause(error)}); preprocess "
                         "again") from None
     finally:
         if reader:

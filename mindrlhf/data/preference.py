@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mindrlhf.cli import UserError
 from mindrlhf.data import formats, sources
@@ -79,6 +80,7 @@ def read_pairs(paths: Sequence[str | Path], dataset_type: str = "auto", *, skip_
     noted: dict[str, list[str]] = {}
     ignored: Counter[str] = Counter()
     seen: set[Pair] = set()
+    known: dict[Any, Any] = {}
     read = 0
     for read, (place, row) in enumerate(_rows_with_places(files), 1):
         try:
@@ -94,7 +96,7 @@ def read_pairs(paths: Sequence[str | Path], dataset_type: str = "auto", *, skip_
             dropped.setdefault(BAD, []).append(place)
             continue
         ignored.update(formats.ignored_fields(row.value, dataset_type))
-        pair = _replace_surrogates(parsed)
+        pair = _clean(parsed, known)
         findings = {IDENTICAL: pair.chosen == pair.rejected, DUPLICATE: pair in seen,
                     SURROGATES: pair != parsed, EMPTY_PROMPT: not pair.messages[-1][1].strip()}
         found = [name for name, is_found in findings.items() if is_found]
@@ -127,13 +129,23 @@ def _rows_with_places(files: Sequence[Path]) -> Iterator[tuple[str, JsonRow]]:
             yield f"{file}:{row.line}", row
 
 
-def _replace_surrogates(pair: Pair) -> Pair:
-    """Replace lone surrogates by U+FFFD: they have no UTF-8, so they cannot be tokenized."""
+def _clean(pair: Pair, known: dict[Any, Any]) -> Pair:
+    """A pair without lone surrogates, which have no UTF-8 and cannot be tokenized: they become
+    U+FFFD. Prompts and answers that several pairs have in common are in memory once.
+
+    Args:
+        pair: as parsed.
+        known: prompts and answers of the pairs so far.
+    """
     def text(value: str) -> str:
         return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
+    def once(value: Any) -> Any:
+        return known.setdefault(value, value)
+
     messages = tuple((role, text(value)) for role, value in pair.messages)
-    return Pair(messages, text(pair.chosen), text(pair.rejected), pair.number, pair.place)
+    return Pair(once(messages), once(text(pair.chosen)), once(text(pair.rejected)), pair.number,
+                pair.place)
 
 
 def choose_held_out(pairs: Sequence[Pair], ratio: float) -> list[bool]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mindrlhf import cli, config, files, locks
+from mindrlhf.arithmetic import ceil_div
 from mindrlhf.checkpoints import fingerprints
 from mindrlhf.cli import UserError
 from mindrlhf.config import Settings
@@ -109,8 +110,8 @@ def make_data(options: Options, settings: Settings) -> None:
     for path in paths:
         files.require_overwrite(path, options.overwrite,
                                 partial(is_of_run, path, run.origin["run"]))
-    score_parts(parts, {number: members[number] for number in todo}, source, settings, tokenizer,
-                options)
+    score_parts(parts, {number: members[number] for number in todo}, source,
+                with_filled_batches(settings, max(map(len, members))), tokenizer, options)
     if cli.rank() == 0:
         report = merge.merge_parts(
             parts, source, held_out, destination=options.dst, packed=options.pack,
@@ -160,6 +161,7 @@ def load_preprocess_settings(options: Options, config_path: str, overrides: dict
         *sources.find_files(options.src), config_path,
         settings["load_checkpoint"] if Path(settings["load_checkpoint"]).is_file() else None,
         settings["processor"]["tokenizer"]["vocab_file"]])
+    files.require_file_size(options.dst, mindrecord.SMALLEST)  # before the pairs are scored
     return settings
 
 
@@ -186,7 +188,7 @@ def describe_run(options: Options, settings: Settings, source: preference.PairSo
         tokenizer: of the model.
     """
     from mindrlhf import runtime
-    hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in source.files]
+    hashes = [files.hash_file(file, hashlib.sha256) for file in source.files]
     opened = load.open_weights(settings["load_checkpoint"], settings.get("src_strategy"))
     weights = fingerprints.fingerprint(opened)
     sidecar.require_recorded_weights(settings["load_checkpoint"], opened, weights)
@@ -258,6 +260,19 @@ def open_scorer(settings: Settings, tokenizer: Glm4Tokenizer, *, packed: bool) -
     return reference.Scorer(model, seq_len=settings["model"]["model_config"]["seq_length"],
                             batch_size=settings["runner_config"]["batch_size"],
                             pad_id=tokenizer.pad_id, packed=packed)
+
+
+def with_filled_batches(settings: Settings, pairs: int) -> Settings:
+    """Settings whose batch has no rows that no part can fill: they would take memory for nothing.
+
+    Args:
+        settings: of the run.
+        pairs: of the largest part; each row holds at least one.
+    """
+    plan = Plan.of(settings)
+    groups = plan.data if plan.is_sharded else 1  # a batch is cut into as many pieces
+    rows = min(settings["runner_config"]["batch_size"], ceil_div(pairs, groups) * groups)
+    return config.with_changes(settings, {"runner_config.batch_size": rows})
 
 
 class Bar:

@@ -60,14 +60,23 @@ def undisturbed(case, tmp_path_factory):
     return harness.Result.of_training(folder / "out")
 
 
+CHAINS = ((signal.SIGTERM, signal.SIGKILL), (signal.SIGQUIT,), (signal.SIGPIPE,))
+BY_HAND = "by hand: --kills 50"
+
+
+def names(chain):
+    return " ".join(number.name for number in chain)
+
+
+@pytest.mark.parametrize("chain", CHAINS, ids=names)
 def test_stopped_by_signals_and_resumed_it_ends_as_the_undisturbed_run(
-    case, undisturbed, tmp_path, kills, count
+    case, undisturbed, tmp_path, kills, count, chain
 ):
-    """SIGTERM saves a state on both workers; after kill -9 of the launcher, its workers end too.
-    With more kills than in the gate, SIGQUIT and SIGPIPE as well.
-    """
+    """SIGTERM saves a state on both workers; after kill -9 of the launcher, its workers end too."""
+    if kills <= 5 and chain != CHAINS[0]:
+        pytest.skip(BY_HAND)
     output, more = tmp_path / "out", []
-    for number in list(STOPPED)[: 4 if kills > 5 else 2]:
+    for number in chain:
         log = tmp_path / number.name
         process = harness.start(two_workers(case, output, log, *more))
         deadline = time.monotonic() + 300
@@ -96,10 +105,34 @@ def test_stopped_by_signals_and_resumed_it_ends_as_the_undisturbed_run(
     assert {name: found.files[name] for name in last} == last
 
 
+@pytest.mark.parametrize("number", STOPPED, ids=lambda number: number.name)
+def test_preprocessing_stopped_by_a_signal_ends_as_the_undisturbed_one(
+    case, tmp_path, kills, count, number
+):
+    if kills <= 5:
+        pytest.skip(f"{BY_HAND}; tests/faults/test_kills.py kills preprocessing")
+    harness.done(harness.preprocess(case, tmp_path / "undisturbed/x.mindrecord"))
+    output = tmp_path / "out"
+    command = harness.preprocess(case, output / "x.mindrecord")
+    process = harness.start(harness.launch(command, WORKERS, tmp_path / "log"))
+    deadline = time.monotonic() + 300
+    while not list(output.glob("*.parts/part*.safetensors")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.001)
+    process.send_signal(number)
+    assert harness.finish(process).returncode == STOPPED[number]
+    assert_no_process(output)
+    harness.complete_files(output)
+    harness.done(harness.launch(command, WORKERS, tmp_path / "log"))
+    made = [harness.Result.of_folder(tmp_path / name) for name in ("undisturbed", "out")]
+    assert made[0] == made[1]
+    count(f"{number.name} to the launcher of 2 workers that preprocess", "ended as if undisturbed")
+
+
 @pytest.mark.parametrize("rank", range(WORKERS))
 def test_a_worker_that_is_killed_ends_all_and_says_so(case, tmp_path, kills, count, rank):
     if kills <= 5:
-        pytest.skip("by hand: --kills 50; tests/test_launcher.py has workers that fail")
+        pytest.skip(f"{BY_HAND}; tests/test_launcher.py has workers that fail")
     output = tmp_path / "out"
     process = harness.start(two_workers(case, output, tmp_path / "log"))
     deadline = time.monotonic() + 300

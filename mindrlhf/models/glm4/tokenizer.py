@@ -58,8 +58,9 @@ class Glm4Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text. Special tokens in it are plain text; a lone surrogate is U+FFFD."""
+        passing = text[:1] + text[1:]  # CPython keeps the UTF-8 of a text that tiktoken reads
         try:
-            return self._encoding.encode(text, disallowed_special=())
+            return self._encoding.encode(passing, disallowed_special=())
         except ValueError:  # the splitting regex overflows its stack on a million spaces in a row
             half = len(text) // 2
             return self.encode(text[:half]) + self.encode(text[half:])
