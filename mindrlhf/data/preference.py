@@ -4,11 +4,11 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mindrlhf.cli import UserError
-from mindrlhf.data import formats, sources
+from mindrlhf.data import formats, pair_types, sources
 from mindrlhf.data.formats import Messages
 from mindrlhf.data.sources import JsonRow
 
@@ -27,12 +27,14 @@ class Pair:
         chosen, rejected: the answers.
         number: row number in the source, from 0, bad rows included.
         place: file:line.
+        type: number of the name in PairSource.types, or pair_types.NONE.
     """
     messages: Messages
     chosen: str
     rejected: str
     number: int = field(default=0, compare=False)
     place: str = field(default="", compare=False)
+    type: int = field(default=pair_types.NONE, compare=False)
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class PairSource:
         noted: peculiarity -> places of pairs that are kept.
         bad: "file:line: why" of each bad row.
         ignored: field that the type does not use -> number of rows with content in it.
+        types: names of the types of pairs, see pair_types.
     """
     files: list[Path]
     dataset_type: str
@@ -57,6 +60,7 @@ class PairSource:
     noted: dict[str, list[str]]
     bad: list[str]
     ignored: dict[str, int]
+    types: list[str] = field(default_factory=list)
 
 
 def read_pairs(paths: Sequence[str | Path], dataset_type: str = "auto", *, skip_bad: bool = False,
@@ -79,6 +83,7 @@ def read_pairs(paths: Sequence[str | Path], dataset_type: str = "auto", *, skip_
     noted: dict[str, list[str]] = {}
     ignored: Counter[str] = Counter()
     seen: set[Pair] = set()
+    types: dict[str, int] = {}
     read = 0
     for read, (place, row) in enumerate(_rows_with_places(files), 1):
         try:
@@ -86,7 +91,9 @@ def read_pairs(paths: Sequence[str | Path], dataset_type: str = "auto", *, skip_
                 raise ValueError(row.problem)
             if dataset_type == "auto":
                 dataset_type = formats.detect_type(row.value)
-            parsed = Pair(*formats.parse_row(row.value, dataset_type), number=read - 1, place=place)
+            content = formats.parse_row(row.value, dataset_type)
+            parsed = Pair(*content, number=read - 1, place=place, type=pair_types.number_type(
+                row.value, formats.FORMATS[dataset_type].known, types))
         except ValueError as error:
             bad.append(f"{place}: {error}")
             if not skip_bad:
@@ -108,7 +115,8 @@ def read_pairs(paths: Sequence[str | Path], dataset_type: str = "auto", *, skip_
         pairs.append(pair)
     if not pairs:
         raise UserError(_no_pairs(paths, dataset_type, dropped, bad))
-    return PairSource(files, dataset_type, read, pairs, dropped, noted, bad, dict(ignored))
+    return PairSource(files, dataset_type, read, pairs, dropped, noted, bad, dict(ignored),
+                      list(types))
 
 
 def _no_pairs(paths: Sequence[str | Path], dataset_type: str, dropped: dict[str, list[str]],
@@ -133,7 +141,7 @@ def _replace_surrogates(pair: Pair) -> Pair:
         return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
     messages = tuple((role, text(value)) for role, value in pair.messages)
-    return Pair(messages, text(pair.chosen), text(pair.rejected), pair.number, pair.place)
+    return replace(pair, messages=messages, chosen=text(pair.chosen), rejected=text(pair.rejected))
 
 
 def choose_held_out(pairs: Sequence[Pair], ratio: float) -> list[bool]:
