@@ -1,7 +1,6 @@
 """score.json: what run_mode score found out, as a typed record that other commands read."""
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -136,7 +135,6 @@ def is_score(path: str | Path) -> bool:
     return b'"format"' in head and b'"kind"' in head and b'"run"' in head
 
 
-def is_of_folder(folder: str | Path) -> bool:
-    """Whether a folder holds a score, so that its other files are of this command."""
-    path = Path(folder) / RECORD
-    return os.path.exists(path) and is_score(path)
+def is_list_of_pairs(path: str | Path) -> bool:
+    """Whether a file begins as pairs.jsonl does; a kill may leave it without its score.json."""
+    return read_head(path).startswith((b'{"pair": ', b'{"place": '))
