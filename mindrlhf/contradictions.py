@@ -31,7 +31,7 @@ def lora_contradictions(settings: Settings) -> Iterator[str]:
     if not settings["lora"].get("target_modules"):
         yield "lora.target_modules needs at least one of qkv, dense, mlp"
     if settings["run_mode"] != "finetune":
-        yield "lora is for run_mode finetune: predict takes --adapter_checkpoint"
+        yield "lora is for run_mode finetune: predict and score take --adapter_checkpoint"
 
 
 def device_contradictions(settings: Settings) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Optional, Union
 from mindrlhf.cli import shown
 
 LARGEST_INTEGER = 2**31 - 1  # MindSpore keeps sizes and counts of steps in 32 bits
-RUN_MODES = ("preprocess", "finetune", "predict")
+RUN_MODES = ("preprocess", "finetune", "predict", "score")
 
 # What is expected instead of a value; None if the value is valid.
 Check = Callable[[Any], Optional[str]]

@@ -38,7 +38,7 @@ model:
 
 
 def write_overlay(path, command, more="", seq_len=SEQ_LEN):
-    """Write a YAML for the golden model over process_, finetune_ or predict_glm4_tiny.yaml."""
+    """Write a YAML for the golden model over a *_glm4_tiny.yaml."""
     base = os.path.relpath(EXAMPLE / f"{command}_glm4_tiny.yaml", path.parent)
     path.write_text(OVERLAY.format(base=base, seq_len=seq_len, more=more))
     return path
@@ -87,7 +87,7 @@ def golden(tmp_path_factory):
         data=folder / "golden.mindrecord",
         **{
             command: write_overlay(folder / f"{command}.yaml", command)
-            for command in ("process", "finetune", "predict")
+            for command in ("process", "finetune", "predict", "score")
         },
     )
     convert_weight.main(

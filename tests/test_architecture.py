@@ -18,7 +18,7 @@ LAYERS = (
     ("config",),
     ("checkpoints", "cpu"),
     ("runtime",),
-    ("logps", "losses"),
+    ("logps", "losses", "metrics"),
     ("models.glm4",),
     ("data",),
     ("inference", "plan", "training"),

@@ -51,8 +51,10 @@ WITHOUT_MINDSPORE = [
     "mindrlhf.data.dataset",
     "mindrlhf.data.reference",
     "mindrlhf.data.preprocess",
-    "mindrlhf.training.metrics",
+    "mindrlhf.metrics",
     "mindrlhf.inference.generate",
+    "mindrlhf.inference.score",
+    "mindrlhf.inference.score_record",
     "convert_weight",
     "transform_checkpoint",
 ]

@@ -27,7 +27,7 @@ def test_every_yaml_is_valid(path):
 def test_both_sets_of_yaml_are_there():
     assert {path.name for path in YAMLS} >= {
         f"{command}_glm4_{size}.yaml"
-        for command in ("process", "finetune", "predict")
+        for command in ("process", "finetune", "predict", "score")
         for size in ("9b", "tiny")
     }
 
@@ -112,7 +112,7 @@ def test_overrides_win_and_none_leaves_the_yaml(tmp_path):
         ("resume_training: True", ["resume_training: expected False, auto, or the path"]),
         (
             "run_mode: training",
-            ["run_mode: expected one of preprocess, finetune, predict, got 'training'"],
+            ["run_mode: expected one of preprocess, finetune, predict, score, got 'training'"],
         ),
         (
             "dpo: {label_smoothing: 0.5}",

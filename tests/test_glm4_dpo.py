@@ -148,7 +148,7 @@ def test_loss_and_metrics_by_hand(training_model, expected):
     """Sums of a batch from PyTorch's log-probs: against references of those + 1 and - 2, log-ratios
     are -1 and +2, rewards -0.1 and 0.2, the margin -0.3, each loss softplus(0.3) = 0.854355.
     """
-    from mindrlhf.training import metrics
+    from mindrlhf import metrics
 
     five = expected["pairs"][:5]
     references = np.array(

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mindrlhf import cli
 from mindrlhf.data import samples
+from mindrlhf.data.formats import FORMATS
 from mindrlhf.models.glm4 import tiny
 
 EXAMPLE = "  python make_tiny_glm4.py --output_path tiny/"
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
     folder = Path(arguments.output_path)
     pairs = dict(zip(("train", "held_out"), samples.make_pairs()))
-    text = "\n".join(text for row in pairs["train"] for text in row.values())
+    text = "\n".join(row[name] for row in pairs["train"] for name in FORMATS["cvalues"].fields)
     size = tiny.write_model(folder / "hf", arguments.config,
                             partial(tiny.train_tokenizer, text))
     for name, rows in pairs.items():

@@ -7,7 +7,7 @@ tensor in a file, or one sharded over several files.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,23 @@ class ArrayTensor:
         return self.values[block]
 
 
+@dataclass(frozen=True)
+class ComputedTensor:
+    """Float32 values that are computed when FileTensor needs them.
+
+    Attributes:
+        make: computes the unsharded tensor.
+        shape: of it.
+    """
+    make: Callable[[], np.ndarray]
+    shape: tuple[int, ...]
+    dtype: str = "F32"
+
+    def block(self, block: tuple[slice, ...]) -> np.ndarray:
+        """The values of a block."""
+        return self.make()[block]
+
+
 class FileTensor(Tensor):
     """A Tensor whose values stay in a file until MindSpore asks for them.
 
@@ -43,7 +60,7 @@ class FileTensor(Tensor):
         dtype: MindSpore's dtype of the parameter.
     """
 
-    def __init__(self, stored: StoredTensor | ArrayTensor, dtype: Any) -> None:
+    def __init__(self, stored: StoredTensor | ArrayTensor | ComputedTensor, dtype: Any) -> None:
         # an init tells MindSpore that there are no values yet
         super().__init__(dtype=dtype, shape=stored.shape, init=Zero())
         self.stored = stored

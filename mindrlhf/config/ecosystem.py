@@ -69,7 +69,8 @@ NO_EXPERTS = "GLM-4 has no experts; set it to 1"
 DATA = Rule("the project reads its .mindrecord itself: runner_config.batch_size and epochs hold, "
             "and the last, partial batch is trained")
 TOKENIZER = Rule("ChatGLM4Tokenizer's own special tokens and the project's chat template")
-EVALUATION = Rule("--eval_dataset and EvalMonitor")
+EVALUATION = Rule("--eval_dataset and EvalMonitor; without training: run_dpo.py --config "
+                  "score_glm4_9b.yaml --score_data FILE")
 AUTOTUNE = Rule("data are read without autotuning")
 LOSS_SCALE = Rule("DPOTrainOneStepCell, which needs no loss scale and skips a step that is not "
                   "finite")
@@ -89,6 +90,8 @@ TABLE: dict[str, Rule] = {
     "src_strategy_path_or_dir": Rule("src_strategy, or --src_strategy"),
     "remote_save_url": Rule("results stay in output_dir"),
     **_each(EVALUATION, "do_eval eval_epoch_interval eval_step_interval metric eval_callbacks"),
+    "eval_only": _only(False, "run_dpo.py --config score_glm4_9b.yaml --score_data FILE computes "
+                       "the metrics of an evaluation without training; set it to False"),
     **_each(AUTOTUNE, "auto_tune filepath_prefix autotune_per_step"),
     "context.device_id": Rule("the launcher gives each worker its card"),
     # the model

@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+from mindrlhf.data import pair_types
+
 Messages = tuple[tuple[str, str], ...]  # (role, text) of each message; roles as in template.py
 Row = dict[str, Any]
 
@@ -223,7 +225,7 @@ def _parse_conversations(row: Row, fields: Sequence[str]) -> ParsedRow:
 
 # --dataset_type: the format of its rows. The fields of a question come before those of the answers.
 FORMATS = {
-    "cvalues": Format(_parse_question, ("prompt", "pos_resp", "neg_resp")),
+    "cvalues": Format(_parse_question, ("prompt", "pos_resp", "neg_resp"), pair_types.FIELDS),
     "dpo": Format(_parse_dpo, ("conversations", "chosen", "rejected")),
     "pairs": Format(_parse_pairs, ("chosen", "rejected"), ("prompt",)),
     "implicit": Format(_parse_implicit, ("chosen", "rejected")),

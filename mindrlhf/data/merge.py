@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mindrlhf import cli
-from mindrlhf.data import groups, mindrecord, packing
+from mindrlhf.data import groups, mindrecord, packing, pair_types
 from mindrlhf.data.features import TokenGroup
 from mindrlhf.data.groups import Limits, PairGroup
 from mindrlhf.data.parts import Parts, Scored
@@ -107,7 +107,9 @@ def merge_parts(parts: Parts, source: PairSource, held_out: Sequence[bool], *,
         rows = _plan_rows(scored, members.tolist(), groups.row_limits(seq_len), packed)
         file = _describe_file(path, scored, rows)
         report.files.append(file)
-        about = {**_file_counts(report, file, members), **sidecar}
+        numbers = np.array([pair.type for pair in source.pairs], np.uint8)[scored.numbers[members]]
+        types = pair_types.encode_types(pair_types.PairTypes(source.types, numbers))
+        about = {**_file_counts(report, file, members), **types, **sidecar}
         made = (mindrecord.make_row([_read_group(scored, source.pairs, group) for group in row],
                                     pad_id=pad_id, **mindrecord.column_sizes(about))
                 for row in cli.progress_bar(len(rows), "write", "row", iterable=rows))

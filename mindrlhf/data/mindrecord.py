@@ -136,8 +136,13 @@ def _cause(error: Exception) -> str:
     return (marked or lines)[0]
 
 
-def read_rows(path: str | Path) -> Iterator[dict[str, np.ndarray]]:
+def read_rows(path: str | Path, columns: Sequence[str] | None = None
+              ) -> Iterator[dict[str, np.ndarray]]:
     """Read the rows of a training file one by one.
+
+    Args:
+        path: of the .mindrecord.
+        columns: that are read; None: all.
 
     Raises:
         UserError: it is not a training file, or it is damaged.
@@ -145,7 +150,7 @@ def read_rows(path: str | Path) -> Iterator[dict[str, np.ndarray]]:
     from mindspore.mindrecord import FileReader
     reader = None
     try:
-        reader = FileReader(str(path))
+        reader = FileReader(str(path), columns=None if columns is None else list(columns))
         yield from reader.get_next()
     except RuntimeError as error:
         raise UserError(f"{path}: cannot be read ({_cause(error)}); preprocess "

@@ -4,12 +4,12 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mindrlhf.cli import UserError
-from mindrlhf.data import formats, sources
+from mindrlhf.data import formats, pair_types, sources
 from mindrlhf.data.formats import Messages
 from mindrlhf.data.sources import JsonRow
 
@@ -28,12 +28,14 @@ class Pair:
         chosen, rejected: the answers.
         number: row number in the source, from 0, bad rows included.
         place: file:line.
+        type: number of the name in PairSource.types, or pair_types.NONE.
     """
     messages: Messages
     chosen: str
     rejected: str
     number: int = field(default=0, compare=False)
     place: str = field(default="", compare=False)
+    type: int = field(default=pair_types.NONE, compare=False)
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class PairSource:
         noted: peculiarity -> places of pairs that are kept.
         bad: "file:line: why" of each bad row.
         ignored: field that the type does not use -> number of rows with content in it.
+        types: names of the types of pairs, see pair_types.
     """
     files: list[Path]
     dataset_type: str
@@ -58,6 +61,7 @@ class PairSource:
     noted: dict[str, list[str]]
     bad: list[str]
     ignored: dict[str, int]
+    types: list[str] = field(default_factory=list)
 
 
 def read_pairs(paths: Sequence[str | Path], dataset_type: str = "auto", *, skip_bad: bool = False,
@@ -81,6 +85,7 @@ def read_pairs(paths: Sequence[str | Path], dataset_type: str = "auto", *, skip_
     ignored: Counter[str] = Counter()
     seen: set[Pair] = set()
     known: dict[Any, Any] = {}
+    types: dict[str, int] = {}
     read = 0
     for read, (place, row) in enumerate(_rows_with_places(files), 1):
         try:
@@ -88,7 +93,9 @@ def read_pairs(paths: Sequence[str | Path], dataset_type: str = "auto", *, skip_
                 raise ValueError(row.problem)
             if dataset_type == "auto":
                 dataset_type = formats.detect_type(row.value)
-            parsed = Pair(*formats.parse_row(row.value, dataset_type), number=read - 1, place=place)
+            content = formats.parse_row(row.value, dataset_type)
+            parsed = Pair(*content, number=read - 1, place=place, type=pair_types.number_type(
+                row.value, formats.FORMATS[dataset_type].known, types))
         except ValueError as error:
             bad.append(f"{place}: {error}")
             if not skip_bad:
@@ -110,7 +117,8 @@ def read_pairs(paths: Sequence[str | Path], dataset_type: str = "auto", *, skip_
         pairs.append(pair)
     if not pairs:
         raise UserError(_no_pairs(paths, dataset_type, dropped, bad))
-    return PairSource(files, dataset_type, read, pairs, dropped, noted, bad, dict(ignored))
+    return PairSource(files, dataset_type, read, pairs, dropped, noted, bad, dict(ignored),
+                      list(types))
 
 
 def _no_pairs(paths: Sequence[str | Path], dataset_type: str, dropped: dict[str, list[str]],
@@ -144,8 +152,8 @@ def _clean(pair: Pair, known: dict[Any, Any]) -> Pair:
         return known.setdefault(value, value)
 
     messages = tuple((role, text(value)) for role, value in pair.messages)
-    return Pair(once(messages), once(text(pair.chosen)), once(text(pair.rejected)), pair.number,
-                pair.place)
+    return replace(pair, messages=once(messages), chosen=once(text(pair.chosen)),
+                   rejected=once(text(pair.rejected)))
 
 
 def choose_held_out(pairs: Sequence[Pair], ratio: float) -> list[bool]:

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -18,6 +17,7 @@ from mindrlhf.config import Settings
 from mindrlhf.data import merge, mindrecord, preference, reference, sources, summary
 from mindrlhf.data.groups import bundle_pairs, estimate_tokens
 from mindrlhf.data.parts import Part, Parts, split_bundles
+from mindrlhf.data.passes import Bar, Report, make_parts
 from mindrlhf.models.glm4 import load, sidecar, template
 from mindrlhf.models.glm4.operations import model_operations
 from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
@@ -251,13 +251,27 @@ def open_scorer(settings: Settings, tokenizer: Glm4Tokenizer, *, packed: bool) -
         tokenizer: of the model.
         packed: whether a row holds as many groups as fit, or one.
     """
+    scorer = build_scorer(settings, tokenizer, packed=packed)
+    load.load_weights(scorer.network.model, settings["load_checkpoint"],
+                      strategy=settings.get("src_strategy"))
+    return scorer
+
+
+def build_scorer(settings: Settings, tokenizer: Glm4Tokenizer, *,
+                 packed: bool = True) -> reference.Scorer:
+    """Start the device and build the network, with random weights.
+
+    Args:
+        settings: of the run.
+        tokenizer: of the model.
+        packed: whether a row holds as many groups as fit, or one.
+    """
     from mindrlhf import runtime
     from mindrlhf.models.glm4 import build
     run_config = config.to_mindformers(settings)
     runtime.start_device(run_config, parallel=Plan.of(settings).is_sharded and cli.workers() > 1)
-    model = build.build_network(run_config)
-    load.load_weights(model, settings["load_checkpoint"], strategy=settings.get("src_strategy"))
-    return reference.Scorer(model, seq_len=settings["model"]["model_config"]["seq_length"],
+    return reference.Scorer(build.build_network(run_config),
+                            seq_len=settings["model"]["model_config"]["seq_length"],
                             batch_size=settings["runner_config"]["batch_size"],
                             pad_id=tokenizer.pad_id, packed=packed)
 
@@ -275,37 +289,6 @@ def with_filled_batches(settings: Settings, pairs: int) -> Settings:
     return config.with_changes(settings, {"runner_config.batch_size": rows})
 
 
-class Bar:
-    """Progress of all workers, drawn on rank 0: pairs, pairs/s, real tokens/s, time left.
-
-    Args:
-        parts: of the run.
-        total: number of pairs.
-    """
-
-    def __init__(self, parts: Parts, total: int):
-        self.parts, self.drawn = parts, time.monotonic()
-        pairs, self.tokens = parts.progress()
-        self.bar = cli.progress_bar(total, "score", "pair", initial=pairs)
-        self.began = time.monotonic()
-
-    def show(self, at_once: bool = False) -> None:
-        """Draw the progress, at most twice a second unless at_once."""
-        now = time.monotonic()
-        if self.bar.disable or (now - self.drawn < 0.5 and not at_once):
-            return
-        self.drawn = now
-        pairs, tokens = self.parts.progress()
-        speed = (tokens - self.tokens) / (now - self.began)
-        self.bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
-        self.bar.update(pairs - self.bar.n)
-
-    def close(self) -> None:
-        """Draw the final progress and leave it on the screen."""
-        self.show(at_once=True)
-        self.bar.close()
-
-
 def score_parts(parts: Parts, todo: Mapping[int, Sequence[int]], source: preference.PairSource,
                 settings: Settings, tokenizer: Glm4Tokenizer, options: Options) -> None:
     """Make the parts in todo; rank 0 then waits for the parts of the other workers.
@@ -319,27 +302,16 @@ def score_parts(parts: Parts, todo: Mapping[int, Sequence[int]], source: prefere
         options: of the data.
     """
     bar = Bar(parts, len(source.pairs))
-    is_writer = cli.rank() == 0 or not Plan.of(settings).is_sharded
+    if todo:
+        locks.wait_for_rank_0(options.dst)
+        scorer = open_scorer(settings, tokenizer, packed=options.pack)
 
-    def score_part(number: int, scorer: reference.Scorer) -> Part:
-        def report(pairs: int, tokens: int) -> None:
-            if is_writer:
-                parts.report(number, pairs, tokens)
-            bar.show()
-
+    def score_part(number: int, report: Report) -> Part:
         members = todo[number]
         return reference.make_part(
             tokenizer, [source.pairs[member] for member in members], members,
             seq_len=scorer.seq_len, score=lambda found: scorer(found, report),
             truncation=options.truncation, share=options.share)
 
-    if todo:
-        locks.wait_for_rank_0(options.dst)
-        scorer = open_scorer(settings, tokenizer, packed=options.pack)
-        for number in todo:
-            part = score_part(number, scorer)
-            if is_writer:
-                parts.write(number, part)
-    if cli.rank() == 0:
-        parts.wait(bar.show)
-    bar.close()
+    make_parts(parts, todo, score_part, bar=bar,
+               is_writer=cli.rank() == 0 or not Plan.of(settings).is_sharded)

@@ -1,7 +1,7 @@
 """The reference pass: log-probs of answers under the model as it is before training."""
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -100,10 +100,31 @@ class Scorer:
             pairs, positions = pairs + int(done[:, 2].sum()), positions + int(done[:, 0].sum())
             if report:
                 report(pairs, positions)
-        if not np.isfinite(logps).all():
-            raise UserError("the reference model gives log-probs that are not finite; check the "
-                            "checkpoint and the YAML's compute_dtype")
-        return logps
+        return _finite(logps)
+
+    def score_rows(self, rows: Sequence[Mapping[str, np.ndarray]],
+                   report: Callable[[int, int], None] | None = None) -> np.ndarray:
+        """Score the answers of rows of training data, as they stand.
+
+        Args:
+            rows: the columns of each.
+            report: as in __call__().
+
+        Returns:
+            float32 (rows, A): log-prob of each answer, nats; 0 where a row has none.
+
+        Raises:
+            UserError: a log-prob is not finite.
+        """
+        found, pairs, positions = [], 0, 0
+        for begin in range(0, len(rows), self.batch_size):
+            batch = rows[begin:begin + self.batch_size]
+            found.append(self._run_inputs(batch)[:len(batch)])
+            pairs += sum(int((row["pair_ids"] >= 0).sum()) for row in batch)
+            positions += sum(int((row["group_ids"] > 0).sum()) for row in batch)
+            if report:
+                report(pairs, positions)
+        return _finite(np.concatenate(found))
 
     def score_pairs(self, pairs: Sequence[TokenPair]) -> np.ndarray:
         """Log-probs of each pair's chosen and rejected answer: float32 (N, 2), nats."""
@@ -112,8 +133,20 @@ class Scorer:
 
     def _run(self, rows: list[list[TokenGroup]]) -> np.ndarray:
         """Log-probs of the answers of at most batch_size rows: float32 (batch_size, A)."""
+        return self._run_inputs([row_inputs(row, self.seq_len, self.pad_id) for row in rows])
+
+    def _run_inputs(self, rows: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
+        """As _run(), of model inputs."""
         from mindspore import Tensor
-        rows = rows + [[]] * (self.batch_size - len(rows))
-        made = [row_inputs(row, self.seq_len, self.pad_id) for row in rows]
-        columns = [Tensor(np.stack([row[name] for row in made])) for name in INPUTS]
+        empty = row_inputs([], self.seq_len, self.pad_id)
+        rows = [*rows, *[empty] * (self.batch_size - len(rows))]
+        columns = [Tensor(np.stack([row[name] for row in rows])) for name in INPUTS]
         return self.network(*columns).asnumpy()
+
+
+def _finite(logps: np.ndarray) -> np.ndarray:
+    """The log-probs, or UserError if one is not finite."""
+    if not np.isfinite(logps).all():
+        raise UserError("the model gives log-probs that are not finite; check the checkpoint and "
+                        "the YAML's compute_dtype")
+    return logps

@@ -4,12 +4,15 @@ from __future__ import annotations
 from itertools import combinations
 
 from mindrlhf.data.formats import FORMATS
+from mindrlhf.data.pair_types import FIELDS
 
 TOPICS = {
     "zh": ["跑步", "做饭", "画画", "游泳", "书法", "下棋", "种花", "摄影", "唱歌", "跳舞",
            "编程", "钓鱼", "骑车", "写作", "瑜伽", "茶艺", "木工", "登山", "缝纫", "吉他"],
     "en": ["running", "cooking", "drawing", "swimming", "chess", "gardening", "singing", "dancing",
            "coding", "fishing"]}
+# types of CValues-Comparison, from the best answer to the worst
+TYPES = ("拒绝&正向建议", "拒绝为主", "风险回复")
 HELD_OUT = {"zh": 4, "en": 2}  # topics at the end of each list that are not in the training set
 SENTENCES = {  # question, answers from the best to the worst
     "zh": [
@@ -38,6 +41,8 @@ def make_pairs() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
             rows = held_out if number >= len(topics) - HELD_OUT[language] else train
             for texts in SENTENCES[language]:
                 question, *answers = (text.format(topic) for text in texts)
-                rows += [dict(zip(FORMATS["cvalues"].fields, (question, *pair)))
-                         for pair in combinations(answers, 2)]
+                kinds = TYPES if len(answers) == len(TYPES) else (TYPES[0], TYPES[-1])
+                for pair, types in zip(combinations(answers, 2), combinations(kinds, 2)):
+                    rows.append({**dict(zip(FORMATS["cvalues"].fields, (question, *pair))),
+                                 **dict(zip(FIELDS, types))})
     return train, held_out

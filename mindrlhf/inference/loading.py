@@ -1,4 +1,4 @@
-"""Loads the model that generates answers: weights, shards or adapters, and the tokenizer."""
+"""Loads the model that answers or is scored: weights, shards or adapters, and the tokenizer."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -16,7 +16,7 @@ class Model(NamedTuple):
     """What is known of a model before its weights are loaded.
 
     Attributes:
-        settings: as config.load_settings returns them, of run_mode predict.
+        settings: as config.load_settings returns them, of run_mode predict or score.
         tokenizer: of the model.
         adapters: LoRA adapters to add to load_checkpoint: output/checkpoint_network of their
             training, or one file; None: none.
@@ -30,7 +30,7 @@ def open_model(settings: Settings, adapters: str | None) -> Model:
     """Check everything that can be checked before the weights are loaded, and load the tokenizer.
 
     Args:
-        settings: as config.load_settings returns them, of run_mode predict.
+        settings: as config.load_settings returns them, of run_mode predict or score.
         adapters: as in Model.
 
     Raises:
@@ -98,15 +98,28 @@ def build_model(model: Model) -> Any:
         UserError: weights, adapters and YAML do not match.
     """
     from mindrlhf import runtime
-    from mindrlhf.models.glm4 import build, load, lora
+    from mindrlhf.models.glm4 import build
 
-    settings, adapters = model.settings, model.adapters
-    of_weights, of_adapters = strategies(model)
-    run_config = config.to_mindformers(settings)
+    run_config = config.to_mindformers(model.settings)
     runtime.start_device(run_config, parallel=False)
     network = build.build_network(run_config)
-    base = load.load_weights(network, settings["load_checkpoint"], strategy=of_weights)
-    if adapters:
-        stored = load.open_adapters(adapters, of_adapters)
-        load.set_values(network, lora.merge_adapters(base, stored, adapters))
+    fill_network(network, model)
     return network
+
+
+def fill_network(network: Any, model: Model) -> None:
+    """Load the weights of a model into a network, adapters added to them.
+
+    Args:
+        network: of the model's YAML.
+        model: as open_model() returns it.
+
+    Raises:
+        UserError: weights, adapters and YAML do not match.
+    """
+    from mindrlhf.models.glm4 import load, lora
+    of_weights, of_adapters = strategies(model)
+    base = load.load_weights(network, model.settings["load_checkpoint"], strategy=of_weights)
+    if model.adapters:
+        stored = load.open_adapters(model.adapters, of_adapters)
+        load.set_values(network, lora.merge_adapters(base, stored, model.adapters))

@@ -1,9 +1,10 @@
-"""Options of the commands that generate answers."""
+"""Options of the commands that generate answers, and of run_mode score."""
 from __future__ import annotations
 
 import argparse
 
 from mindrlhf import cli
+from mindrlhf.data import preference
 from mindrlhf.inference.sampling import Sampling, sampling_of
 from mindrlhf.parallel import Settings
 
@@ -63,7 +64,8 @@ def add_sampling(parse: argparse.ArgumentParser) -> None:
     parse.add_argument("--system", metavar="TEXT",
                        help="predict: system prompt of conversations that have none")
     parse.add_argument("--batch_size", type=cli.positive, metavar="N",
-                       help="predict: answers generated at once (YAML: batch_size)")
+                       help="predict: answers generated at once (YAML: batch_size); score: rows "
+                            "computed at once (YAML: runner_config.batch_size)")
 
 
 def add_prediction(parse: argparse.ArgumentParser) -> None:
@@ -73,9 +75,10 @@ def add_prediction(parse: argparse.ArgumentParser) -> None:
     parse.add_argument("--predict_file", metavar="FILE",
                        help="predict: many prompts: .txt with one a line, or rows of JSON with "
                             "prompt, messages or the fields of a data set")
-    parse.add_argument("--output", metavar="FILE",
+    parse.add_argument("--output", metavar="PATH",
                        help="predict: where the answers to --predict_file go, as JSON lines; an "
-                            "interrupted run goes on (default: stdout)")
+                            "interrupted run goes on (default: stdout); score: folder for the "
+                            "results (default: ./output/score)")
     parse.add_argument("--num_answers", type=cli.positive, metavar="N",
                        help="predict: answers to each prompt, sampled (default: 1)")
     parse.add_argument("--chat", action="store_true",
@@ -86,14 +89,40 @@ def add_prediction(parse: argparse.ArgumentParser) -> None:
     add_sampling(parse)
 
 
-def require_no_prediction(arguments: argparse.Namespace) -> None:
-    """Raise UserError if an option of add_prediction() is given for another run_mode."""
-    parse = argparse.ArgumentParser()
-    add_prediction(parse)
-    for name, default in vars(parse.parse_args([])).items():
-        if getattr(arguments, name) != default:
-            raise cli.UserError(f"--{name} is for run_mode predict; leave it out, and set what "
-                                "training needs in the YAML")
+def add_scoring(parse: argparse.ArgumentParser) -> None:
+    """Add the options of run_mode score; it shares SHARED with run_mode predict."""
+    parse.add_argument("--score_data", metavar="PATH",
+                       help="score: a .mindrecord from preprocessing, preference pairs of any "
+                            "--dataset_type, or multiple choice as in CValues-Responsibility-MC")
+    parse.add_argument("--reference_checkpoint", metavar="PATH",
+                       help="score: weights for the reference log-probs of pairs that are no "
+                            ".mindrecord; base: load_checkpoint without its adapters (default: "
+                            "base if there are adapters)")
+    parse.add_argument("--dataset_type", choices=preference.DATASET_TYPES, metavar="TYPE",
+                       help="score: format of the pairs, as in preprocessing (default: auto)")
+
+
+# run_mode -> what adds its options; options of two of them
+ADDED = {"predict": add_prediction, "score": add_scoring}
+SHARED = {"output": ("predict", "score"), "batch_size": ("predict", "score")}
+
+
+def require_options_of(mode: str, arguments: argparse.Namespace) -> None:
+    """Raise UserError if an option of another run_mode is given.
+
+    Args:
+        mode: run_mode of the YAML.
+        arguments: of the command line.
+    """
+    for other, add in ADDED.items():
+        parse = argparse.ArgumentParser()
+        add(parse)
+        for name, default in vars(parse.parse_args([])).items():
+            modes = SHARED.get(name, (other,))
+            if mode not in modes and getattr(arguments, name) != default:
+                raise cli.UserError(
+                    f"--{name} is for run_mode {' and '.join(modes)}, and the YAML's is {mode}; "
+                    "leave it out, or give another --config")
 
 
 def sampling_from(settings: Settings, arguments: argparse.Namespace) -> Sampling:

@@ -22,9 +22,10 @@ def parser() -> cli.Parser:
     """The command line."""
     arguments = cli.Parser(
         "Estimate the memory of a card, the traffic of a step, the disk space and the hours of a "
-        "run for a finetune or process YAML, and say what to change first if it does not fit. "
-        "Exit status 1 if the plan does not fit.", EXAMPLE)
-    arguments.add_argument("config", metavar="CONFIG", help="YAML of a preprocessing or a training")
+        "run for a finetune, process or score YAML, and say what to change first if it does not "
+        "fit. Exit status 1 if the plan does not fit.", EXAMPLE)
+    arguments.add_argument("config", metavar="CONFIG",
+                           help="YAML of a preprocessing, a training or a score")
     arguments.add_argument("--devices", type=cli.positive,
                            help="number of cards (default: that of parallel_config, or 8)")
     arguments.add_argument("--memory", type=cli.positive, default=64,
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
     if arguments.write and not arguments.search:
         raise cli.UserError("--write: writes the result of a search; add --search")
-    settings = config.load_settings(arguments.config, run_mode=("finetune", "preprocess"))
+    settings = config.load_settings(arguments.config, run_mode=("finetune", "preprocess", "score"))
     plan = Plan.of(settings)
     devices = arguments.devices or (plan.cards if plan.is_sharded else 8)
     work = workload_of(settings, data=arguments.data, src=arguments.src,

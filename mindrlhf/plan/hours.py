@@ -1,4 +1,4 @@
-"""Time of training and preprocessing, by arithmetic: operations over what the cards can do."""
+"""Time of a run, by arithmetic: operations over what the cards can do."""
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -51,7 +51,7 @@ def seconds_per_step(settings: dict[str, Any], devices: int, peak: float = PEAK)
     """
     plan, shares = Plan.of(settings, devices), shares_of(settings, devices)
     positions = shares.group / plan.model  # model parallelism splits their matrix products
-    if settings["run_mode"] == "preprocess":
+    if settings["run_mode"] in ("preprocess", "score"):
         operations = float(sum(forward_operations(settings)))
         return StepTime(positions / tokens_per_second(operations, peak=peak), 0.0)
     received = sum(traffic.traffic_volumes(settings, devices).values())

@@ -201,7 +201,7 @@ def memory_parts(settings: dict[str, Any], devices: int) -> dict[str, float]:
     """Memory of a card, part by part.
 
     Args:
-        settings: as config.load_settings returns them, of run_mode finetune or preprocess.
+        settings: as config.load_settings returns them, of any run_mode but predict.
         devices: number of cards.
 
     Returns:
@@ -241,7 +241,7 @@ def peak_memory_of(settings: dict[str, Any], devices: int) -> Peak:
     weights are alive. With gradient accumulation, the sum of the gradients is always alive.
 
     Args:
-        settings: as config.load_settings returns them, of run_mode finetune or preprocess.
+        settings: as config.load_settings returns them, of any run_mode but predict.
         devices: number of cards.
     """
     found, shares = memory_parts(settings, devices), shares_of(settings, devices)

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 from mindspore.train.callback import Callback
 
-from mindrlhf import cli, runtime
+from mindrlhf import cli, metrics, runtime
 from mindrlhf.records import StepOutput
-from mindrlhf.training import metrics
 from mindrlhf.training.journal import Journal
 
 # metric -> 1 if higher is better, -1 if lower is

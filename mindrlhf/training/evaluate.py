@@ -6,9 +6,8 @@ from typing import Any
 import numpy as np
 from mindspore import Tensor, float32, nn
 
-from mindrlhf import runtime
+from mindrlhf import metrics, runtime
 from mindrlhf.records import SUMS
-from mindrlhf.training import metrics
 
 
 class EvaluationStep(nn.Cell):

@@ -193,13 +193,14 @@ def load_weights(network: nn.Cell, path: str | Path, *, strategy: str | None = N
 
 
 def set_values(network: nn.Cell, values: Mapping[str, Callable[[], np.ndarray]]) -> None:
-    """Set parameters of a network.
+    """Set parameters of a network; each card of a parallel plan takes its part.
 
     Args:
         network: its parameters are set.
         values: parameter name -> function that returns float32 values of its shape.
     """
-    from mindspore import Tensor
+    from mindrlhf.checkpoints.slices import ComputedTensor, FileTensor
     parameters = {parameter.name: parameter for parameter in network.get_parameters()}
     for name, make in values.items():
-        parameters[name].set_data(Tensor(make(), parameters[name].dtype))
+        parameter = parameters[name]
+        parameter.set_data(FileTensor(ComputedTensor(make, parameter.shape), parameter.dtype))
