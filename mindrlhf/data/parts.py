@@ -21,7 +21,8 @@ from safetensors.numpy import save
 
 from mindrlhf.arithmetic import ceil_div
 from mindrlhf.cli import UserError
-from mindrlhf.data.groups import Sequences, Sizes
+from mindrlhf.data.groups import Sequences, Sizes, bundle_pairs, estimate_tokens
+from mindrlhf.data.preference import Pair
 from mindrlhf.files import atomic_file
 
 SMALLEST, LARGEST = 8, 1024  # pairs of a part; more where a bundle has more, or batches need more
@@ -55,6 +56,22 @@ def split_bundles(bundles: Sequence[Sequence[int]], tokens: Sequence[int] | None
         parts[-1] += bundle
         room -= size
     return parts
+
+
+def split_pairs(pairs: Sequence[Pair], *, share: bool, batch_positions: int) -> list[list[int]]:
+    """Split the source into parts, pairs with the same conversation together.
+
+    Args:
+        pairs: of the source.
+        share: False allows pairs with the same conversation in different parts.
+        batch_positions: of a batch.
+
+    Returns:
+        Indices of the pairs of each part.
+    """
+    bundles = bundle_pairs(pairs, share)
+    return split_bundles(bundles, [estimate_tokens(pairs, bundle) for bundle in bundles],
+                         batch_positions)
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ from mindrlhf.checkpoints import fingerprints
 from mindrlhf.cli import UserError
 from mindrlhf.config import Settings
 from mindrlhf.data import merge, mindrecord, preference, reference, sources, summary
-from mindrlhf.data.groups import bundle_pairs, estimate_tokens
-from mindrlhf.data.parts import Part, Parts, split_bundles
+from mindrlhf.data.parts import Part, Parts, split_pairs
 from mindrlhf.data.passes import Bar, Report, make_parts
 from mindrlhf.models.glm4 import load, sidecar, template
 from mindrlhf.models.glm4.operations import model_operations
@@ -92,10 +91,9 @@ def make_data(options: Options, settings: Settings) -> None:
     tokenizer.check_vocabulary(settings["model"]["model_config"]["padded_vocab_size"])
     run = describe_run(options, settings, source, tokenizer)
 
-    bundles = bundle_pairs(source.pairs, options.share)
-    members = split_bundles(
-        bundles, [estimate_tokens(source.pairs, bundle) for bundle in bundles],
-        run.origin["seq_len"] * settings["runner_config"]["batch_size"])
+    members = split_pairs(
+        source.pairs, share=options.share,
+        batch_positions=run.origin["seq_len"] * settings["runner_config"]["batch_size"])
     parts = Parts(options.dst, len(members), run.identity)
     parts.check()
     mine = (range(parts.count) if is_sharded

@@ -147,7 +147,9 @@ def open_task(settings: Settings, folder: Path, arguments: argparse.Namespace) -
     """
     from mindrlhf import runtime
     model = open_model(settings, arguments.adapter_checkpoint)
-    data = open_score_data(arguments.score_data, model.tokenizer, arguments.dataset_type)
+    rows = arguments.batch_size or settings["runner_config"]["batch_size"]
+    data = open_score_data(arguments.score_data, model.tokenizer, arguments.dataset_type,
+                           batch_positions=rows * settings["model"]["model_config"]["seq_length"])
     settings = _fit_settings(settings, data, arguments)
     model = model._replace(settings=settings)
     reference = _reference_model(model, data, arguments.reference_checkpoint)

@@ -14,9 +14,9 @@ from mindrlhf.checkpoints import containers
 from mindrlhf.cli import UserError
 from mindrlhf.data import mindrecord, preference, reference, sources
 from mindrlhf.data.features import TokenPair
-from mindrlhf.data.groups import bundle_pairs, find_sequences
+from mindrlhf.data.groups import find_sequences
 from mindrlhf.data.pair_types import PairTypes, read_types
-from mindrlhf.data.parts import Part, Scored, split_bundles
+from mindrlhf.data.parts import Part, Scored, split_pairs
 from mindrlhf.data.passes import Report
 from mindrlhf.data.preference import Pair
 from mindrlhf.data.reference import Scorer
@@ -162,6 +162,7 @@ class TextData:
         pairs: the pairs.
         files: that they are from.
         tokenizer: of the model.
+        batch_positions: of a batch.
         truncation: as in features.truncate_prompt().
         names: of the pairs' types.
         about: more to say of them.
@@ -172,12 +173,12 @@ class TextData:
     made_with: dict[str, Any] | None = None
 
     def __init__(self, kind: str, pairs: Sequence[Pair], files: Sequence[Path],
-                 tokenizer: Glm4Tokenizer, *, truncation: str, names: Sequence[str] = (),
-                 **about: Any):
+                 tokenizer: Glm4Tokenizer, *, batch_positions: int, truncation: str,
+                 names: Sequence[str] = (), **about: Any):
         self.kind, self.all, self.tokenizer = kind, pairs, tokenizer
         self.truncation, self.names = truncation, list(names)
         self.files = list(map(str, files))
-        self.members = split_bundles(bundle_pairs(pairs, share=True))
+        self.members = split_pairs(pairs, share=True, batch_positions=batch_positions)
         self.parts, self.pairs = len(self.members), len(pairs)
         content = hashlib.sha256()
         for file in files:
@@ -219,11 +220,13 @@ class ChoiceData(TextData):
     Args:
         quiz: the questions.
         tokenizer: of the model.
+        batch_positions: of a batch.
     """
 
-    def __init__(self, quiz: Quiz, tokenizer: Glm4Tokenizer):
-        super().__init__(CHOICES, quiz.pairs, quiz.files, tokenizer, truncation="drop",
-                         read=quiz.rows, one_order=quiz.one_order,
+    def __init__(self, quiz: Quiz, tokenizer: Glm4Tokenizer, batch_positions: int):
+        super().__init__(CHOICES, quiz.pairs, quiz.files, tokenizer,
+                         batch_positions=batch_positions, truncation="drop", read=quiz.rows,
+                         one_order=quiz.one_order,
                          trials=multiple_choice.count_forms(quiz.trials))
         self.quiz = quiz
 
@@ -234,13 +237,15 @@ class ChoiceData(TextData):
                 "question": trial.question, "label": trial.label}
 
 
-def open_score_data(path: str, tokenizer: Glm4Tokenizer, dataset_type: str | None) -> ScoreData:
+def open_score_data(path: str, tokenizer: Glm4Tokenizer, dataset_type: str | None, *,
+                    batch_positions: int) -> ScoreData:
     """Find out what a path holds, and open it.
 
     Args:
         path: of --score_data.
         tokenizer: of the model.
         dataset_type: of --dataset_type, or None.
+        batch_positions: of a batch, for pairs of text.
 
     Raises:
         UserError: it is nothing that can be scored.
@@ -257,8 +262,9 @@ def open_score_data(path: str, tokenizer: Glm4Tokenizer, dataset_type: str | Non
     files = sources.find_files([path])
     first = next(iter(sources.read_file_rows(files[0])), None)
     if not dataset_type and first and not first.problem and multiple_choice.is_choice(first.value):
-        return ChoiceData(multiple_choice.read_quiz(files), tokenizer)
+        return ChoiceData(multiple_choice.read_quiz(files), tokenizer, batch_positions)
     source = preference.read_pairs([path], dataset_type or "auto")
     cli.say(f"{path}: {len(source.pairs):,} pairs, --dataset_type {source.dataset_type}")
-    return TextData(PREFERENCES, source.pairs, source.files, tokenizer, truncation="keep_end",
-                    names=source.types, read=source.read, dataset_type=source.dataset_type)
+    return TextData(PREFERENCES, source.pairs, source.files, tokenizer,
+                    batch_positions=batch_positions, truncation="keep_end", names=source.types,
+                    read=source.read, dataset_type=source.dataset_type)
