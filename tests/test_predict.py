@@ -19,6 +19,7 @@ from mindrlhf.data import formats
 from mindrlhf.inference import answer_file, chat, compare, generate
 from mindrlhf.inference.engine import Engine
 from mindrlhf.inference.sampling import Sampling
+from mindrlhf.markdown import fenced
 from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
 
 SEQ = 96
@@ -306,7 +307,7 @@ def test_both_models_answer(options, prompts, other, texts, tmp_path, capsys):
     assert [row["other_answer"] for row in found] == wanted
     markdown = (tmp_path / "both.md").read_bytes().decode()
     assert markdown.startswith(compare.TITLE)
-    assert all(prompt in markdown and answer in markdown for prompt, answer in texts)
+    assert all(fenced(text) in markdown for pair in texts for text in pair)
     with pytest.raises(UserError, match="replace it with --overwrite"):
         run_dpo.main([*task, "--output", str(stem)])
 

@@ -17,6 +17,7 @@ from mindrlhf.inference.engine import Answer, Engine
 from mindrlhf.inference.loading import Model, load_engine, strategies
 from mindrlhf.inference.prompts import Prompt, as_json, with_system
 from mindrlhf.inference.sampling import Sampling
+from mindrlhf.markdown import fenced
 from mindrlhf.models.glm4 import load, sidecar
 
 BASE = "base"  # of --compare_with: load_checkpoint without its adapters
@@ -122,7 +123,7 @@ def _write(outputs: Sequence[Path], pairs: Sequence[AnswerPair], other: str, mod
             parts = [f"\n## {number}\n"]
             messages = with_system(pair.prompt.messages, system)
             for title, text in (*messages, ("A", pair.own.text), ("B", pair.other.text)):
-                parts.append(f"\n**{title}**\n\n{_fenced(text)}\n")
+                parts.append(f"\n**{title}**\n\n{fenced(text)}\n")
             file.write("".join(parts).encode("utf-8", "replace"))
     with atomic_file(lines) as file:
         for pair in pairs:
@@ -136,14 +137,6 @@ def describe_pair(pair: AnswerPair, system: str | None) -> dict[str, Any]:
             "messages": as_json(with_system(pair.prompt.messages, system)),
             "answer": pair.own.text, "finish_reason": pair.own.finish_reason,
             "other_answer": pair.other.text, "other_finish_reason": pair.other.finish_reason}
-
-
-def _fenced(text: str) -> str:
-    """Text as a code block, so that no character of it is Markdown."""
-    fence = "```"
-    while fence in text:
-        fence += "`"
-    return f"{fence}text\n{text}\n{fence}"
 
 
 def side_by_side(pair: AnswerPair, other: str, width: int | None = None) -> str:
