@@ -44,6 +44,9 @@ def parser() -> cli.Parser:
                        help="with --reversed: tokenizer.model, or a folder with the tokenizer's "
                             "files, to copy into the new folder (default: those beside "
                             "--input_path)")
+    parse.add_argument("--card", metavar="FOLDER",
+                       help="with --reversed: output/card of the run, to write as the model card, "
+                            "README.md (default: the card beside the checkpoint or its run)")
     parse.add_argument("--allow_nonfinite", action="store_true",
                        help="accept NaN and inf in the input")
     parse.add_argument("--overwrite", action="store_true",
@@ -55,8 +58,9 @@ def parser() -> cli.Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Convert, and print one line about the result."""
     arguments = parser().parse_args(argv)
-    if not arguments.reversed and (arguments.hf_layout or arguments.config or arguments.tokenizer):
-        raise cli.UserError("--hf_layout, --config and --tokenizer need --reversed; see "
+    only_reversed = ("hf_layout", "config", "tokenizer", "card")
+    if not arguments.reversed and any(getattr(arguments, name) for name in only_reversed):
+        raise cli.UserError("--hf_layout, --config, --tokenizer and --card need --reversed; see "
                             "convert_weight.py --help")
     if arguments.reversed and arguments.overwrite:
         raise cli.UserError("--overwrite replaces a checkpoint file; with --reversed, "
@@ -64,10 +68,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     source, target = arguments.input_path, arguments.output_path
     dtype, allow_nonfinite = arguments.dtype, arguments.allow_nonfinite
     if arguments.reversed:
+        from mindrlhf.card import model_card
+        documents, remark = model_card.find_documents(source, arguments.card)
         cli.say(convert.to_hugging_face(source, target, layout=arguments.hf_layout or "glm",
                                         config=arguments.config, dtype=dtype,
-                                        tokenizer=arguments.tokenizer,
-                                        allow_nonfinite=allow_nonfinite))
+                                        tokenizer=arguments.tokenizer, documents=documents,
+                                        allow_nonfinite=allow_nonfinite), *filter(None, [remark]))
     else:
         cli.say(convert.to_mindspore(source, target, dtype=dtype,
                                      allow_nonfinite=allow_nonfinite,

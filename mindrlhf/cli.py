@@ -7,6 +7,7 @@ import ctypes
 import errno
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -194,6 +195,18 @@ def rank() -> int:
 def workers() -> int:
     """Number of processes that the launcher started (1 without a launcher)."""
     return int(os.environ.get("MS_WORKER_NUM", 1))
+
+
+def command_line() -> str:
+    """The command that started this process, as a user can paste it; the launcher's, if it did.
+
+    Paths are as the user gave them.
+    """
+    launched = os.environ.get("MINDRLHF_COMMAND")  # words as bash quotes them
+    if launched is None:
+        return shlex.join(["python", *sys.argv])
+    # bash quotes a control character as $'...', which shlex does not read
+    return launched if "$'" in launched else shlex.join(shlex.split(launched))
 
 
 def say(*lines: str) -> None:

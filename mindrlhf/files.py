@@ -290,6 +290,17 @@ def read_json(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: it is not a JSON object, a key appears twice, or the seal does not fit.
     """
+    content = read_unsealed(path)
+    remove_seal(path, content)
+    return content
+
+
+def read_unsealed(path: str | Path) -> dict[str, Any]:
+    """Read the object in a JSON file with its seal, which is not compared.
+
+    Raises:
+        UserError: it is not a JSON object, or a key appears twice.
+    """
     def require_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         content = {}
         for key, value in pairs:
@@ -308,7 +319,6 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}; download "
                         "it again")
-    remove_seal(path, content)
     return content
 
 

@@ -115,6 +115,7 @@ with_launcher=("$python" -IS "$scripts/launcher_worker.py" $$)
 [[ $join == True ]] || with_launcher=()
 
 [[ $machines == 1 ]] && launch=$HOSTNAME-$$-$(date +%s) || launch=$address:$port
+export MINDRLHF_COMMAND="bash ${0@Q} ${*@Q}"
 export MINDRLHF_LAUNCH=$launch # alike for all workers, which share their locks: mindrlhf/locks.py
 export MS_WORKER_NUM=$workers RANK_SIZE=$workers GLOG_v=${GLOG_v:-3}
 [[ -t 2 ]] && export MINDRLHF_TERMINAL=1 # interactive: draw progress bars

@@ -13,7 +13,7 @@ from conftest import ROOT
 # From the bottom to the top. A module imports from lower layers, or from its own package.
 LAYERS = (
     ("arithmetic", "cli", "records"),
-    ("files", "locks", "parallel", "schema"),
+    ("files", "locks", "markdown", "parallel", "schema"),
     ("contradictions", "recompute"),
     ("config",),
     ("checkpoints", "cpu"),
@@ -22,7 +22,7 @@ LAYERS = (
     ("models.glm4",),
     ("data",),
     ("inference", "plan", "training"),
-    ("check", "rehearsal", "serve"),
+    ("card", "check", "rehearsal", "serve"),
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 FILES = sorted((ROOT / "mindrlhf").rglob("*.py"))

@@ -55,6 +55,7 @@ WITHOUT_MINDSPORE = [
     "mindrlhf.inference.generate",
     "mindrlhf.inference.score",
     "mindrlhf.inference.score_record",
+    "mindrlhf.card.__main__",
     "convert_weight",
     "transform_checkpoint",
 ]

@@ -38,6 +38,8 @@ PARSERS = {
     "mindrlhf.data.show": "mindrlhf.data.show",
     "mindrlhf.config": "mindrlhf.config.__main__",
     "mindrlhf.serve": "mindrlhf.serve.__main__",
+    "mindrlhf.card add": "mindrlhf.card.add",
+    "mindrlhf.card verify": "mindrlhf.card.verify",
 }
 CPU, PRINTED = "sh cpu", "text printed"  # info strings: what the test runs, and what that prints
 
@@ -234,7 +236,7 @@ def test_the_cpu_commands_of_the_tutorial_end_with_an_answer(project: Path) -> N
         env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     screen = without_numbers(result.stdout)

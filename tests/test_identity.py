@@ -93,6 +93,8 @@ def test_overwrite_removes_the_run_and_nothing_else(golden, trained, tmp_path):
         "checkpoint_best/rank_1/p-best.ckpt",
         "checkpoint_best/rank_1/step.json",
         "strategy/ckpt_strategy_rank_1.ckpt",
+        "card/card.json",
+        "card/README_CN.md",
         "tensorboard/events.out.tfevents.1",
         ".stop",
     ):
@@ -104,7 +106,9 @@ def test_overwrite_removes_the_run_and_nothing_else(golden, trained, tmp_path):
         path.write_text("mine")
     begin(*arguments(golden, config, folder, more=["--overwrite"]))
     found = [path for path in folder.rglob("*") if path.is_file()]
-    assert sorted(found) == sorted([*kept, folder / "run.json", folder / "model.json"])
+    written = [folder / name for name in ("run.json", "commands.jsonl", "model.json")]
+    assert sorted(found) == sorted([*kept, *written])
+    assert not (folder / "card").exists()
     assert not (folder / "checkpoint_best").exists()  # transform_checkpoint would miss its ranks
 
 

@@ -1,6 +1,7 @@
 """LoRA on the golden case: what is trained, saved, merged and refused."""
 
 import json
+import shutil
 
 import mindspore as ms
 import numpy as np
@@ -91,6 +92,24 @@ def logits(network):
     ids = np.random.default_rng(0).integers(0, 330, positions.shape).astype(np.int32)
     layout = np.ones_like(ids), np.zeros_like(ids), positions
     return Logits(network)(*map(ms.Tensor, (ids, *layout))).asnumpy()
+
+
+def test_the_card_takes_only_the_merge_of_its_adapters(golden, trained, tmp_path):
+    import transform_checkpoint
+    from mindrlhf.card import add, record
+
+    card = tmp_path / "out/card"
+    shutil.copytree(trained[0], card.parent)
+    merged = tmp_path / "merged.ckpt"
+    transform_checkpoint.main(
+        ["--src_checkpoint", str(card.parent / "checkpoint_network"), "--base_checkpoint",
+         str(golden.checkpoint), "--dst_checkpoint", str(merged)]
+    )  # fmt: skip
+    add.main([str(card), "--checkpoint", str(merged)])
+    assert record.read_card(card)["result"]["merged"]["weights"] == "checkpoint_network"
+    with pytest.raises(UserError, match="holds other weights than"):
+        add.main([str(card), "--checkpoint", str(golden.checkpoint)])
+    assert record.read_card(card)["plan"]["lora"]["rank"] == 4
 
 
 def test_merged_and_unmerged_logits_agree(golden, trained, unmerged, tmp_path):

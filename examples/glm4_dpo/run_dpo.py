@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -72,9 +73,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "processor.tokenizer.vocab_file": arguments.vocab_file})
     options.require_options_of(settings["run_mode"], arguments)
     if settings["run_mode"] == "finetune":
+        from mindrlhf.card import record
         from mindrlhf.training import run
         run.finetune(settings, overwrite=arguments.overwrite,
-                     allow_changes=bool(arguments.allow_changes))
+                     allow_changes=bool(arguments.allow_changes),
+                     finish=partial(record.write_after_training, arguments.config, settings))
     elif settings["run_mode"] == "score":
         from mindrlhf.inference import score
         score.score(settings, arguments)

@@ -205,6 +205,7 @@ def describe_run(options: Options, settings: Settings, source: preference.PairSo
         "source": [{"file": str(file), "sha256": sha} for file, sha in zip(source.files, hashes)],
         "tokenizer": {"file": str(tokenizer.path), "sha256": tokenizer.fingerprint},
         "checkpoint": {"file": settings["load_checkpoint"], "fingerprint": weights},
+        "command": cli.command_line(),
         "run": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()}
     return RunDescription(origin, identity)
 

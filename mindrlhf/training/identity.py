@@ -25,6 +25,7 @@ from mindrlhf.files import Output, read_json, require_no_loss, write_json
 from mindrlhf.models.glm4 import load
 
 FILE = "run.json"  # in output_dir
+COMMANDS = "commands.jsonl"  # in output_dir: the command of each start, those of resumed runs too
 TENSOR = "run_identity"  # in each state: the content of run.json, as bytes
 SECTIONS = ("model", "dpo", "lora", "optimizer", "lr_schedule", "runner_wrapper", "parallel",
             "parallel_config")
@@ -39,7 +40,9 @@ RESULTS = [*(f"{rank}/{name}" for rank in RANKS
                           "*-best.ckpt")), "metrics.jsonl"]
 BY_PRODUCTS = [*(f"{rank}/{name}" for rank in RANKS for name in (STEP, ".*.tmp")),
                "strategy/*.ckpt", "tensorboard/events.out.tfevents.*", "profile/rank_[0-9]*/*",
-               "summary/rank_[0-9]*/*", "curves.png", ".stop", FILE]
+               "summary/rank_[0-9]*/*", "curves.png", ".stop", FILE, COMMANDS,
+               *(f"card/{name}" for name in ("card.json", "README.md", "README_CN.md",
+                                             "curves.png"))]
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,8 @@ def describe_training(settings: Mapping[str, Any], train: Mapping[str, Any],
         train: sidecar of the training data.
         held_out: sidecar of the held-out data, or None.
     """
-    path, data = settings.get("load_checkpoint"), settings.get("train_dataset", {})
+    path = settings.get("load_checkpoint")
     weights = load.open_weights(path, settings.get("src_strategy") or None) if path else None
-    runner = settings["runner_config"]
     values = {
         "workers": cli.workers(), "seed": settings["seed"],
         # the first values of each tensor: enough to tell weights apart, and fast. A resumed run
@@ -92,14 +94,21 @@ def describe_training(settings: Mapping[str, Any], train: Mapping[str, Any],
         "weights": fingerprints.fingerprint(weights, sample=True)[:16] if weights else None,
         "training data": _name_data(train),
         "held-out data": _name_data(held_out) if held_out else None,
-        "train_dataset.data_loader.shuffle": data.get("data_loader", {}).get("shuffle", True),
-        **{f"runner_config.{key}": runner.get(key, default) for key, default in RUNNER.items()},
-        **dict(_flatten({name: settings[name] for name in SECTIONS if name in settings})),
-        **dict(_flatten(config.callback_options(dict(settings)), CALLBACKS))}
+        **identifying_settings(settings)}
     values = json.loads(json.dumps(values))  # tuples become lists, as in a state
     made_of = {name: value for name, value in values.items() if not name.startswith(CALLBACKS)}
     text = json.dumps(made_of, sort_keys=True)
     return Identity(hashlib.sha256(text.encode()).hexdigest()[:16], values)
+
+
+def identifying_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are part of the identity: dotted name -> value."""
+    data, runner = settings.get("train_dataset", {}), settings.get("runner_config", {})
+    return {
+        "train_dataset.data_loader.shuffle": data.get("data_loader", {}).get("shuffle", True),
+        **{f"runner_config.{key}": runner.get(key, default) for key, default in RUNNER.items()},
+        **dict(_flatten({name: settings[name] for name in SECTIONS if name in settings})),
+        **dict(_flatten(config.callback_options(dict(settings)), CALLBACKS))}
 
 
 def _name_data(made: Mapping[str, Any]) -> str:
@@ -226,6 +235,8 @@ def claim_folder(output_dir: str | Path, run: Identity, *, resumed: Path | None,
         if not found:
             _remove_run(folder, inputs)
         write_json(folder / FILE, asdict(run), sealed=True)
+        with open(folder / COMMANDS, "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(json.dumps({"command": cli.command_line(), "run": run.id}) + "\n")
 
 
 def _is_owner(folder: Path, run: Identity, resumed: Path | None) -> bool:
@@ -268,7 +279,7 @@ def _remove_run(folder: Path, inputs: Iterable[str | Path | None]) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         for pattern in (*RANKS, "profile/rank_[0-9]*", "summary/rank_[0-9]*", "checkpoint",
                         "checkpoint_network", "checkpoint_best", "strategy", "tensorboard",
-                        "profile", "summary"):
+                        "profile", "summary", "card"):
             for path in folder.glob(pattern):
                 if path.is_dir() and not any(path.iterdir()):
                     path.rmdir()

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -53,7 +54,7 @@ class Feed:
 
 
 def finetune(settings: dict[str, Any], *, overwrite: bool = False,
-             allow_changes: bool = False) -> None:
+             allow_changes: bool = False, finish: Callable[[], None] | None = None) -> None:
     """Train GLM-4 with DPO, as one worker of a run.
 
     MindFormers' Trainer builds the optimizer, runs the loop and calls our step and callbacks. In
@@ -70,6 +71,7 @@ def finetune(settings: dict[str, Any], *, overwrite: bool = False,
         settings: as config.load_settings returns them, of run_mode finetune.
         overwrite: remove an earlier run in output_dir.
         allow_changes: resume with other settings, data or weights than those of the state.
+        finish: called on rank 0 when training is complete.
 
     Raises:
         UserError: data, weights, YAML, workers or the state to resume from do not match, output_dir
@@ -78,6 +80,8 @@ def finetune(settings: dict[str, Any], *, overwrite: bool = False,
     config.require_workers(settings, cli.workers())
     with locks.hold(settings["output_dir"], is_folder=True):
         _finetune(settings, overwrite=overwrite, allow_changes=allow_changes)
+        if finish and cli.rank() == 0:
+            finish()
     runtime.end_worker()
 
 

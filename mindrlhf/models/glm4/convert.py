@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -146,7 +146,8 @@ def to_mindspore(source: str, target: str, *, dtype: str, allow_nonfinite: bool 
 
 def to_hugging_face(source: str, target: str, *, dtype: str, allow_nonfinite: bool = False,
                     layout: str = "glm", config: str | None = None,
-                    tokenizer: str | None = None) -> str:
+                    tokenizer: str | None = None,
+                    documents: Mapping[str, bytes] | None = None) -> str:
     """Convert a checkpoint file to a Hugging Face folder.
 
     Args:
@@ -158,6 +159,7 @@ def to_hugging_face(source: str, target: str, *, dtype: str, allow_nonfinite: bo
         config: config.json or sidecar of the model, if the checkpoint has no sidecar.
         tokenizer: tokenizer.model, or a folder with the tokenizer's files; None: those beside the
             source, if any.
+        documents: name -> content of more files to write: the model card.
 
     Returns:
         one line about the result.
@@ -185,7 +187,8 @@ def to_hugging_face(source: str, target: str, *, dtype: str, allow_nonfinite: bo
                 items.append(conversion.item(part.name, part.shape, [rows]))
                 first += rows.length
         _prepare(items, target, progress)
-        hf.write_hf_folder(target, model, layout, conversion.dtype, items, progress.update, extra)
+        hf.write_hf_folder(target, model, layout, conversion.dtype, items, progress.update, extra,
+                           documents=documents)
     summary = _summary(target, progress.total, dtype, model)
     copied = (f"with {', '.join(file.name for file in extra)} of {extra[0].parent}" if extra else
               "copy the model's tokenizer files there too, or name them with --tokenizer")

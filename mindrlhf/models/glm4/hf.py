@@ -5,7 +5,7 @@ No code from such a folder is executed.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,7 +131,8 @@ def _read_index(index: Path) -> dict[str, str]:
 
 def write_hf_folder(folder: str | Path, config: ModelConfig, layout: str, dtype: str,
                     tensors: Sequence[TensorItem], progress: Callable[[int], object] | None = None,
-                    extra: Sequence[Path] = (), *, shard_size: int | None = None) -> None:
+                    extra: Sequence[Path] = (), *, shard_size: int | None = None,
+                    documents: Mapping[str, bytes] | None = None) -> None:
     """Write a folder that transformers and vLLM open. It appears when it is complete.
 
     Args:
@@ -143,6 +144,7 @@ def write_hf_folder(folder: str | Path, config: ModelConfig, layout: str, dtype:
         progress: called with the number of bytes after each piece.
         extra: files to copy into the folder.
         shard_size: bytes of a file, at most, unless one tensor is larger; None: SHARD.
+        documents: name -> content of more files.
     """
     if layout == "chatglm":
         inv_freq = round_to(np.array(config.inv_freq or _inv_freq(config), np.float32), dtype)
@@ -169,6 +171,8 @@ def write_hf_folder(folder: str | Path, config: ModelConfig, layout: str, dtype:
                                                        "pad_token_id": config.pad_token_id})
         for file in extra:
             shutil.copyfile(file, target / file.name)
+        for name, content in (documents or {}).items():
+            (target / name).write_bytes(content)
 
 
 def find_tokenizer(place: str | Path, *, required: bool) -> list[Path]:

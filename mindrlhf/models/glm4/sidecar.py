@@ -92,8 +92,8 @@ def write_sidecar(checkpoint: str | Path, config: ModelConfig, *, dtype: str, fi
     """
     write_json(path_beside(checkpoint), {
         "numbers": asdict(config), "dtype": dtype, "source": str(source), **about,
-        "fingerprint": fingerprint, "sample_fingerprint": sample_fingerprint(checkpoint)},
-        sealed=True)
+        "command": cli.command_line(), "fingerprint": fingerprint,
+        "sample_fingerprint": sample_fingerprint(checkpoint)}, sealed=True)
 
 
 def remove_sidecar(checkpoint: str | Path) -> None:

@@ -13,6 +13,11 @@ from mindrlhf.models.glm4 import template
 LARGEST = 64 << 20  # bytes of a tokenizer.model; GLM-4's has 2.6 MB
 
 
+def hash_vocabulary(path: str | Path) -> str:
+    """The fingerprint of a tokenizer.model: SHA-256 of the file, in hex."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 class Glm4Tokenizer:
     """Text to token ids and back.
 
@@ -47,7 +52,7 @@ class Glm4Tokenizer:
         self.size = len(inner)
         self.pad_id = self.special["<|endoftext|>"]
         self.stop_ids = [self.special[tag] for tag in template.STOP_TOKENS]
-        self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.fingerprint = hash_vocabulary(path)
         self._names = {number: tag for tag, number in self.special.items()}
 
     def check_vocabulary(self, padded_vocab_size: int) -> None:

@@ -283,12 +283,12 @@ def _unsharded_items(source: SourceCheckpoint, base: str | None,
     """
     tensors = {**tensors, **source.opened.adapter_metadata()}
     if base:
-        return _with_adapters(tensors, base, source.opened.files[0])
+        return items_with_adapters(tensors, base, source.opened.files[0])
     return [TensorItem(*tensor.spec, tensor.chunks) for tensor in tensors.values()]
 
 
-def _with_adapters(adapters: Mapping[str, StoredTensor], base_path: str,
-                   place: Path) -> list[TensorItem]:
+def items_with_adapters(adapters: Mapping[str, StoredTensor], base_path: str,
+                        place: Path) -> list[TensorItem]:
     """Full weights in the base's dtype: base weights plus LoRA adapters.
 
     Args:
