@@ -1,6 +1,8 @@
 """quickstart.sh from end to end, and the tiny model that it starts from."""
 
 import json
+import os
+import shlex
 import subprocess
 
 import dpo_preprocess_glm4_parallel as preprocess
@@ -27,6 +29,44 @@ def test_it_ends_on_one_screen_with_the_preferred_answer(screen):
     assert "step 0: dpo loss 0.6931" in text
     assert "as preferred, word for word" in text
     assert "8 NPUs" in text
+
+
+def shown_command(screen, start):
+    """A command of the summary, as a shell reads it."""
+    summary = screen[screen.index("== summary ==") :]
+    text = summary[summary.index(start) :].replace("\\\n", " ")
+    return shlex.split(text.splitlines()[0])
+
+
+def run_shown(command, **options):
+    """Run a command in the project's folder, in a shell that knows nothing of the project."""
+    environment = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, **options
+    )
+
+
+def test_the_chat_command_works_as_printed(screen):
+    command = shown_command(screen, ".venv/bin/python examples")
+    assert command[-1].endswith("tokenizer.model")
+    result = run_shown(command, input="怎么开始学跑步？\n/quit\n")
+    assert result.returncode == 0, result.stderr
+    assert "可以先定一个小目标，每天练一点跑步，慢慢就会进步。" in result.stdout
+
+
+def test_the_card_has_everything_and_holds(screen):
+    command = shown_command(screen, ".venv/bin/python -m mindrlhf.card verify")
+    result = run_shown([*command, "--score", "examples/glm4_dpo/score_glm4_tiny.yaml"])
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "holds              score, computed again: accuracy" in result.stdout
+    assert "0 differ, 0 cannot be checked" in result.stdout
+    card = json.loads((ROOT / "output/quickstart/run/card/card.json").read_text(encoding="utf-8"))
+    held_out = card["evaluation"]["after"]
+    assert card["score"]["margin"]["value"] == pytest.approx(held_out["rewards/margins"], 1e-5)
+    assert card["answers"]["all"] == 3
+    scripts = " ".join(card["commands"])
+    for name in ("convert_weight", "dpo_preprocess", "run_dpo", "transform_checkpoint"):
+        assert name in scripts
 
 
 def test_training_raises_accuracy_and_margin_on_pairs_it_never_saw(screen):
