@@ -11,6 +11,7 @@ import hypothesis
 import pytest
 
 from mindrlhf.models.glm4 import build, load
+from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "glm4_dpo"
@@ -117,6 +118,17 @@ def golden(tmp_path_factory):
         ]
     )
     return files
+
+
+@pytest.fixture(scope="session")
+def texts(golden, expected):
+    """(prompt, PyTorch's answer) of the golden case."""
+    tokenizer = Glm4Tokenizer(golden.tokenizer)
+    rows = map(json.loads, golden.pairs.read_text().splitlines())
+    return [
+        (row["prompt"], tokenizer.decode(pair["greedy_16"]).strip())
+        for row, pair in zip(rows, expected["pairs"])
+    ]
 
 
 def load_model(golden, command, more=None):

@@ -245,7 +245,7 @@ def test_a_tokenizer_that_is_not_there_is_an_error(golden, tmp_path):
             convert_weight.main(
                 ["--model", "glm-n", "--reversed", *where, "--tokenizer", str(path)]
             )
-    with pytest.raises(UserError, match="--tokenizer need --reversed"):
+    with pytest.raises(UserError, match="--tokenizer and --card need --reversed"):
         convert_weight.main(["--model", "glm-n", *where, "--tokenizer", str(golden.tokenizer)])
 
 

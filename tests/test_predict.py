@@ -11,7 +11,7 @@ import time
 import mindspore as ms
 import pytest
 import run_dpo
-from conftest import EXAMPLE, GOLDEN, assert_one_error, load_model, run_script
+from conftest import EXAMPLE, assert_one_error, load_model, run_script
 
 from mindrlhf import cli, config
 from mindrlhf.cli import UserError
@@ -67,17 +67,6 @@ def loaded(network, settings, monkeypatch):
 
     for module in (answer_file, compare, generate):
         monkeypatch.setattr(module, "load_engine", load_engine)
-
-
-@pytest.fixture(scope="module")
-def texts(golden, expected):
-    """(prompt, PyTorch's answer) of the golden case."""
-    tokenizer = Glm4Tokenizer(golden.tokenizer)
-    rows = map(json.loads, (GOLDEN / "pairs.jsonl").read_text().splitlines())
-    return [
-        (row["prompt"], tokenizer.decode(pair["greedy_16"]).strip())
-        for row, pair in zip(rows, expected["pairs"])
-    ]
 
 
 @pytest.fixture

@@ -72,17 +72,6 @@ def client(server):
         yield client
 
 
-@pytest.fixture(scope="module")
-def texts(golden, expected):
-    """(prompt, PyTorch's answer) of the golden case."""
-    tokenizer = Glm4Tokenizer(golden.tokenizer)
-    rows = map(json.loads, (GOLDEN / "pairs.jsonl").read_text().splitlines())
-    return [
-        (row["prompt"], tokenizer.decode(pair["greedy_16"]).strip())
-        for row, pair in zip(rows, expected["pairs"])
-    ]
-
-
 def ask(client, text, **options):
     messages = [{"role": "user", "content": text}]
     return client.chat.completions.create(model="golden", messages=messages, **options)
