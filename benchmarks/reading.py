@@ -29,8 +29,7 @@ from tokenizing import TOKENIZER, make_pairs
 
 from mindrlhf import runtime
 from mindrlhf.data import preference, reference
-from mindrlhf.data.groups import bundle_pairs
-from mindrlhf.data.parts import split_bundles
+from mindrlhf.data.parts import split_pairs
 from mindrlhf.files import hash_file
 from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
 
@@ -89,7 +88,7 @@ def main() -> None:
         pairs = timed("read", lambda: preference.read_pairs([path], "cvalues").pairs)
         timed("hash", lambda: hash_file(path, hashlib.sha256))
         timed("hold out 5 %", lambda: preference.choose_held_out(pairs, 0.05))
-        parts = timed("bundle", lambda: split_bundles(bundle_pairs(pairs, share=True)))
+        parts = timed("split", lambda: split_pairs(pairs, share=True, batch_positions=SEQ_LEN))
         timed("tokenize", lambda: tokenize(parts, pairs))
     times["all"] = sum(times.values())
     table(
