@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 from mindrlhf import cli
 from mindrlhf.data.parts import Part, Parts
+from mindrlhf.parallel import Plan
 
 Report = Callable[[int, int], None]  # called with the numbers of pairs and of positions so far
 
@@ -16,13 +17,12 @@ class Bar:
     Args:
         parts: of the run.
         total: number of pairs.
-        what: name of the pass.
     """
 
-    def __init__(self, parts: Parts, total: int, what: str = "score"):
+    def __init__(self, parts: Parts, total: int):
         self.parts, self.drawn = parts, time.monotonic()
         pairs, self.tokens = parts.progress()
-        self.bar = cli.progress_bar(total, what, "pair", initial=pairs)
+        self.bar = cli.progress_bar(total, "score", "pair", initial=pairs)
         self.began = time.monotonic()
 
     def show(self, at_once: bool = False) -> None:
@@ -42,17 +42,30 @@ class Bar:
         self.bar.close()
 
 
+def missing_parts(parts: Parts, plan: Plan) -> list[int]:
+    """Parts that this worker still has to make: those of its share; in a parallel plan, all.
+
+    Args:
+        parts: of the run.
+        plan: of the run; the cards of a parallel plan compute every part together.
+    """
+    mine = (range(parts.count) if plan.is_sharded
+            else range(cli.rank(), parts.count, cli.workers()))
+    return [number for number in mine if not parts.is_done(number)]
+
+
 def make_parts(parts: Parts, todo: Iterable[int], make: Callable[[int, Report], Part], *, bar: Bar,
-               is_writer: bool) -> None:
+               plan: Plan) -> None:
     """Make parts and write them; rank 0 then waits for those of the other workers.
 
     Args:
         parts: of the run.
-        todo: numbers of the parts that this worker makes.
+        todo: as missing_parts() returns them.
         make: makes the part of a number, and reports its progress.
         bar: shows it.
-        is_writer: whether this worker writes; in a parallel plan all cards compute every part.
+        plan: of the run; only rank 0 writes the parts of a parallel plan.
     """
+    is_writer = cli.rank() == 0 or not plan.is_sharded
     for number in todo:
         def report(pairs: int, tokens: int, number: int = number) -> None:
             if is_writer:

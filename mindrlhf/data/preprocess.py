@@ -16,7 +16,7 @@ from mindrlhf.cli import UserError
 from mindrlhf.config import Settings
 from mindrlhf.data import merge, mindrecord, preference, reference, sources, summary
 from mindrlhf.data.parts import Part, Parts, split_pairs
-from mindrlhf.data.passes import Bar, Report, make_parts
+from mindrlhf.data.passes import Bar, Report, make_parts, missing_parts
 from mindrlhf.models.glm4 import load, sidecar, template
 from mindrlhf.models.glm4.operations import model_operations
 from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
@@ -79,12 +79,12 @@ def make_data(options: Options, settings: Settings) -> None:
         options: what to read and how.
         settings: of the run.
     """
-    is_sharded = Plan.of(settings).is_sharded
+    plan = Plan.of(settings)
     source, held_out = read_source(options)
     sidecar.require_same_model(settings.get("load_checkpoint"), settings)
 
     from mindrlhf import runtime
-    if not is_sharded:
+    if not plan.is_sharded:
         runtime.leave_cluster()  # each worker computes alone
     runtime.quiet_mindformers()
     tokenizer = Glm4Tokenizer(settings["processor"]["tokenizer"]["vocab_file"])
@@ -96,9 +96,7 @@ def make_data(options: Options, settings: Settings) -> None:
         batch_positions=run.origin["seq_len"] * settings["runner_config"]["batch_size"])
     parts = Parts(options.dst, len(members), run.identity)
     parts.check()
-    mine = (range(parts.count) if is_sharded
-            else range(cli.rank(), parts.count, cli.workers()))
-    todo = [number for number in mine if not parts.is_done(number)]
+    todo = missing_parts(parts, plan)
     paths = [Path(options.dst), *([merge.eval_path(options.dst)] if any(held_out) else [])]
     if is_made(paths, run.origin["run"]):  # checked last: rank 0 then removes parts
         cli.say(f"{options.dst}: exists already, made from the same data, weights and options. "
@@ -312,5 +310,4 @@ def score_parts(parts: Parts, todo: Mapping[int, Sequence[int]], source: prefere
             seq_len=scorer.seq_len, score=lambda found: scorer(found, report),
             truncation=options.truncation, share=options.share)
 
-    make_parts(parts, todo, score_part, bar=bar,
-               is_writer=cli.rank() == 0 or not Plan.of(settings).is_sharded)
+    make_parts(parts, todo, score_part, bar=bar, plan=Plan.of(settings))

@@ -21,7 +21,7 @@ from mindrlhf.checkpoints import fingerprints
 from mindrlhf.cli import UserError
 from mindrlhf.data import preprocess
 from mindrlhf.data.parts import Part, Parts, Scored
-from mindrlhf.data.passes import Bar, Report, make_parts
+from mindrlhf.data.passes import Bar, Report, make_parts, missing_parts
 from mindrlhf.data.reference import Scorer
 from mindrlhf.files import Output, atomic_file, read_head, require_no_loss, require_overwrite
 from mindrlhf.inference import score_record, score_report, score_results
@@ -253,9 +253,7 @@ def _open_parts(task: Task, name: str, weights: Weights | None) -> tuple[Parts, 
     short = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     parts = Parts(task.folder / f"{name}-{short}", task.data.parts, identity)
     parts.check()
-    mine = (range(parts.count) if Plan.of(task.settings).is_sharded
-            else range(cli.rank(), parts.count, cli.workers()))
-    return parts, [number for number in mine if not parts.is_done(number)]
+    return parts, missing_parts(parts, Plan.of(task.settings))
 
 
 def _is_done(task: Task) -> bool:
@@ -298,8 +296,7 @@ def _compute(task: Task, parts: Parts, todo: list[int], weights: Weights | None)
     def make(number: int, report: Report) -> Part:
         return task.data.part(number, task.scorer if weights else None, report)
 
-    make_parts(parts, todo, make, bar=bar,
-               is_writer=cli.rank() == 0 or not Plan.of(task.settings).is_sharded)
+    make_parts(parts, todo, make, bar=bar, plan=Plan.of(task.settings))
 
 
 def _finish(task: Task, scored: dict[str, Scored]) -> None:
