@@ -496,6 +496,26 @@ def test_a_parallel_plan_loads_one_set_of_weights(golden, options, tmp_path, mon
             run(given, golden.pairs, golden.checkpoint, tmp_path / "a", *base)
 
 
+def test_the_rows_of_a_batch_can_be_cut_for_the_cards_of_a_plan(
+    golden, options, tmp_path, monkeypatch
+):
+    """Three rows, but two data-parallel groups."""
+    yaml = write_overlay(
+        tmp_path / "x.yaml",
+        "score",
+        "parallel: {parallel_mode: 1, full_batch: True}\n"
+        "parallel_config: {data_parallel: 2, model_parallel: 1, vocab_emb_dp: False}\n"
+        "runner_config: {batch_size: 8}\n",
+    )
+    rank(monkeypatch, 0, 2)
+    tasks = []
+    monkeypatch.setattr(score, "run_task", lambda task, **_: tasks.append(task))
+    arguments = ["--config", yaml, *options[2:], "--score_data", golden.data, "--load_checkpoint"]
+    run_dpo.main(list(map(str, [*arguments, golden.checkpoint, "--output", tmp_path / "a"])))
+    assert tasks[0].data.rows == 3
+    assert tasks[0].settings["runner_config"]["batch_size"] == 4
+
+
 # the picture and the screen
 
 

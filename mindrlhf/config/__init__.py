@@ -165,6 +165,19 @@ def require_workers(settings: Settings, workers: int) -> None:
                         f"{workers} worker(s) run; start {plan.cards}, or change parallel_config")
 
 
+def require_full_batch(settings: Settings, purpose: str, place: str | Path = "") -> None:
+    """Raise UserError if a parallel plan would give each card a part of the batch.
+
+    Args:
+        settings: as load_settings() returns them.
+        purpose: what the run is for, after "to".
+        place: the YAML, for the message.
+    """
+    if Plan.of(settings).is_sharded and not settings["parallel"].get("full_batch"):
+        raise UserError(f"{place and f'{place}: '}parallel.full_batch must be True to {purpose} "
+                        "with a parallel plan, because every card gets the full batch")
+
+
 def find_checkpoint(path: str) -> str:
     """The checkpoint that --load_checkpoint means: itself, or the merged file in a folder.
 

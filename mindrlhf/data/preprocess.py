@@ -107,7 +107,8 @@ def make_data(options: Options, settings: Settings) -> None:
         files.require_overwrite(path, options.overwrite,
                                 partial(is_of_run, path, run.origin["run"]))
     score_parts(parts, {number: members[number] for number in todo}, source,
-                with_filled_batches(settings, max(map(len, members))), tokenizer, options)
+                with_filled_batches(settings, max(map(len, members))),  # a row has at least a pair
+                tokenizer, options)
     if cli.rank() == 0:
         report = merge.merge_parts(
             parts, source, held_out, destination=options.dst, packed=options.pack,
@@ -145,9 +146,7 @@ def load_preprocess_settings(options: Options, config_path: str, overrides: dict
     settings = config.load_settings(config_path, run_mode="preprocess", overrides=overrides)
     config.require_weights(settings)
     config.require_workers(settings, cli.workers())
-    if Plan.of(settings).is_sharded and not settings["parallel"].get("full_batch"):
-        raise UserError(f"{config_path}: parallel.full_batch must be True to preprocess with a "
-                        "parallel plan, because every card gets the full batch")
+    config.require_full_batch(settings, "preprocess", config_path)
     outputs = [*mindrecord.data_outputs(options.dst), files.Output(
         Path(f"{options.dst}.png"), "a PNG picture",
         lambda path: files.read_head(path).startswith(b"\x89PNG"))]
@@ -273,16 +272,16 @@ def build_scorer(settings: Settings, tokenizer: Glm4Tokenizer, *,
                             pad_id=tokenizer.pad_id, packed=packed)
 
 
-def with_filled_batches(settings: Settings, pairs: int) -> Settings:
-    """Settings whose batch has no rows that no part can fill: they would take memory for nothing.
+def with_filled_batches(settings: Settings, rows: int) -> Settings:
+    """Settings whose batch has no rows that nothing can fill: they would take memory for nothing.
 
     Args:
         settings: of the run.
-        pairs: of the largest part; each row holds at least one.
+        rows: that are computed at once, at most.
     """
     plan = Plan.of(settings)
     groups = plan.data if plan.is_sharded else 1  # a batch is cut into as many pieces
-    rows = min(settings["runner_config"]["batch_size"], ceil_div(pairs, groups) * groups)
+    rows = min(settings["runner_config"]["batch_size"], ceil_div(rows, groups) * groups)
     return config.with_changes(settings, {"runner_config.batch_size": rows})
 
 

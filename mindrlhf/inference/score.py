@@ -124,9 +124,7 @@ def score(settings: Settings, arguments: argparse.Namespace) -> None:
         raise UserError("run_mode score needs --score_data, a .mindrecord or preference pairs")
     config.require_weights(settings)
     config.require_workers(settings, cli.workers())
-    if Plan.of(settings).is_sharded and not settings["parallel"].get("full_batch"):
-        raise UserError("parallel.full_batch must be True to score with a parallel plan, because "
-                        "every card gets the full batch")
+    config.require_full_batch(settings, "score")
     folder = Path(arguments.output or Path(settings["output_dir"]) / "score")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; --output is the folder of a score")
@@ -181,11 +179,10 @@ def _fit_settings(settings: Settings, data: ScoreData, arguments: argparse.Names
     if (arguments.batch_size or 0) > found:
         raise UserError(f"--batch_size {arguments.batch_size}: {arguments.score_data} has {found} "
                         f"{'pairs' if data.rows is None else 'rows'}; give at most {found}")
-    changes = {"runner_config.batch_size": min(
-        arguments.batch_size or settings["runner_config"]["batch_size"], found)}
-    if data.seq_len:
-        changes["model.model_config.seq_length"] = data.seq_len
-    return config.with_changes(settings, changes)
+    changes = {"runner_config.batch_size": arguments.batch_size,
+               "model.model_config.seq_length": data.seq_len}
+    given = {name: value for name, value in changes.items() if value}
+    return preprocess.with_filled_batches(config.with_changes(settings, given), found)
 
 
 def _reference_model(model: Model, data: ScoreData, given: str | None) -> Model | None:
@@ -223,11 +220,7 @@ def run_task(task: Task, *, overwrite: bool) -> None:
         task: to do.
         overwrite: replace another score in its folder.
     """
-    passes = [("policy", None if task.is_reference and not task.reference else task.policy)]
-    if task.reference:
-        passes.insert(0, ("reference", task.reference))
-    if task.reference and task.is_reference:
-        passes = [("policy", task.policy)]
+    passes = passes_of(task)
     todo = {name: _open_parts(task, name, weights) for name, weights in passes}
     if _is_done(task):  # checked last: rank 0 then removes parts
         cli.say(f"{task.folder}: has this score already",
@@ -242,6 +235,14 @@ def run_task(task: Task, *, overwrite: bool) -> None:
         for parts in task.folder.glob("*.parts"):
             if parts.name.split("-")[0] in ("policy", "reference"):
                 Parts(parts.with_suffix(""), 0, {}).remove()
+
+
+def passes_of(task: Task) -> list[tuple[str, Weights | None]]:
+    """The passes of a task: name, and the weights, or None if the data hold their log-probs."""
+    if task.is_reference:  # one pass serves for both
+        return [("policy", task.reference and task.policy)]
+    policy: tuple[str, Weights | None] = ("policy", task.policy)
+    return [("reference", task.reference), policy] if task.reference else [policy]
 
 
 def _open_parts(task: Task, name: str, weights: Weights | None) -> tuple[Parts, list[int]]:
