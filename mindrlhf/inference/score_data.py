@@ -21,6 +21,7 @@ from mindrlhf.data.passes import Report
 from mindrlhf.data.preference import Pair
 from mindrlhf.data.reference import Scorer
 from mindrlhf.data.validation import read_answers
+from mindrlhf.files import hash_file
 from mindrlhf.inference import multiple_choice
 from mindrlhf.inference.multiple_choice import Quiz
 from mindrlhf.inference.score_record import CHOICES, PREFERENCES
@@ -182,7 +183,7 @@ class TextData:
         self.parts, self.pairs = len(self.members), len(pairs)
         content = hashlib.sha256()
         for file in files:
-            content.update(hashlib.sha256(file.read_bytes()).digest())
+            content.update(bytes.fromhex(hash_file(file, hashlib.sha256)))
         self.about = {"file": ", ".join(map(str, files)), "hash": content.hexdigest(), **about}
 
     def part(self, number: int, scorer: Scorer | None, report: Report) -> Part:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mindrlhf.cli import UserError, existing_file
+from mindrlhf.files import hash_file
 from mindrlhf.models.glm4 import template
 
 LARGEST = 64 << 20  # bytes of a tokenizer.model; GLM-4's has 2.6 MB
@@ -15,7 +16,7 @@ LARGEST = 64 << 20  # bytes of a tokenizer.model; GLM-4's has 2.6 MB
 
 def hash_vocabulary(path: str | Path) -> str:
     """The fingerprint of a tokenizer.model: SHA-256 of the file, in hex."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return hash_file(path, hashlib.sha256)
 
 
 class Glm4Tokenizer:
