@@ -106,7 +106,7 @@ def test_parts_are_of_a_fair_size_and_divide_no_bundle(sizes, times):
     for size in sizes * times:
         bundles.append(list(range(first, first + size)))
         first += size
-    parts = split_bundles(bundles)
+    parts = split_bundles(bundles, [0] * len(bundles), 0)
     assert [number for part in parts for number in part] == list(range(first))
     ends = {bundle[-1] for bundle in bundles}
     assert all(part[-1] in ends for part in parts)
@@ -129,7 +129,8 @@ def test_parts_fill_their_batches(tokens, batch_positions):
 
 @pytest.mark.parametrize("pairs", [64 * SMALLEST * 64, 116_000, 1_000_000])
 def test_eight_workers_end_together(pairs):
-    assert len(split_bundles([[number] for number in range(pairs)])) % 8 in (0, 7)
+    parts = split_bundles([[number] for number in range(pairs)], [0] * pairs, 0)
+    assert len(parts) % 8 in (0, 7)
 
 
 class Words:

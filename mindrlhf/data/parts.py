@@ -30,8 +30,8 @@ BATCHES = 4  # that a part fills, at least: the last one is half empty on averag
 PATIENCE = 1800  # seconds without progress after which the other workers count as lost
 
 
-def split_bundles(bundles: Sequence[Sequence[int]], tokens: Sequence[int] | None = None,
-                  batch_positions: int = 0) -> list[list[int]]:
+def split_bundles(bundles: Sequence[Sequence[int]], tokens: Sequence[int],
+                  batch_positions: int) -> list[list[int]]:
     """Split the source into parts: bundles of pairs, none of them divided.
 
     A part has enough pairs to fill BATCHES batches, and few enough that a kill loses little. With
@@ -39,7 +39,7 @@ def split_bundles(bundles: Sequence[Sequence[int]], tokens: Sequence[int] | None
 
     Args:
         bundles: indices of the pairs of each bundle.
-        tokens: estimated tokens of each bundle; None: as many as fill a batch.
+        tokens: estimated tokens of each bundle.
         batch_positions: of a batch.
 
     Returns:
@@ -49,7 +49,7 @@ def split_bundles(bundles: Sequence[Sequence[int]], tokens: Sequence[int] | None
     least = max(ceil_div(pairs, 64 * ceil_div(pairs, 64 * LARGEST)), SMALLEST)
     parts: list[list[int]] = []
     room = 0  # tokens that the last part still needs
-    for bundle, size in zip(bundles, tokens or [batch_positions] * len(bundles)):
+    for bundle, size in zip(bundles, tokens):
         if not parts or (len(parts[-1]) >= least and room <= 0):
             parts.append([])
             room = BATCHES * batch_positions
