@@ -174,9 +174,8 @@ def _claims_of_inputs(card: dict[str, Any], places: Places) -> Iterator[Claim]:
             title = {"train": "training data", "held_out": "held-out data"}[name]
             yield Claim(f"{title}: content", partial(of_file, path, data.get(HASH), _hash_data,
                                                      option))
-            said = {key: value for key, value in data.items() if key != "file"}
             yield Claim(f"{title}: counts", partial(
-                of_file, path, said, partial(_counts_of, path), option))
+                of_file, path, _without_file(data), partial(_counts_of, path), option))
     yield Claim("tokenizer: hash", partial(
         of_file, places.tokenizer or tokenizer.get("file"), tokenizer.get("sha256"),
         hash_vocabulary, "--tokenizer"))
@@ -207,8 +206,12 @@ def _hash_data(path: str) -> dict[str, Any]:
 
 def _counts_of(path: str, _: str) -> dict[str, Any]:
     """What the sidecar of data says, as the card has it."""
-    found = record.describe_data(path, mindrecord.read_data_sidecar(path))
-    return {name: value for name, value in found.items() if name != "file"}
+    return _without_file(record.describe_data(path, mindrecord.read_data_sidecar(path)))
+
+
+def _without_file(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A section of the card without the name of its file, which may have moved."""
+    return {name: value for name, value in section.items() if name != "file"}
 
 
 def _claims_of_run(card: dict[str, Any], output: Path) -> Iterator[Claim]:
@@ -218,7 +221,7 @@ def _claims_of_run(card: dict[str, Any], output: Path) -> Iterator[Claim]:
     titles = {"metrics": "training metrics", "step_0": "first step", "evaluation": "evaluation"}
     for section, title in titles.items():
         if section in card:
-            said = dict(_leaves(card[section]))
+            said = _leaves(card[section])
             yield Claim(title, partial(of_file, path, said, partial(
                 _metrics_in, output, loss_type, section), ""))
     if "step_0" in card:
@@ -239,18 +242,14 @@ def _claims_of_run(card: dict[str, Any], output: Path) -> Iterator[Claim]:
             of_file, str(file), fingerprint, _fingerprint_in, ""))
 
 
-def _leaves(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Values of a section and of the sections in it."""
-    for name, value in section.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}, ")
-        else:
-            yield f"{prefix}{name}", value
-
-
 def _metrics_in(output: Path, loss_type: str, section: str, _: str) -> dict[str, Any]:
     """A section of the card, recomputed from metrics.jsonl."""
-    return dict(_leaves(evidence.read_metrics(output, loss_type)[section]))
+    return _leaves(evidence.read_metrics(output, loss_type)[section])
+
+
+def _leaves(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a section and of the sections in it."""
+    return dict(identity.flatten(section, separator=", "))
 
 
 def _settings_in(names: list[str], path: str) -> dict[str, Any]:
@@ -294,22 +293,18 @@ def _claims_of_results(card: dict[str, Any], places: Places) -> Iterator[Claim]:
             _fingerprint_in, "--checkpoint"))
     if score := card.get("score"):
         yield Claim("score", partial(
-            of_file, score.get("file"),
-            {name: value for name, value in score.items() if name != "file"}, _score_in, ""))
+            of_file, score.get("file"), _without_file(score), _score_in, ""))
     if answers := card.get("answers"):
         yield Claim("answers before and after", partial(
-            of_file, places.answers or answers.get("file"),
-            {name: value for name, value in answers.items() if name != "file"}, _answers_in,
+            of_file, places.answers or answers.get("file"), _without_file(answers), _answers_in,
             "--answers"))
 
 
 def _answers_in(path: str) -> dict[str, Any]:
-    """Answers as the card has them, without the name of their file."""
-    found = add.describe_answers_of_both(path)
-    return {name: value for name, value in found.items() if name != "file"}
+    """Answers as the card has them."""
+    return _without_file(add.describe_answers_of_both(path))
 
 
 def _score_in(path: str) -> dict[str, Any]:
-    """A score as the card has it, without the name of its file."""
-    found = record.describe_score(path, score_record.load(path))
-    return {name: value for name, value in found.items() if name != "file"}
+    """A score as the card has it."""
+    return _without_file(record.describe_score(path, score_record.load(path)))

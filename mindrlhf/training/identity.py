@@ -107,8 +107,8 @@ def identifying_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "train_dataset.data_loader.shuffle": data.get("data_loader", {}).get("shuffle", True),
         **{f"runner_config.{key}": runner.get(key, default) for key, default in RUNNER.items()},
-        **dict(_flatten({name: settings[name] for name in SECTIONS if name in settings})),
-        **dict(_flatten(config.callback_options(dict(settings)), CALLBACKS))}
+        **dict(flatten({name: settings[name] for name in SECTIONS if name in settings})),
+        **dict(flatten(config.callback_options(dict(settings)), CALLBACKS))}
 
 
 def _name_data(made: Mapping[str, Any]) -> str:
@@ -117,11 +117,12 @@ def _name_data(made: Mapping[str, Any]) -> str:
     return f"{run[:16]} with {made['rows']} rows"
 
 
-def _flatten(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and values of a section."""
+def flatten(section: Mapping[str, Any], prefix: str = "", *, separator: str = "."
+            ) -> Iterator[tuple[str, Any]]:
+    """Dotted names and values of a section, or names with another separator."""
     for key, value in section.items():
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}{separator}", separator=separator)
         else:
             yield f"{prefix}{key}", value
 
