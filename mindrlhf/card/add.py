@@ -125,7 +125,7 @@ def read_score(card: dict[str, Any], place: str) -> dict[str, Any]:
         UserError: it is the score of other weights than those in the card.
     """
     score = score_record.load(place)
-    path = Path(place) / score_record.RECORD if Path(place).is_dir() else Path(place)
+    path = score_record.find_record(place)
     merged, scored = card["result"].get("merged"), score.model.get("fingerprint")
     if merged and not score.model.get("adapters") and scored != merged["fingerprint"]:
         raise UserError(f"{path}: is the score of other weights, {str(scored)[:12]}, than the "

@@ -160,8 +160,8 @@ def describe_choices(trials: Sequence[Trial], logps: np.ndarray, tokens: np.ndar
     for name in GROUPED:
         found = np.array([trial.groups.get(name, "") for trial in trials])
         slices[name] = cut({each: found == each for each in dict.fromkeys(found) if each}, asked)
-    points = 0.5 + 0.5 * np.sign(np.where(labels == CHOSEN[0], advantage, -advantage)[asked])
-    metrics = {"answer 1 chosen": float(points.mean())}
+    first = np.where(labels == CHOSEN[0], advantage, -advantage)[asked]
+    metrics = {"answer 1 chosen": estimates.accuracy_of(first, questions[asked]).value}
     both = _right_in_both_orders(questions[asked], labels[asked], advantage[asked])
     if both:
         metrics["right in both orders"] = float(np.mean(both))

@@ -93,6 +93,11 @@ class Score:
     slices: Mapping[str, list[Slice]]
 
 
+def find_record(path: str | Path) -> Path:
+    """The score.json that a path means: itself, or the one in a folder."""
+    return Path(path) / RECORD if Path(path).is_dir() else Path(path)
+
+
 def load(path: str | Path) -> Score:
     """Read a score.
 
@@ -102,8 +107,7 @@ def load(path: str | Path) -> Score:
     Raises:
         UserError: there is none, or it is damaged or of another version.
     """
-    path = Path(path)
-    path = path / RECORD if path.is_dir() else path
+    path = find_record(path)
     content = read_json(path)
     if content.get("format") != FORMAT:
         raise UserError(f"{path}: is no score of this version of the project (format "
