@@ -14,7 +14,7 @@ from conftest import ROOT
 LAYERS = (
     ("arithmetic", "cli", "records"),
     ("files", "locks", "markdown", "parallel", "schema"),
-    ("contradictions", "recompute"),
+    ("contradictions", "pictures", "recompute"),
     ("config",),
     ("checkpoints", "cpu"),
     ("runtime",),

@@ -1,19 +1,18 @@
 """The report at the end of preprocessing: a screen of text, and a plot of lengths and log-probs."""
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from mindrlhf import pictures
 from mindrlhf.arithmetic import ceil_div
 from mindrlhf.cli import printable
 from mindrlhf.data import row_length
 from mindrlhf.data.merge import MergeReport
 from mindrlhf.data.parts import Scored
 from mindrlhf.data.preference import Pair, PairSource
-from mindrlhf.files import atomic_file
 from mindrlhf.models.glm4 import template
 from mindrlhf.records import SIDES
 
@@ -130,12 +129,9 @@ def _count(reason: str, places: Sequence[str]) -> str:
 
 def draw_summary(path: str | Path, scored: Scored) -> bool:
     """Plot the lengths of both sides and the log-probs per token; False without matplotlib."""
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
+    figure = pictures.new_figure(11, 4.5)
+    if figure is None:
         return False
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     sides, per_token = scored.sides, scored.per_token
     bins = np.linspace(0, sides.max() + 1, 61)
@@ -153,6 +149,5 @@ def draw_summary(path: str | Path, scored: Scored) -> bool:
     better = (per_token[:, 0] > per_token[:, 1]).mean()
     right.set(title=f"chosen answer more likely under the reference model: {better:.0%}",
               xlabel="chosen, nats per token", ylabel="rejected, nats per token", aspect="equal")
-    with atomic_file(path) as file:
-        figure.savefig(file, format="png", dpi=110)
+    pictures.save_figure(figure, path)
     return True

@@ -1,16 +1,15 @@
 """A score for people: one screen of text, and a histogram of margins."""
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mindrlhf import pictures
 from mindrlhf.cli import printable
 from mindrlhf.data.pair_types import PairTypes
-from mindrlhf.files import atomic_file
 from mindrlhf.inference.compare import cells
 from mindrlhf.inference.score_record import CHOICES, Accuracy, Mean, Score, Slice
 from mindrlhf.records import SIDES
@@ -134,12 +133,9 @@ def draw_margins(path: str | Path, margins: np.ndarray, types: PairTypes, score:
         types: of the pairs.
         score: of them.
     """
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
+    figure = pictures.new_figure(9, 5)
+    if figure is None:
         return False
-    figure = Figure(figsize=(9, 5), layout="constrained")
     axis = figure.subplots()
     low, high = min(0.0, float(margins.min())), max(0.0, float(margins.max()))
     bins = np.linspace(low, high if high > low else low + 1, BINS + 1).tolist()
@@ -156,6 +152,5 @@ def draw_margins(path: str | Path, margins: np.ndarray, types: PairTypes, score:
              xlabel=("log-prob of the right - the wrong text, nats" if score.kind == CHOICES
                      else "margin: chosen - rejected reward, beta x nats"))
     axis.legend(fontsize=8)
-    with atomic_file(path) as file:
-        figure.savefig(file, format="png", dpi=110)
+    pictures.save_figure(figure, path)
     return True

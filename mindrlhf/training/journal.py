@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from mindrlhf.cli import UserError
 from mindrlhf.files import atomic_file
+from mindrlhf.pictures import save_figure
 
 
 class Curve(NamedTuple):
@@ -111,8 +112,7 @@ class Journal:
         """Draw curves.png from all records."""
         from matplotlib import pyplot
         figure = self.plot_curves()
-        with atomic_file(self.folder / "curves.png") as file:
-            figure.savefig(file, format="png", dpi=110)
+        save_figure(figure, self.folder / "curves.png")
         pyplot.close(figure)
 
     def plot_curves(self) -> Any:
