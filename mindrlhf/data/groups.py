@@ -56,7 +56,6 @@ class PairGroup:
     pairs: list[int]
     tokens: int = 0
 
-
     def compare(self, pairs: Any, numbers: Any) -> list[ComparedPair]:
         """The pairs, with their answers counted within the group.
 
@@ -91,7 +90,6 @@ class Sequences:
         return Sizes(np.array([len(ids) for ids in self.prompts], np.int32),
                      np.array(answers, np.int32).reshape(-1, 2),
                      np.array(self.pairs, np.int32).reshape(-1, 2))
-
 
     def read(self, group: PairGroup, logps: np.ndarray | None = None) -> TokenGroup:
         """The token ids of a group; a pair's number is its index.
@@ -170,7 +168,7 @@ def find_sequences(pairs: Iterable[TokenPair], share: bool) -> Sequences:
 
 
 def make_groups(sizes: Sizes, members: Iterable[int], limits: Limits) -> list[PairGroup]:
-    """PairGroup pairs by prompt. A group that exceeds the limits is split; no pair is.
+    """Group pairs by prompt. A group that exceeds the limits is split; no pair is.
 
     Args:
         sizes: of prompts, answers and pairs.
