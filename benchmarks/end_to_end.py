@@ -11,8 +11,13 @@ and its time begins after its imports.
 The model has 8 layers of width 512 and 8192 ids; float32, 2 threads, 6 pairs a step (ours: as many
 rows as hold 6 on average). The lengths are those of data_model.py. With "3", a prompt has three
 ranked answers, and each two of them are a pair; with "1", a prompt has two answers. "computed" are
-positions of an epoch, padding included. Unshared is --share False, where each pair has its own
-prompt. Memory is the largest resident size of a process.
+positions of an epoch, padding included. "unshared" is --share False, where each pair has its own
+prompt. "before" is a checkout of this project in which the rows hold each pair as two sequences:
+
+    git worktree add --detach scratch/before 167c88f
+    python benchmarks/end_to_end.py --before scratch/before --prompts 300 --pairs 3 --rows 512
+
+Memory is the largest resident size of a process.
 """
 
 from __future__ import annotations
@@ -35,9 +40,20 @@ import yaml
 from processes import ROOT, cpu_model, table
 from train_step import SIZES
 
-EXAMPLE = ROOT / "examples" / "glm4_dpo"
-PAIRS_A_STEP, THREADS, LENGTHS = 6, 2, (512, 1024)
+EXAMPLE = Path("examples", "glm4_dpo")
+PAIRS_A_STEP, THREADS = 6, 2
 TAGS = (5, 2)  # tokens that the template adds to a prompt and to an answer
+
+
+class Side(NamedTuple):
+    """A checkout of this project, options of its preprocessing, and sequences of a row."""
+
+    tree: Path
+    options: list[str]
+    sequences: int = 1
+
+
+SIDES = {"shared": Side(ROOT, ["--share", "True"]), "unshared": Side(ROOT, ["--share", "False"])}
 
 
 class Result(NamedTuple):
@@ -55,12 +71,18 @@ class Result(NamedTuple):
         return self.reference + self.training
 
 
-def run(command: list[str], folder: Path) -> tuple[float, int]:
-    """Run a command in a folder; return its seconds and its largest resident size in bytes."""
+def run(command: list[str], folder: Path, tree: Path = ROOT) -> tuple[float, int]:
+    """Run a command in a folder; return its seconds and its largest resident size in bytes.
+
+    Args:
+        command: to run.
+        folder: that it runs in.
+        tree: where mindrlhf is.
+    """
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(THREADS),
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": str(tree),
         "GLOG_v": "3",
     }
     begin = time.perf_counter()
@@ -83,7 +105,7 @@ def write_model(folder: Path) -> Path:
     from mindrlhf.models.glm4 import tiny
 
     config = folder / "model.yaml"
-    base = yaml.safe_load((EXAMPLE / "glm4_tiny.yaml").read_text(encoding="utf-8"))
+    base = yaml.safe_load((ROOT / EXAMPLE / "glm4_tiny.yaml").read_text(encoding="utf-8"))
     base["model"]["model_config"].update(SIZES)
     config.write_text(yaml.safe_dump(base), encoding="utf-8")
     tiny.write_model(folder / "hf", config, letters)
@@ -117,17 +139,18 @@ def write_pairs(path: Path, prompts: int, answers: int) -> int:
     return pairs
 
 
-def write_yamls(folder: Path, seq_len: int, batch_size: int) -> None:
+def write_yamls(folder: Path, tree: Path, seq_len: int, batch_size: int) -> None:
     """Write the YAMLs of both commands.
 
     Args:
         folder: where they go.
+        tree: the checkout that runs.
         seq_len: positions of a row.
         batch_size: rows of a training step.
     """
     sizes = {**SIZES, "seq_length": seq_len}
     for name in ("process", "finetune"):
-        text = f"base_config: {EXAMPLE / name}_glm4_tiny.yaml\n"
+        text = f"base_config: {tree / EXAMPLE / name}_glm4_tiny.yaml\n"
         text += f"model: {{model_config: {json.dumps(sizes)}}}\n"
         if name == "finetune":
             text += f"runner_config: {{epochs: 1, batch_size: {batch_size}}}\n"
@@ -135,34 +158,36 @@ def write_yamls(folder: Path, seq_len: int, batch_size: int) -> None:
         (folder / f"{name}.yaml").write_text(text)
 
 
-def run_ours(folder: Path, pairs: str, seq_len: int, share: bool) -> Result:
+def run_ours(folder: Path, pairs: str, seq_len: int, side: Side) -> Result:
     """Preprocess and train with the commands of the tutorial.
 
     Args:
         folder: of the model and the pairs.
         pairs: name of the file of pairs.
         seq_len: positions of a row.
-        share: --share.
+        side: what runs.
     """
-    work = Path(tempfile.mkdtemp(dir=folder))
+    work, example = Path(tempfile.mkdtemp(dir=folder)), side.tree / EXAMPLE
     weights = ["--load_checkpoint", str(folder / "model.ckpt")]
     vocabulary = str(folder / "hf" / "tokenizer.model")
-    write_yamls(work, seq_len, 4)
+    write_yamls(work, side.tree, seq_len, 4)
     reference, first = run(
-        [sys.executable, str(EXAMPLE / "dpo_preprocess_glm4_parallel.py"), *weights]
+        [sys.executable, str(example / "dpo_preprocess_glm4_parallel.py"), *weights]
         + ["--src", str(folder / pairs), "--dst", "dpo.mindrecord", "--config", "process.yaml"]
-        + ["--tokenizer", vocabulary, "--share", str(share)],
+        + ["--tokenizer", vocabulary, *side.options],
         work,
+        side.tree,
     )
     made = json.loads((work / "dpo.mindrecord.json").read_text(encoding="utf-8"))
     rows, written = made["rows"], made["pairs"]["written"]
-    write_yamls(work, seq_len, max(1, round(PAIRS_A_STEP * rows / written)))
+    write_yamls(work, side.tree, seq_len, max(1, round(PAIRS_A_STEP * rows / written)))
     training, second = run(
-        [sys.executable, str(EXAMPLE / "run_dpo.py"), "--config", "finetune.yaml", *weights]
+        [sys.executable, str(example / "run_dpo.py"), "--config", "finetune.yaml", *weights]
         + ["--train_dataset", "dpo.mindrecord", "--vocab_file", vocabulary],
         work,
+        side.tree,
     )
-    if not (folder / f"{pairs}.ids").exists():
+    if side.tree == ROOT and not (folder / f"{pairs}.ids").exists():
         shown = subprocess.run(
             [sys.executable, "-m", "mindrlhf.data.show", str(work / "dpo.mindrecord"), "--json"],
             cwd=ROOT,
@@ -170,7 +195,8 @@ def run_ours(folder: Path, pairs: str, seq_len: int, share: bool) -> Result:
             capture_output=True,
         )
         (folder / f"{pairs}.ids").write_bytes(shown.stdout)
-    return Result(reference, training, rows * seq_len, rows, max(first, second))
+    computed = rows * side.sequences * seq_len
+    return Result(reference, training, computed, rows, max(first, second))
 
 
 def run_trl(python: str, folder: Path, pairs: str) -> Result:
@@ -192,13 +218,12 @@ def run_trl(python: str, folder: Path, pairs: str) -> Result:
     return Result(found["reference"], found["training"], found["computed"], found["batches"], peak)
 
 
-def measure(folder: Path, prompts: int, trl: str | None) -> Iterator[tuple[tuple, Result]]:
+def measure(folder: Path, options: argparse.Namespace) -> Iterator[tuple[tuple, Result]]:
     """(pairs a prompt, side, row length) and the result, one after the other.
 
     Args:
         folder: for all files.
-        prompts: with three pairs each; three times as many have one.
-        trl: a Python with torch and trl, or None.
+        options: of the command line.
     """
     model = write_model(folder)
     run(
@@ -206,15 +231,39 @@ def measure(folder: Path, prompts: int, trl: str | None) -> Iterator[tuple[tuple
         + [f"{model}/", "--output_path", str(folder / "model.ckpt"), "--dtype", "fp32"],
         folder,
     )
-    for answers, count in ((3, prompts), (2, 3 * prompts)):
-        name = f"{answers}.jsonl"
-        write_pairs(folder / name, count, answers)
-        a_prompt = answers * (answers - 1) // 2
-        for seq_len, share in itertools.product(LENGTHS, (True, False)):
-            side = "shared" if share else "unshared"
-            yield (a_prompt, side, seq_len), run_ours(folder, name, seq_len, share)
-        if trl:
-            yield (a_prompt, "TRL", "-"), run_trl(trl, folder, name)
+    sides = dict(SIDES)
+    if options.before:
+        sides["before"] = Side(Path(options.before).resolve(), [], sequences=2)
+    for pairs in options.pairs:
+        name, answers = f"{pairs}.jsonl", {3: 3, 1: 2}[pairs]
+        write_pairs(folder / name, options.prompts * 3 // pairs, answers)
+        for seq_len, (side, what) in itertools.product(options.rows, sides.items()):
+            yield (pairs, side, seq_len), run_ours(folder, name, seq_len, what)
+        if options.trl_python:
+            yield (pairs, "TRL", "-"), run_trl(options.trl_python, folder, name)
+
+
+def comparisons(found: dict[tuple, Result]) -> Iterator[str]:
+    """A line for each result with sharing.
+
+    Args:
+        found: what measure() yields.
+    """
+    for (pairs, side, seq_len), shared in found.items():
+        if side != "shared":
+            continue
+        others = {
+            "unshared": found[pairs, "unshared", seq_len],
+            "before": found.get((pairs, "before", seq_len)),
+            "TRL": found.get((pairs, "TRL", "-")),
+        }
+        ratios = [
+            f"{other.total / shared.total:.2f} x as fast as {name}, with "
+            f"{other.computed / shared.computed:.2f} x fewer positions"
+            for name, other in others.items()
+            if other
+        ]
+        yield f"{pairs} pair(s) a prompt, S = {seq_len}: shared is {'; '.join(ratios)}"
 
 
 def main() -> None:
@@ -223,12 +272,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parse.add_argument("--prompts", type=int, default=100, help="with 3 pairs (default: 100)")
+    parse.add_argument(
+        "--pairs", type=int, nargs="+", choices=(3, 1), default=[3, 1], help="pairs of a prompt"
+    )
+    parse.add_argument(
+        "--rows", type=int, nargs="+", default=[512, 1024], help="S (default: 512 1024)"
+    )
+    parse.add_argument("--before", help="a checkout of commit 167c88f (default: not measured)")
     parse.add_argument("--trl_python", default=os.environ.get("TRL_PYTHON"))
-    arguments = parse.parse_args()
+    options = parse.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = dict(measure(Path(folder), arguments.prompts, arguments.trl_python))
+        found = dict(measure(Path(folder), options))
     table(
-        f"{cpu_model()}: preprocessing and one epoch, {3 * arguments.prompts} pairs",
+        f"{cpu_model()}: preprocessing and one epoch, {3 * options.prompts} pairs",
         ["pairs a prompt", "side", "S", "rows", "computed", "reference s", "training s", "GB"],
         [
             [str(pairs), side, str(seq_len), str(result.rows), f"{result.computed:,}"]
@@ -236,16 +292,7 @@ def main() -> None:
             for (pairs, side, seq_len), result in found.items()
         ],
     )
-    for pairs, seq_len in itertools.product((3, 1), LENGTHS):
-        shared, unshared = (found[pairs, side, seq_len] for side in ("shared", "unshared"))
-        faster, fewer = unshared.total / shared.total, unshared.computed / shared.computed
-        line = (
-            f"{pairs} pair(s) a prompt, S = {seq_len}: shared is {faster:.2f} x as fast as "
-            f"unshared, with {fewer:.2f} x fewer positions"
-        )
-        if (trl := found.get((pairs, "TRL", "-"))) is not None:
-            line += f", and {trl.total / shared.total:.2f} x as fast as TRL"
-        print(line)
+    print(*comparisons(found), sep="\n")
 
 
 if __name__ == "__main__":

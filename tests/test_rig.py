@@ -17,6 +17,7 @@ from mindrlhf import config as yaml_config
 from mindrlhf import rehearsal as rehearse
 from mindrlhf import schema
 from mindrlhf.data import mindrecord
+from mindrlhf.inference import score_record
 
 if shutil.which("g++") is None:
     pytest.skip(
@@ -218,6 +219,34 @@ def test_evaluation_in_a_plan_sees_every_pair(accumulated):
     assert before["pairs"] == after["pairs"] == 112
     assert before["loss"] == pytest.approx(0.693147, abs=1e-5)
     assert after["loss"] < before["loss"]
+
+
+def test_a_score_on_a_plan_is_the_evaluation_of_training(accumulated, launch):
+    """Of the trained shards, by two processes that share each row."""
+    folder, run_dir = accumulated, accumulated / "parts"
+    launch(
+        "score",
+        "run_dpo.py",
+        "process.yaml",
+        {
+            "run_mode": "score",
+            "src_strategy": f"{run_dir}/strategy",
+            "parallel": {"parallel_mode": 1, "full_batch": True},
+            "parallel_config": {"data_parallel": 1, "model_parallel": 2},
+            "output_dir": f"{folder}/score",
+        },
+        f"--score_data {folder}/train.mindrecord --vocab_file {folder}/hf/tokenizer.model "
+        f"--load_checkpoint {run_dir}/checkpoint_network --auto_trans_ckpt True "
+        f"--output {folder}/score",
+        workers=2,
+    )
+    evaluation = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    found = score_record.load(folder / "score")
+    assert evaluation["split"] == "eval"
+    assert found.metrics["pairs"] == evaluation["pairs"] == 112
+    assert abs(evaluation["rewards/margins"]) > 1e-3
+    for name in ("loss", "rewards/margins", "rewards/accuracies"):
+        assert found.metrics[name] == pytest.approx(evaluation[name], abs=1e-4), name
 
 
 PLAIN = {
