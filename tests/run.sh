@@ -26,8 +26,8 @@ if [[ $# -gt 0 ]]; then
 fi
 # The first process begins with eight workers on two cores, and goes on with two at a time. The second one computes meanwhile
 # in itself, and starts processes only at its end: MindSpore's workers do not find each other on a machine that is too busy.
-first=(tests/test_{rig,two_machines}.py tests/faults tests/test_{quickstart,training,resume}.py)
-last=(tests/test_{documents,check,identity,launcher,locks,preprocess,reference,ecosystem,arrival,serve,settings_arrive}.py)
+first=(tests/test_{rig,two_machines}.py tests/faults tests/test_{quickstart,training}.py)
+last=(tests/test_{documents,check,identity,launcher,locks,preprocess,reference,ecosystem,arrival,serve,settings_arrive,resume}.py)
 between=()
 for file in tests/test_*.py; do
   [[ " ${first[*]} ${last[*]} " == *" $file "* ]] || between+=("$file")
