@@ -141,6 +141,10 @@ def test_the_rehearsal_changes_only_what_it_says(rehearsal):
             if yaml_config.get_setting(settings, key) != yaml_config.get_setting(found, key)
         }
         assert changed <= said
+        if name == "many":
+            shown = {key.split(".")[-1] for key in changed - {"callbacks"}}
+            assert all(f" {key} " in rehearsal[1] for key in (*shown, "save_checkpoint_steps"))
+            assert not re.search(r" (\S+) -> \1[,\n]", rehearsal[1])
     assert [{**entry, "save_checkpoint_steps": 0} for entry in many_callbacks(rehearsal[0])] == [
         {**entry, "save_checkpoint_steps": 0}
         for entry in yaml_config.load_settings(CONFIG, run_mode="finetune")["callbacks"]
