@@ -282,7 +282,7 @@ def tensor(shape: tuple[int, ...], dtype: str) -> Any:
 
 def columns(settings: dict[str, Any]) -> list[Any]:
     """A batch of training data, as a card of the plan reads it."""
-    from mindrlhf.training.run import feed_of
+    from mindrlhf.training.inputs import feed_of
     rows, sizes = feed_of(settings).batch_size, {
         "seq_len": LENGTH, "answers": 2 * PAIRS, "pairs": PAIRS}
     return [tensor((rows, sizes[column.size]), column.dtype) for column in COLUMNS.values()]

@@ -13,8 +13,8 @@ from conftest import ROOT
 # From the bottom to the top. A module imports from lower layers, or from its own package.
 LAYERS = (
     ("arithmetic", "cli", "records"),
-    ("files", "locks", "markdown", "parallel", "schema"),
-    ("contradictions", "pictures", "recompute"),
+    ("files", "locks", "markdown", "outputs", "parallel", "schema"),
+    ("contradictions", "json_files", "pictures", "recompute"),
     ("config",),
     ("checkpoints", "cpu"),
     ("runtime",),

@@ -7,7 +7,7 @@ import pytest
 
 from mindrlhf import cli
 from mindrlhf.cli import UserError
-from mindrlhf.training import callbacks, run
+from mindrlhf.training import callbacks, inputs, run
 from mindrlhf.training.journal import read_records
 
 
@@ -98,7 +98,7 @@ def test_a_batch_far_above_the_rows_is_refused_before_it_fills_the_memory(
     settings = config.load_settings(golden.finetune, run_mode="finetune", overrides=overrides)
     data = SimpleNamespace(train={"rows": 3}, train_path="x.mindrecord")
     if not refused:
-        run.require_filled_batches(settings, data)
+        inputs.require_filled_batches(settings, data)
         return
     with pytest.raises(UserError, match="batch_size: 193 makes 193 rows a step, .* give at most 3"):
-        run.require_filled_batches(settings, data)
+        inputs.require_filled_batches(settings, data)

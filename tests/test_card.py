@@ -21,12 +21,12 @@ import convert_weight
 from mindrlhf.card import add, claims, evidence, model_card, phrases, record, render, verify
 from mindrlhf.card.__main__ import main as card_command
 from mindrlhf.cli import UserError
-from mindrlhf.files import SEAL, read_json, write_json
 from mindrlhf.inference import score_record
 from mindrlhf.inference.answer_file import json_line
 from mindrlhf.inference.compare import AnswerPair, describe_pair
 from mindrlhf.inference.prompts import Prompt
 from mindrlhf.inference.score_record import Accuracy, Mean, Score, Slice
+from mindrlhf.json_files import SEAL, read_json, write_json
 from mindrlhf.markdown import code_span, fenced
 from mindrlhf.models.glm4 import sidecar
 

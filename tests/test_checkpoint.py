@@ -12,8 +12,8 @@ import pytest
 import xxhash
 
 import mindrlhf.training.state
-from mindrlhf import files
-from mindrlhf.checkpoints import containers, fingerprints, tensors
+from mindrlhf import files, json_files
+from mindrlhf.checkpoints import ckpt_records, containers, fingerprints, tensors
 from mindrlhf.cli import UserError
 from mindrlhf.models.glm4 import load
 
@@ -56,7 +56,7 @@ def test_mindspore_reads_what_is_written(tmp_path, monkeypatch, suffix, dtype):
     """
     import mindspore as ms
 
-    monkeypatch.setattr(containers, "RECORD", 16)
+    monkeypatch.setattr(ckpt_records, "RECORD", 16)
     path = tmp_path / f"x{suffix}"
     stored = {name: tensors.round_to(array, dtype) for name, array in small().items()}
     containers.write_tensors(path, items(stored, dtype))
@@ -101,7 +101,7 @@ def test_reads_what_mindspore_wrote(tmp_path, options):
 
 def test_empty_tensors_and_many_pieces_survive(tmp_path, monkeypatch):
     monkeypatch.setattr(tensors, "PIECE", 5)
-    monkeypatch.setattr(containers, "RECORD", 32)
+    monkeypatch.setattr(ckpt_records, "RECORD", 32)
     arrays = {"none": np.zeros((0, 4), np.float32), "some": np.arange(23, dtype=np.float32)}
     for suffix in SUFFIXES:
         containers.write_tensors(tmp_path / f"x{suffix}", items(arrays))
@@ -312,7 +312,7 @@ def test_wrong_places_are_refused(tmp_path):
 def test_json_must_be_an_object_without_doubts(tmp_path, text, said):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(UserError, match=said):
-        files.read_json(tmp_path / "x.json")
+        json_files.read_json(tmp_path / "x.json")
 
 
 # damage

@@ -18,7 +18,7 @@ from conftest import GOLDEN, ROOT, assert_one_error, run_script
 
 import convert_weight
 from mindrlhf import cli
-from mindrlhf.checkpoints import containers, fingerprints, tensors
+from mindrlhf.checkpoints import ckpt_records, containers, fingerprints, tensors
 from mindrlhf.cli import UserError
 from mindrlhf.models.glm4 import hf, model_config, sidecar, weight_names
 
@@ -132,7 +132,7 @@ def test_golden_forward(tmp_path, layout, dtype, suffix):
 def test_golden_there_and_back_is_bit_exact(tmp_path, monkeypatch, layout, dtype, suffix):
     """In several shards, in pieces that end within q, k and v, and in a .ckpt of many records."""
     monkeypatch.setattr(tensors, "PIECE", 1000)
-    monkeypatch.setattr(containers, "RECORD", 4096)
+    monkeypatch.setattr(ckpt_records, "RECORD", 4096)
     monkeypatch.setattr(hf, "SHARD", 150_000)
     source = GOLDEN / f"hf_{layout}"
     path = convert(source, tmp_path / f"x{suffix}", "--dtype", dtype)

@@ -207,7 +207,7 @@ def test_both_languages_use_one_word_for_a_thing() -> None:
 
 
 def without_measurements(text: str) -> list[str]:
-    """Lines with N for what depends on the CPU: decimals, speeds and fingerprints; single spaces."""
+    """Lines with N for decimals, speeds and fingerprints, and single spaces."""
     text = re.sub(r"\b[0-9a-f]{12}\b", "N", text)
     text = re.sub(r"[-+]?\d+\.\d+(?:e[-+]?\d+)?|\d+(?= tokens/s)", "N", text)
     return [" ".join(line.split()) for line in text.splitlines()]

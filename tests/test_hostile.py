@@ -12,7 +12,7 @@ import pytest
 from conftest import EXAMPLE, ROOT, assert_one_error, run_script
 
 from mindrlhf import cli, config, schema
-from mindrlhf.checkpoints import containers, tensors
+from mindrlhf.checkpoints import ckpt_records, containers, tensors
 from mindrlhf.cli import UserError
 from mindrlhf.data import sources
 from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
@@ -263,9 +263,9 @@ def record(name, dims, content, kind=b"Float32"):
     """One record of a .ckpt."""
 
     def field(number, value):
-        return bytes([number << 3 | 2]) + containers._encode(len(value)) + value
+        return bytes([number << 3 | 2]) + ckpt_records.encode(len(value)) + value
 
-    shape = b"".join(b"\x08" + containers._encode(size) for size in dims)
+    shape = b"".join(b"\x08" + ckpt_records.encode(size) for size in dims)
     return field(1, field(1, name) + field(2, shape + field(2, kind) + field(3, content)))
 
 

@@ -11,10 +11,10 @@ import pytest
 from conftest import ROOT, assert_one_error, run_script
 from test_training import RUN_DPO, arguments, copy_data, other_weights, records, training_yaml
 
-from mindrlhf import files
+from mindrlhf import json_files
 from mindrlhf.checkpoints import containers
 from mindrlhf.cli import UserError
-from mindrlhf.files import write_json
+from mindrlhf.json_files import write_json
 from mindrlhf.training import identity, state
 from mindrlhf.training.identity import Identity
 
@@ -53,11 +53,11 @@ def test_the_run_and_its_states_hold_the_same_identity(trained):
     output, _ = trained
     path = output / STATE
     saved = identity.identity_in(containers.open_tensors(path), path)
-    assert saved.to_bytes() == Identity(**files.read_json(output / "run.json")).to_bytes()
+    assert saved.to_bytes() == Identity(**json_files.read_json(output / "run.json")).to_bytes()
     assert saved.values["dpo.beta"] == 0.1
     assert saved.values["workers"] == 1
     assert "rows" in saved.values["training data"]
-    step = files.read_json(output / "checkpoint_network/rank_0/step.json")
+    step = json_files.read_json(output / "checkpoint_network/rank_0/step.json")
     assert step == {"step": 6, "run": saved.id}
 
 

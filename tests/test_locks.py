@@ -17,7 +17,8 @@ from mindrlhf import locks
 from mindrlhf.cli import UserError
 from mindrlhf.data.features import TokenPair
 from mindrlhf.data.groups import find_sequences
-from mindrlhf.data.parts import Part, Parts
+from mindrlhf.data.parts import Parts
+from mindrlhf.data.scored import Part
 
 HOLD = """
 import sys, time

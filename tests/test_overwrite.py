@@ -16,11 +16,11 @@ from test_transform_checkpoint import NUMBERS, STRATEGIES, whole, write_shards
 from test_transform_checkpoint import run as transform
 from test_transform_checkpoint import write as write_weights
 
-from mindrlhf import files
-from mindrlhf.checkpoints import containers, fingerprints
+from mindrlhf.checkpoints import ckpt_records, containers, fingerprints
 from mindrlhf.cli import UserError
 from mindrlhf.data import mindrecord, show
 from mindrlhf.models.glm4 import sidecar
+from mindrlhf.outputs import Output, require_no_loss
 from mindrlhf.training import state
 
 SHARD = "model-00001-of-00002.safetensors"
@@ -65,16 +65,16 @@ def test_an_input_is_recognized_under_any_name(tmp_path, link):
     else:
         (tmp_path / "elsewhere").symlink_to(tmp_path / "data")
         target, read = tmp_path / "elsewhere" / "deep" / "source", tmp_path / "data"
-    outputs = [files.Output(target, "a file", always)]
+    outputs = [Output(target, "a file", always)]
     with pytest.raises(UserError, match="is the same file as .*/source, which this command reads"):
-        files.require_no_loss(outputs, [None, "", tmp_path / "missing", read])
-    files.require_no_loss(outputs, [tmp_path / "missing"])
+        require_no_loss(outputs, [None, "", tmp_path / "missing", read])
+    require_no_loss(outputs, [tmp_path / "missing"])
 
 
 def test_new_names_and_broken_links_are_free(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "missing")
     for name in ("new", "link", "no folder/new", "x" * 300):
-        files.require_no_loss([files.Output(tmp_path / name, "a file", None)], [tmp_path])
+        require_no_loss([Output(tmp_path / name, "a file", None)], [tmp_path])
 
 
 # convert_weight.py
@@ -316,7 +316,7 @@ def test_damaged_data_are_refused_and_made_again_by_every_worker(
 
 def test_training_refuses_damaged_data_before_it_opens_them(golden, tmp_path):
     from mindrlhf import config
-    from mindrlhf.training import run
+    from mindrlhf.training import inputs
 
     for end in ("", ".db", ".json"):
         shutil.copy(f"{golden.data}{end}", tmp_path / f"a.mindrecord{end}")
@@ -325,11 +325,11 @@ def test_training_refuses_damaged_data_before_it_opens_them(golden, tmp_path):
         "train_dataset.data_loader.dataset_dir": str(path),
         "processor.tokenizer.vocab_file": str(golden.tokenizer),
         "load_checkpoint": str(golden.checkpoint)})  # fmt: skip
-    run.open_data(settings)
+    inputs.open_data(settings)
     with open(f"{path}.db", "ab") as file:
         file.write(b"\0")
     with pytest.raises(UserError, match=r"a\.mindrecord\.db: was changed or damaged"):
-        run.open_data(settings)
+        inputs.open_data(settings)
 
 
 # training states
@@ -346,7 +346,7 @@ def test_a_state_without_its_checksum_is_none(tmp_path):
     ]
     ms.save_checkpoint(tensors, str(whole_file), crc_check=True)
     state.require_intact_state(whole_file)
-    cut = whole_file.read_bytes()[: -len(containers.CLOSING) - 10]
+    cut = whole_file.read_bytes()[: -len(ckpt_records.CLOSING) - 10]
     whole_file.unlink()
     whole_file.write_bytes(cut)
     containers.require_intact(whole_file)

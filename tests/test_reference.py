@@ -19,8 +19,9 @@ from mindrlhf import config
 from mindrlhf.cli import UserError
 from mindrlhf.data.features import TokenPair
 from mindrlhf.data.groups import find_sequences
-from mindrlhf.data.parts import BATCHES, LARGEST, SMALLEST, Part, Parts, split_bundles
+from mindrlhf.data.parts import BATCHES, LARGEST, SMALLEST, Parts, split_bundles
 from mindrlhf.data.reference import Scorer, make_part
+from mindrlhf.data.scored import Part
 from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
 
 

@@ -14,7 +14,7 @@ from mindrlhf.checkpoints import containers, layouts, slices
 from mindrlhf.cli import UserError
 from mindrlhf.data import mindrecord
 from mindrlhf.models.glm4 import load, sidecar, weight_names
-from mindrlhf.training import run
+from mindrlhf.training import inputs, run
 
 PLANS = ("2x2", "1x4", "4x1", "1x2")
 
@@ -142,7 +142,7 @@ def test_training_from_shards_knows_the_weights_of_the_preprocessing(golden, sha
             "train_dataset.data_loader.dataset_dir": str(golden.data),
         },
     )
-    data = run.open_data(settings)
+    data = inputs.open_data(settings)
     model = load_model(golden, "finetune")
     for parameter in model.get_parameters():
         parameter.set_data(ms.ops.zeros_like(parameter))

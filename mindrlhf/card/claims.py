@@ -16,8 +16,9 @@ from mindrlhf.card.evidence import CURVES, HASH, METRICS
 from mindrlhf.checkpoints import containers, fingerprints
 from mindrlhf.cli import UserError
 from mindrlhf.data import mindrecord
-from mindrlhf.files import hash_file, read_json
+from mindrlhf.files import hash_file
 from mindrlhf.inference import score_record
+from mindrlhf.json_files import read_json
 from mindrlhf.models.glm4 import load, sidecar
 from mindrlhf.models.glm4.tokenizer import hash_vocabulary
 from mindrlhf.training import identity

@@ -17,7 +17,8 @@ from mindrlhf import config
 from mindrlhf.checkpoints import containers, fingerprints
 from mindrlhf.checkpoints.runs import STEP
 from mindrlhf.cli import UserError
-from mindrlhf.files import hash_file, read_json
+from mindrlhf.files import hash_file
+from mindrlhf.json_files import read_json
 from mindrlhf.parallel import Settings
 from mindrlhf.training import identity
 from mindrlhf.training.journal import read_records

@@ -15,18 +15,11 @@ from mindrlhf.card import evidence, render
 from mindrlhf.card.evidence import CURVES, HASH
 from mindrlhf.cli import UserError
 from mindrlhf.data import mindrecord
-from mindrlhf.files import (
-    Output,
-    atomic_file,
-    hash_file,
-    read_head,
-    read_json,
-    read_unsealed,
-    require_no_loss,
-    write_json,
-)
+from mindrlhf.files import atomic_file, hash_file, read_head
 from mindrlhf.inference.score_record import Score
+from mindrlhf.json_files import read_json, read_unsealed, write_json
 from mindrlhf.models.glm4 import sidecar
+from mindrlhf.outputs import Output, require_no_loss
 from mindrlhf.parallel import Plan, Settings
 from mindrlhf.training import identity
 

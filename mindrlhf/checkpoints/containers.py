@@ -1,10 +1,8 @@
 """The two container formats of a checkpoint, .ckpt (MindSpore) and .safetensors.
 
-Files are opened without loading their values, and written piece by piece.
-
-A .ckpt is a protobuf message of repeated records {tag, tensor {dims, type, content}}; a large
-tensor takes several records with the same tag. A .safetensors is the size of a JSON header, the
-header, and the tensors.
+Files are opened without loading their values, and written piece by piece. ckpt_records.py reads and
+writes the parts of a .ckpt. A .safetensors is the size of a JSON header, the header, and the
+tensors.
 """
 from __future__ import annotations
 
@@ -16,12 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from mindrlhf.checkpoints import fingerprints
+from mindrlhf.checkpoints.ckpt_records import CLOSING, MOST_DIMS, RECORD, RecordWriter, read_records
 from mindrlhf.checkpoints.tensors import (
     DTYPES,
     WORKERS,
@@ -35,10 +34,6 @@ from mindrlhf.cli import UserError, existing_file
 from mindrlhf.files import atomic_file
 
 SUFFIXES = (".ckpt", ".safetensors")
-FROM_CKPT = {name: dtype for dtype, (name, _) in DTYPES.items()}
-RECORD = 64 << 20  # bytes of a tensor in one record of a .ckpt
-MOST_DIMS = 32  # of a tensor: NumPy's limit
-CLOSING = b"crc_num"  # MindSpore may end a .ckpt with this word and ten bytes
 
 
 # reading
@@ -95,7 +90,7 @@ def _read_ckpt(path: Path, file: BinaryIO) -> dict[str, StoredTensor]:
     found: dict[str, tuple[TensorSpec, list[tuple[int, int]]]] = {}
     try:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            for record in _records(content):
+            for record in read_records(content):
                 spec, spans = found.setdefault(record.spec.name, (record.spec, []))
                 if spec != record.spec:
                     raise ValueError(f"{spec.name} appears twice")
@@ -110,98 +105,6 @@ def _read_ckpt(path: Path, file: BinaryIO) -> dict[str, StoredTensor]:
         raise UserError(f"{path}: incomplete or damaged MindSpore checkpoint ({error}); "
                         "copy it again") from None
     return tensors
-
-
-class _Extent(NamedTuple):
-    """The bytes of a length-delimited protobuf field: from start to stop."""
-    start: int
-    stop: int
-
-
-class _Record(NamedTuple):
-    """A record of a .ckpt.
-
-    Attributes:
-        spec: of the tensor.
-        span: (offset, size) in bytes of the part of the tensor that the record contains.
-    """
-    spec: TensorSpec
-    span: tuple[int, int]
-
-
-def _records(content: mmap.mmap) -> Iterator[_Record]:
-    """The records of a .ckpt that contain tensors."""
-    end = len(content)
-    if content[-len(CLOSING) - 10:-10] == CLOSING:
-        end -= len(CLOSING) + 10
-    for number, value in _fields(content, 0, end):
-        extent = _extent(value)
-        if number != 1:
-            raise ValueError(f"unknown record before byte {extent.stop}")
-        record = _parse_record(content, extent)
-        if record:
-            yield record
-
-
-def _parse_record(content: mmap.mmap, extent: _Extent) -> _Record | None:
-    """Parse a record; None if it is a string that the training script added."""
-    parts = dict(_fields(content, *extent))
-    name = content[slice(*_extent(parts[1]))].decode()
-    dims, kind, span = [], "", (extent.start, 0)
-    for number, value in _fields(content, *_extent(parts[2])):
-        if number == 1:
-            dims.append(_integer(value))
-            if len(dims) > MOST_DIMS:
-                raise ValueError(f"{name} has more than {MOST_DIMS} dimensions")
-        elif number == 2:
-            kind = content[slice(*_extent(value))].decode()
-        elif number == 3:
-            start, stop = _extent(value)
-            span = (start, stop - start)
-    if kind == "str":
-        return None
-    return _Record(TensorSpec(name, FROM_CKPT[kind], () if dims == [0] else tuple(dims)), span)
-
-
-def _extent(value: int | _Extent) -> _Extent:
-    if isinstance(value, int):
-        raise ValueError("an integer where bytes are expected")
-    return value
-
-
-def _integer(value: int | _Extent) -> int:
-    if not isinstance(value, int):
-        raise ValueError(f"bytes where an integer is expected, before byte {value.stop}")
-    return value
-
-
-def _fields(content: mmap.mmap, position: int, end: int) -> Iterator[tuple[int, int | _Extent]]:
-    """The fields of a protobuf message: (field number, value)."""
-    while position < end:
-        key, position = _varint(content, position)
-        integer, position = _varint(content, position)
-        value: int | _Extent = integer
-        if key & 7 == 2:
-            value = _Extent(position, position + integer)
-            position += integer
-        elif key & 7:
-            raise ValueError(f"unknown wire type before byte {position}")
-        if position > end:
-            raise ValueError("unexpected end of a record")
-        yield key >> 3, value
-
-
-def _varint(content: mmap.mmap, position: int) -> tuple[int, int]:
-    """An integer at a position, and the position after it."""
-    value = shift = 0
-    while True:
-        byte = content[position]
-        value |= (byte & 0x7F) << shift
-        position, shift = position + 1, shift + 7
-        if byte < 0x80:
-            return value, position
-        if shift > 63:
-            raise ValueError("an integer of more than 64 bits")
 
 
 def require_intact(path: str | Path, *, needs_checksum: bool = False) -> None:
@@ -312,7 +215,7 @@ class TensorWriter:
             progress: called after each piece with its size in bytes.
         """
         spec = self.left.pop()
-        sink: _Sink = self.file if self.suffix == ".safetensors" else _RecordWriter(self.file, spec)
+        sink: _Sink = self.file if self.suffix == ".safetensors" else RecordWriter(self.file, spec)
         digests: list[Future[bytes]] = []
         for data in _data(made, spec):
             if self.hashed:
@@ -351,49 +254,3 @@ def _safetensors_header(tensors: Sequence[TensorSpec], framework: str) -> bytes:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-class _RecordWriter:
-    """Writes one tensor as records of a .ckpt."""
-
-    def __init__(self, file: BinaryIO, spec: TensorSpec) -> None:
-        self.file, self.left, self.room = file, spec.nbytes, 0
-        self.tag = _text(1, spec.name)
-        dims = b"".join(b"\x08" + _encode(size) for size in spec.shape)
-        self.start = dims + _text(2, DTYPES[spec.dtype][0])
-        if not self.left:
-            self._begin()
-
-    def _begin(self) -> None:
-        """Write what comes before the bytes of a record."""
-        self.room = min(self.left, RECORD)
-        head = self.start + b"\x1a" + _encode(self.room)
-        tensor = b"\x12" + _encode(len(head) + self.room) + head
-        size = len(self.tag) + len(tensor) + self.room
-        self.file.write(b"\x0a" + _encode(size) + self.tag + tensor)
-
-    def write(self, data: memoryview) -> None:
-        """Add bytes, of any length."""
-        while data:
-            if not self.room:
-                self._begin()
-            part = data[:self.room]
-            self.file.write(part)
-            self.left, self.room = self.left - len(part), self.room - len(part)
-            data = data[len(part):]
-
-
-def _encode(value: int) -> bytes:
-    """An integer as a protobuf varint."""
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def _text(number: int, text: str) -> bytes:
-    """A string as a protobuf field."""
-    content = text.encode()
-    return bytes([number << 3 | 2]) + _encode(len(content)) + content

@@ -9,7 +9,7 @@ from typing import Optional
 
 from mindrlhf.checkpoints.containers import SUFFIXES, open_tensors, require_intact
 from mindrlhf.cli import UserError
-from mindrlhf.files import read_json
+from mindrlhf.json_files import read_json
 
 # beside weights without a training state: {"step": number of training steps}
 STEP = "step.json"

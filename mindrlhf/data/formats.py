@@ -4,27 +4,31 @@ No part of a prompt is lost silently: a row is refused if a prompt field is not 
 """
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from mindrlhf.data import pair_types
+from mindrlhf.data.messages import (
+    EMPTY,
+    Messages,
+    answer_of,
+    dialogue_of,
+    history_of,
+    is_answer,
+    messages_of,
+    open_dialogue,
+    prompt_of,
+    text_of,
+    texts_in,
+)
 
-Messages = tuple[tuple[str, str], ...]  # (role, text) of each message; roles as in template.py
 Row = dict[str, Any]
 
-ROLES = {
-    "system": "system",
-    "user": "user", "human": "user",
-    "assistant": "assistant", "gpt": "assistant",
-    "observation": "observation", "tool": "observation"}
 COMMON = ("system", "history")  # optional in each format
 # Fields that hold (part of) a prompt wherever they occur: their text must be in the conversation.
 PROMPT_FIELDS = ("prompt", "system_prompt", "system_message", "instruction", "input", "question",
                  "query", "problem", "context", "conversations", "messages")
 NOT_RENDERED = ("tools", "images", "videos", "audios")
-EMPTY: tuple[Any, ...] = (None, "", [], {}, "[]")
-_SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")  # of a dialogue of HH-RLHF
 
 
 class ParsedRow(NamedTuple):
@@ -96,7 +100,7 @@ def detect_type(row: Any) -> str:
              if isinstance(row, dict) and all(name in row for name in form.fields)]
     if kinds:
         kind = max(kinds, key=used)  # the first of several
-        is_whole = "chosen" in FORMATS[kind].fields and not _is_answer(row["chosen"])
+        is_whole = "chosen" in FORMATS[kind].fields and not is_answer(row["chosen"])
         return "pairs" if is_whole else kind  # only the answers of pairs may be conversations
     found = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
     raise ValueError("--dataset_type auto needs the fields of one type "
@@ -125,10 +129,10 @@ def parse_prompt(row: Any) -> Messages:
     name, value = names[0], row[names[0]]
     _require_rendered(row)
     if isinstance(value, str):
-        messages = _open_dialogue(value) or (("user", value),)
+        messages = open_dialogue(value) or (("user", value),)
     else:
-        messages = _messages(value, name)
-    messages = _add_common(row, _prompt(messages, name))
+        messages = messages_of(value, name)
+    messages = _add_common(row, prompt_of(messages, name))
     _require_all_prompts(row, "prompt", ParsedRow(messages, "", ""))
     return messages
 
@@ -147,13 +151,13 @@ def ignored_fields(row: Row, kind: str) -> list[str]:
 def _parse_question(row: Row, fields: Sequence[str]) -> ParsedRow:
     """A question, which is a string, and two answers."""
     question, chosen, rejected = fields
-    return ParsedRow((("user", _text(row[question], question)),), _answer(row[chosen], chosen),
-                     _answer(row[rejected], rejected))
+    return ParsedRow((("user", text_of(row[question], question)),), answer_of(row[chosen], chosen),
+                     answer_of(row[rejected], rejected))
 
 
 def _parse_alpaca(row: Row, fields: Sequence[str]) -> ParsedRow:
     """An instruction and its input make up the question, as in LLaMA-Factory."""
-    texts = [_text(row[name], name) for name in ("instruction", "input")
+    texts = [text_of(row[name], name) for name in ("instruction", "input")
              if row.get(name) not in (None, "")]
     return _parse_question({**row, "instruction": "\n".join(texts)}, fields)
 
@@ -161,8 +165,8 @@ def _parse_alpaca(row: Row, fields: Sequence[str]) -> ParsedRow:
 def _parse_dpo(row: Row, fields: Sequence[str]) -> ParsedRow:
     """Messages and two answers."""
     conversation, chosen, rejected = fields
-    messages = _prompt(_messages(row[conversation], conversation), conversation)
-    return ParsedRow(messages, _answer(row[chosen], chosen), _answer(row[rejected], rejected))
+    messages = prompt_of(messages_of(row[conversation], conversation), conversation)
+    return ParsedRow(messages, answer_of(row[chosen], chosen), answer_of(row[rejected], rejected))
 
 
 def _parse_pairs(row: Row, fields: Sequence[str]) -> ParsedRow:
@@ -171,19 +175,19 @@ def _parse_pairs(row: Row, fields: Sequence[str]) -> ParsedRow:
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise ValueError(f"'chosen' is {type(chosen).__name__} but 'rejected' is "
                          f"{type(rejected).__name__}; use two strings or two lists of messages")
-    if prompt is not None and _is_answer(chosen) and _is_answer(rejected):
-        if isinstance(prompt, str) and (turns := _open_dialogue(prompt)):
-            answers = (_answer(chosen, "chosen").strip(), _answer(rejected, "rejected").strip())
-            return ParsedRow(_prompt(turns, "prompt"), *answers)
+    if prompt is not None and is_answer(chosen) and is_answer(rejected):
+        if isinstance(prompt, str) and (turns := open_dialogue(prompt)):
+            answers = (answer_of(chosen, "chosen").strip(), answer_of(rejected, "rejected").strip())
+            return ParsedRow(prompt_of(turns, "prompt"), *answers)
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         return _parse_dpo({**row, "prompt": prompt}, ("prompt", *fields))
     if not isinstance(chosen, str):
-        return _split_turns(_messages([chosen] if isinstance(chosen, dict) else chosen, "chosen"),
-                            _messages([rejected] if isinstance(rejected, dict) else rejected,
+        return _split_turns(messages_of([chosen] if isinstance(chosen, dict) else chosen, "chosen"),
+                            messages_of([rejected] if isinstance(rejected, dict) else rejected,
                                       "rejected"), fields)
     _require_nothing_else(row, "pairs")
-    sides = [_dialogue(chosen), _dialogue(rejected)]
+    sides = [dialogue_of(chosen), dialogue_of(rejected)]
     if not all(sides):
         raise ValueError("no 'prompt', and 'chosen' and 'rejected' share no turns ('Human: ... "
                          "Assistant: ...'); add 'prompt', or set --dataset_type implicit if their "
@@ -193,7 +197,7 @@ def _parse_pairs(row: Row, fields: Sequence[str]) -> ParsedRow:
 
 def _parse_implicit(row: Row, fields: Sequence[str]) -> ParsedRow:
     """Two strings: their common prefix is the prompt, as in TRL."""
-    chosen, rejected = (_text(row[name], name) for name in fields)
+    chosen, rejected = (text_of(row[name], name) for name in fields)
     _require_nothing_else(row, "implicit")
     prompt = chosen[:_common_length(chosen, rejected)]
     if len(prompt) in (len(chosen), len(rejected)):
@@ -209,17 +213,17 @@ def _parse_implicit(row: Row, fields: Sequence[str]) -> ParsedRow:
 def _parse_swift(row: Row, fields: Sequence[str]) -> ParsedRow:
     """A conversation with the chosen answer, and the rejected answer."""
     conversation, rejected = fields
-    messages = _messages(row[conversation], conversation)
+    messages = messages_of(row[conversation], conversation)
     if not messages or messages[-1][0] != "assistant":
         raise ValueError(f"'{conversation}' does not end with the assistant; its last message must "
                          "be the chosen answer")
-    return ParsedRow(_prompt(messages[:-1], conversation), _answer(messages[-1][1], conversation),
-                     _answer(row[rejected], rejected))
+    return ParsedRow(prompt_of(messages[:-1], conversation),
+                     answer_of(messages[-1][1], conversation), answer_of(row[rejected], rejected))
 
 
 def _parse_conversations(row: Row, fields: Sequence[str]) -> ParsedRow:
     """Two conversations that differ only in their answers."""
-    chosen, rejected = (_messages(row[name], name) for name in fields)
+    chosen, rejected = (messages_of(row[name], name) for name in fields)
     return _split_turns(chosen, rejected, fields)
 
 
@@ -240,23 +244,13 @@ FORMATS = {
 def _add_common(row: Row, messages: Messages) -> Messages:
     """Put the system prompt and the history before the messages, unless they stand there."""
     start = next((n for n, (role, _) in enumerate(messages) if role != "system"), len(messages))
-    head, body, earlier = messages[:start], messages[start:], _history(row.get("history"))
+    head, body, earlier = messages[:start], messages[start:], history_of(row.get("history"))
     if body[:len(earlier)] != earlier:
         body = earlier + body
     if row.get("system") not in EMPTY:
-        system = (("system", _text(row["system"], "system")),)
+        system = (("system", text_of(row["system"], "system")),)
         head = head if head[:1] == system else system + head
     return head + body
-
-
-def _history(value: Any) -> Messages:
-    """Messages of a list of [question, answer], or of a list of messages."""
-    if value in EMPTY:
-        return ()
-    if isinstance(value, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in value):
-        return tuple((role, _text(text, "history")) for turn in value
-                     for role, text in zip(("user", "assistant"), turn))
-    return _messages(value, "history")
 
 
 def _require_rendered(row: Row) -> None:
@@ -278,8 +272,8 @@ def _require_all_prompts(row: Row, kind: str, parsed: ParsedRow) -> None:
         value = row.get(name)
         if value in EMPTY or (name in known and name != "prompt"):
             continue
-        turns = _open_dialogue(value) if isinstance(value, str) else ()
-        lost = {*([text for _, text in turns] or _texts(value))} - there
+        turns = open_dialogue(value) if isinstance(value, str) else ()
+        lost = {*([text for _, text in turns] or texts_in(value))} - there
         if lost and not set(map(_words, lost)) <= set(map(_words, there)):
             raise ValueError(f"the text of '{name}' is in no message of the {kind} row and would "
                              "be lost; put it into the prompt, or remove the field")
@@ -293,90 +287,10 @@ def _words(text: str) -> str:
 def _require_nothing_else(row: Row, kind: str) -> None:
     """Refuse two strings beside which other text stands: it may be the prompt."""
     known = FORMATS[kind].known
-    others = [name for name, value in row.items() if name not in known and _texts(value)]
+    others = [name for name, value in row.items() if name not in known and texts_in(value)]
     if others:
         raise ValueError(f"no 'prompt', but text in {', '.join(map(repr, others))}; rename the "
                          "field with the prompt to 'prompt', or remove these fields")
-
-
-def _texts(value: Any) -> list[str]:
-    """All strings with content in a JSON value, roles of messages apart."""
-    found, rest = [], [value]
-    while rest:
-        item = rest.pop()
-        if isinstance(item, dict):
-            rest += [part for name, part in item.items() if name not in ("role", "from")]
-        elif isinstance(item, list):
-            rest += item
-        elif isinstance(item, str) and item.strip():
-            found.append(item)
-    return found
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"'{name}' is {type(value).__name__}; expected a string")
-    return value
-
-
-def _is_answer(value: Any) -> bool:
-    """Whether a value is a string, a message, or a list of one message."""
-    return isinstance(value, (str, dict)) or (isinstance(value, list) and len(value) == 1)
-
-
-def _answer(value: Any, name: str) -> str:
-    """Text of an answer: a string, a message, or a list of one message."""
-    if not isinstance(value, str):
-        messages = _messages([value] if isinstance(value, dict) else value, name)
-        if len(messages) != 1 or messages[0][0] != "assistant":
-            roles = ", ".join(role for role, _ in messages)
-            raise ValueError(f"'{name}' holds {roles or 'no message'}; expected one assistant "
-                             "message")
-        value = messages[0][1]
-    if not value.strip():
-        raise ValueError(f"'{name}' is empty; add the answer or remove the row")
-    return value
-
-
-def _messages(value: Any, name: str) -> Messages:
-    """Messages of a list of objects with role and content, or from and value."""
-    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        raise ValueError(f"'{name}' is not a list of messages; expected objects with role and "
-                         "content, or from and value")
-    messages = []
-    for message in value:
-        role = message.get("role", message.get("from"))
-        if not isinstance(role, str) or role not in ROLES:
-            raise ValueError(f"'{name}' has the role {role!r}; known roles: {', '.join(ROLES)}")
-        if message.get("tool_calls"):
-            raise ValueError(f"'{name}' has tool_calls, which the template does not render; write "
-                             "the call as text")
-        text = _text(message.get("content", message.get("value")), f"{name} of {role}")
-        messages.append((ROLES[role], text))
-    return tuple(messages)
-
-
-def _dialogue(text: str) -> Messages:
-    """Turns of a dialogue as in HH-RLHF, `Human: ... Assistant: ...`; () if the text is none."""
-    if not _SPEAKER.match(text):
-        return ()
-    pieces = _SPEAKER.split(text)[1:]
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return tuple((roles[who], said.strip()) for who, said in zip(pieces[::2], pieces[1::2]))
-
-
-def _open_dialogue(text: str) -> Messages:
-    """Turns of a dialogue that ends with an empty turn of the assistant; () if the text is none."""
-    turns = _dialogue(text)
-    return turns[:-1] if turns[-1:] == (("assistant", ""),) else ()
-
-
-def _prompt(messages: Messages, name: str) -> Messages:
-    """The messages, if the last of them can be answered."""
-    if not messages or messages[-1][0] == "assistant":
-        found = "ends with the assistant" if messages else "holds no message"
-        raise ValueError(f"'{name}' {found}; the last message must be one to answer")
-    return messages
 
 
 def _common_length(first: Sequence[Any], second: Sequence[Any]) -> int:
@@ -392,7 +306,7 @@ def _split_turns(chosen: Messages, rejected: Messages, names: Sequence[str]) -> 
     if common < 0 or len(chosen) != common + 1 or len(rejected) != common + 1:
         raise ValueError(f"'{names[0]}' and '{names[1]}' share {max(common, 0)} messages of "
                          f"{len(chosen)} and {len(rejected)}; only their last messages may differ")
-    prompt = _prompt(chosen[:-1], "prompt")
-    answers = [_answer({"role": side[-1][0], "content": side[-1][1]}, name)
+    prompt = prompt_of(chosen[:-1], "prompt")
+    answers = [answer_of({"role": side[-1][0], "content": side[-1][1]}, name)
                for name, side in zip(names, (chosen, rejected))]
     return ParsedRow(prompt, *answers)

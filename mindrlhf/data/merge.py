@@ -12,8 +12,9 @@ from mindrlhf import cli
 from mindrlhf.data import groups, mindrecord, packing, pair_types
 from mindrlhf.data.features import TokenGroup
 from mindrlhf.data.groups import Limits, PairGroup
-from mindrlhf.data.parts import Parts, Scored
+from mindrlhf.data.parts import Parts
 from mindrlhf.data.preference import Pair, PairSource
+from mindrlhf.data.scored import Scored
 
 TOO_LONG = "longer than a row"
 LISTED = 1000  # places that the sidecar lists for each reason

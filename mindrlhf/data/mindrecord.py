@@ -12,15 +12,9 @@ import numpy as np
 from mindrlhf.cli import UserError, existing_file, rank
 from mindrlhf.data import groups, packing
 from mindrlhf.data.features import TokenGroup, TokenPair, row_inputs
-from mindrlhf.files import (
-    Output,
-    hash_file,
-    read_head,
-    remove_seal,
-    require_file_size,
-    staging_folder,
-    write_json,
-)
+from mindrlhf.files import hash_file, read_head, require_file_size, staging_folder
+from mindrlhf.json_files import remove_seal, write_json
+from mindrlhf.outputs import Output
 from mindrlhf.records import COLUMNS
 
 SMALLEST = 48 << 20  # bytes of a .mindrecord, with holes; under a lower limit, the writer crashes

@@ -5,7 +5,8 @@ import time
 from collections.abc import Callable, Iterable
 
 from mindrlhf import cli
-from mindrlhf.data.parts import Part, Parts
+from mindrlhf.data.parts import Parts
+from mindrlhf.data.scored import Part
 from mindrlhf.parallel import Plan
 
 Report = Callable[[int, int], None]  # called with the numbers of pairs and of positions so far

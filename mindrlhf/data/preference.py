@@ -10,7 +10,7 @@ from typing import Any
 
 from mindrlhf.cli import UserError
 from mindrlhf.data import formats, pair_types, sources
-from mindrlhf.data.formats import Messages
+from mindrlhf.data.messages import Messages
 from mindrlhf.data.sources import JsonRow
 
 DATASET_TYPES = (*formats.FORMATS, "auto")

@@ -15,11 +15,13 @@ from mindrlhf.checkpoints import fingerprints
 from mindrlhf.cli import UserError
 from mindrlhf.config import Settings
 from mindrlhf.data import merge, mindrecord, preference, reference, sources, summary
-from mindrlhf.data.parts import Part, Parts, split_pairs
+from mindrlhf.data.parts import Parts, split_pairs
 from mindrlhf.data.passes import Bar, Report, make_parts, missing_parts
+from mindrlhf.data.scored import Part
 from mindrlhf.models.glm4 import load, sidecar, template
 from mindrlhf.models.glm4.operations import model_operations
 from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
+from mindrlhf.outputs import Output, require_no_loss, require_overwrite
 from mindrlhf.parallel import Plan
 
 
@@ -104,7 +106,7 @@ def make_data(options: Options, settings: Settings) -> None:
         finish_picture(options, parts)
         return
     for path in paths:
-        files.require_overwrite(path, options.overwrite,
+        require_overwrite(path, options.overwrite,
                                 partial(is_of_run, path, run.origin["run"]))
     score_parts(parts, {number: members[number] for number in todo}, source,
                 with_filled_batches(settings, max(map(len, members))),  # a row has at least a pair
@@ -147,12 +149,12 @@ def load_preprocess_settings(options: Options, config_path: str, overrides: dict
     config.require_weights(settings)
     config.require_workers(settings, cli.workers())
     config.require_full_batch(settings, "preprocess", config_path)
-    outputs = [*mindrecord.data_outputs(options.dst), files.Output(
+    outputs = [*mindrecord.data_outputs(options.dst), Output(
         Path(f"{options.dst}.png"), "a PNG picture",
         lambda path: files.read_head(path).startswith(b"\x89PNG"))]
     if options.eval_ratio:
         outputs += mindrecord.data_outputs(merge.eval_path(options.dst))
-    files.require_no_loss(outputs, [  # shards in a folder are no MindRecords
+    require_no_loss(outputs, [  # shards in a folder are no MindRecords
         *sources.find_files(options.src), config_path,
         settings["load_checkpoint"] if Path(settings["load_checkpoint"]).is_file() else None,
         settings["processor"]["tokenizer"]["vocab_file"]])

@@ -10,8 +10,8 @@ from mindrlhf.cli import UserError
 from mindrlhf.data.features import TokenGroup, TokenPair, row_inputs, tokenize_pair, truncate_prompt
 from mindrlhf.data.groups import Sequences, find_sequences, group_sizes, make_groups, row_limits
 from mindrlhf.data.packing import pack_groups
-from mindrlhf.data.parts import Part
 from mindrlhf.data.preference import Pair
+from mindrlhf.data.scored import Part
 from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
 from mindrlhf.records import INPUTS
 

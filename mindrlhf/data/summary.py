@@ -11,8 +11,8 @@ from mindrlhf.arithmetic import ceil_div
 from mindrlhf.cli import printable
 from mindrlhf.data import row_length
 from mindrlhf.data.merge import MergeReport
-from mindrlhf.data.parts import Scored
 from mindrlhf.data.preference import Pair, PairSource
+from mindrlhf.data.scored import Scored
 from mindrlhf.models.glm4 import template
 from mindrlhf.records import SIDES
 

@@ -18,12 +18,13 @@ from typing import Any, BinaryIO
 from mindrlhf import cli, config
 from mindrlhf.checkpoints import fingerprints
 from mindrlhf.cli import UserError
-from mindrlhf.files import Output, read_json, require_no_loss, write_json
 from mindrlhf.inference.engine import Answer, Engine, room_of
 from mindrlhf.inference.loading import Model, load_engine, strategies
 from mindrlhf.inference.prompts import Prompt, as_json, with_system
 from mindrlhf.inference.sampling import Sampling
+from mindrlhf.json_files import read_json, write_json
 from mindrlhf.models.glm4 import load, template
+from mindrlhf.outputs import Output, require_no_loss
 
 KEY = "answers"  # of OUTPUT.json: what the answers depend on
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from mindrlhf import cli
 from mindrlhf.cli import UserError
-from mindrlhf.files import write_json
 from mindrlhf.inference.engine import Answer, Engine, require_room
 from mindrlhf.inference.prompts import as_json
 from mindrlhf.inference.sampling import Sampling
+from mindrlhf.json_files import write_json
 from mindrlhf.models.glm4 import template
 
 HELP = """\

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from mindrlhf import cli
 from mindrlhf.cli import UserError
-from mindrlhf.files import Output, atomic_file, read_head, require_no_loss, require_overwrite
+from mindrlhf.files import atomic_file, read_head
 from mindrlhf.inference.answer_file import in_order, json_line
 from mindrlhf.inference.engine import Answer, Engine
 from mindrlhf.inference.loading import Model, load_engine, strategies
@@ -19,6 +19,7 @@ from mindrlhf.inference.prompts import Prompt, as_json, with_system
 from mindrlhf.inference.sampling import Sampling
 from mindrlhf.markdown import fenced
 from mindrlhf.models.glm4 import load, sidecar
+from mindrlhf.outputs import Output, require_no_loss, require_overwrite
 
 BASE = "base"  # of --compare_with: load_checkpoint without its adapters
 TITLE = "# Answers of two models"  # first line of the Markdown file

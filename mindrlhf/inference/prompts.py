@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from mindrlhf.cli import UserError, existing_file
 from mindrlhf.data import formats, sources
-from mindrlhf.data.formats import Messages
+from mindrlhf.data.messages import Messages
 from mindrlhf.inference.engine import require_room
 from mindrlhf.models.glm4 import template
 from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer

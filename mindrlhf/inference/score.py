@@ -10,102 +10,25 @@ import argparse
 import contextlib
 import hashlib
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from mindrlhf import cli, config, locks
-from mindrlhf.checkpoints import fingerprints
 from mindrlhf.cli import UserError
 from mindrlhf.data import preprocess
-from mindrlhf.data.parts import Part, Parts, Scored
+from mindrlhf.data.parts import Parts
 from mindrlhf.data.passes import Bar, Report, make_parts, missing_parts
-from mindrlhf.data.reference import Scorer
-from mindrlhf.files import Output, atomic_file, read_head, require_no_loss, require_overwrite
+from mindrlhf.data.scored import Part, Scored
+from mindrlhf.files import atomic_file, read_head
 from mindrlhf.inference import score_record, score_report, score_results
 from mindrlhf.inference.answer_file import json_line
-from mindrlhf.inference.compare import BASE
-from mindrlhf.inference.loading import Model, fill_network, open_model, strategies
-from mindrlhf.inference.score_data import ChoiceData, ScoreData, open_score_data
-from mindrlhf.inference.score_record import CHOICES, PAIRS, PICTURE, RECORD, Score
-from mindrlhf.models.glm4 import load, sidecar, template
+from mindrlhf.inference.loading import fill_network
+from mindrlhf.inference.score_data import ChoiceData
+from mindrlhf.inference.score_record import PAIRS, PICTURE, RECORD, Score
+from mindrlhf.inference.score_task import Task, Weights, open_task
+from mindrlhf.outputs import Output, require_no_loss, require_overwrite
 from mindrlhf.parallel import Plan, Settings
-
-
-@dataclass
-class Weights:
-    """Weights that score pairs.
-
-    Attributes:
-        model: with its adapters.
-        about: files and fingerprints, for score.json.
-    """
-    model: Model
-    about: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        path, (of_weights, of_adapters) = self.model.settings["load_checkpoint"], strategies(
-            self.model)
-        opened = load.open_weights(path, of_weights)
-        found = fingerprints.fingerprint(opened)
-        sidecar.require_recorded_weights(path, opened, found)
-        self.about = {"file": path, "fingerprint": found, "adapters": None}
-        if self.model.adapters:
-            adapters = load.open_adapters(self.model.adapters, of_adapters)
-            self.about["adapters"] = {"file": self.model.adapters,
-                                      "fingerprint": fingerprints.fingerprint(adapters)}
-
-    @property
-    def identity(self) -> list[str | None]:
-        """Fingerprints of weights and adapters."""
-        adapters = self.about["adapters"]
-        return [self.about["fingerprint"], adapters and adapters["fingerprint"]]
-
-
-@dataclass
-class Task:
-    """What is scored with what, and where the results go.
-
-    Attributes:
-        settings: of the run, with the seq_length of the data.
-        data: the pairs.
-        policy: the weights to score.
-        reference: the weights whose log-probs are the reference; None: those in the data, or none.
-        folder: of the results.
-        identity: what determines the results, as JSON values.
-        scorer: the network, built when it is first needed.
-    """
-    settings: Settings
-    data: ScoreData
-    policy: Weights
-    reference: Weights | None
-    folder: Path
-    identity: dict[str, Any] = field(default_factory=dict)
-    scorer: Scorer | None = None
-
-    @property
-    def seq_len(self) -> int:
-        """Positions of a row."""
-        return self.settings["model"]["model_config"]["seq_length"]
-
-    @property
-    def run(self) -> str:
-        """SHA-256 of the identity."""
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
-
-    @property
-    def made_with(self) -> dict[str, Any] | None:
-        """File and fingerprint of the reference weights."""
-        return self.reference.about if self.reference else self.data.made_with
-
-    @property
-    def is_reference(self) -> bool:
-        """Whether the weights to score are those of the reference."""
-        made = self.made_with
-        return made is not None and self.policy.identity == [
-            made["fingerprint"], (made.get("adapters") or {}).get("fingerprint")]
 
 
 def score(settings: Settings, arguments: argparse.Namespace) -> None:
@@ -135,84 +58,6 @@ def score(settings: Settings, arguments: argparse.Namespace) -> None:
         run_task(open_task(settings, folder, arguments), overwrite=arguments.overwrite)
 
 
-def open_task(settings: Settings, folder: Path, arguments: argparse.Namespace) -> Task:
-    """Open data and weights, and check that they belong together.
-
-    Args:
-        settings: of the run.
-        folder: of the results.
-        arguments: of the command line.
-    """
-    from mindrlhf import runtime
-    model = open_model(settings, arguments.adapter_checkpoint)
-    rows = arguments.batch_size or settings["runner_config"]["batch_size"]
-    data = open_score_data(arguments.score_data, model.tokenizer, arguments.dataset_type,
-                           batch_positions=rows * settings["model"]["model_config"]["seq_length"])
-    settings = _fit_settings(settings, data, arguments)
-    model = model._replace(settings=settings)
-    reference = _reference_model(model, data, arguments.reference_checkpoint)
-    if data.kind != CHOICES and not (reference or data.made_with):
-        data.references()  # says what is missing
-    if reference and Plan.of(settings).is_sharded:
-        raise UserError("with a parallel plan, only one set of weights can be loaded; preprocess "
-                        "the pairs with the reference weights and score the .mindrecord")
-    task = Task(settings, data, Weights(model), Weights(reference) if reference else None, folder)
-    if task.reference and data.made_with and (
-            task.reference.identity == [data.made_with["fingerprint"], None]):
-        task.reference = None  # the data hold its log-probs
-    sections = ("model", "parallel", "parallel_config")
-    task.identity = json.loads(json.dumps({
-        "data": data.about["hash"], "kind": data.kind, "template": template.VERSION,
-        "dataset_type": data.about.get("dataset_type"), "tokenizer": model.tokenizer.fingerprint,
-        "policy": task.policy.identity,
-        "reference": task.reference.identity if task.reference else data.made_with,
-        "dpo": {name: settings["dpo"][name] for name in score_results.SETTINGS},
-        "batch_size": settings["runner_config"]["batch_size"],
-        "logps_chunk_size": settings["dpo"]["logps_chunk_size"], "versions": runtime.versions(),
-        **{name: settings.get(name) for name in sections}}))
-    return task
-
-
-def _fit_settings(settings: Settings, data: ScoreData, arguments: argparse.Namespace) -> Settings:
-    """The settings with the row length of the data, and no more rows at once than there are."""
-    found = data.pairs if data.rows is None else data.rows
-    if (arguments.batch_size or 0) > found:
-        raise UserError(f"--batch_size {arguments.batch_size}: {arguments.score_data} has {found} "
-                        f"{'pairs' if data.rows is None else 'rows'}; give at most {found}")
-    changes = {"runner_config.batch_size": arguments.batch_size,
-               "model.model_config.seq_length": data.seq_len}
-    given = {name: value for name, value in changes.items() if value}
-    return preprocess.with_filled_batches(config.with_changes(settings, given), found)
-
-
-def _reference_model(model: Model, data: ScoreData, given: str | None) -> Model | None:
-    """The model of --reference_checkpoint; None if the data hold log-probs or need none.
-
-    Raises:
-        UserError: it has no use, or does not fit.
-    """
-    if data.kind == CHOICES:
-        if given:
-            raise UserError("--reference_checkpoint: multiple choice compares log-probs of one "
-                            "model; leave it out")
-        return None
-    if given in (None, BASE):
-        if model.adapters and (given or not data.made_with):
-            strategy = {"src_strategy": strategies(model).of_weights or ""}
-            return model._replace(settings=config.with_changes(model.settings, strategy),
-                                  adapters=None)
-        if given:
-            raise UserError(f"--reference_checkpoint {BASE} needs --adapter_checkpoint; else give "
-                            "the path of the weights that training started from")
-        return None
-    path = config.find_checkpoint(given)
-    if not Path(path).is_dir():
-        cli.existing_file(path, "the weights of --reference_checkpoint, or base with adapters")
-    sidecar.require_same_model(path, model.settings)
-    return model._replace(adapters=None, settings=config.with_changes(
-        model.settings, {"load_checkpoint": path, "src_strategy": ""}))
-
-
 def run_task(task: Task, *, overwrite: bool) -> None:
     """Compute what is missing, write the results and print them.
 
@@ -220,14 +65,13 @@ def run_task(task: Task, *, overwrite: bool) -> None:
         task: to do.
         overwrite: replace another score in its folder.
     """
-    passes = passes_of(task)
-    todo = {name: _open_parts(task, name, weights) for name, weights in passes}
+    todo = {name: _open_parts(task, name, weights) for name, weights in task.passes}
     if _is_done(task):  # checked last: rank 0 then removes parts
         cli.say(f"{task.folder}: has this score already",
                 *score_report.score_lines(score_record.load(task.folder)))
         return
     _require_folder(task, overwrite)
-    for name, weights in passes:
+    for name, weights in task.passes:
         _compute(task, *todo[name], weights)
     if cli.rank() == 0:
         scored = {name: parts.read() for name, (parts, _) in todo.items()}
@@ -235,14 +79,6 @@ def run_task(task: Task, *, overwrite: bool) -> None:
         for parts in task.folder.glob("*.parts"):
             if parts.name.split("-")[0] in ("policy", "reference"):
                 Parts(parts.with_suffix(""), 0, {}).remove()
-
-
-def passes_of(task: Task) -> list[tuple[str, Weights | None]]:
-    """The passes of a task: name, and the weights, or None if the data hold their log-probs."""
-    if task.is_reference:  # one pass serves for both
-        return [("policy", task.reference and task.policy)]
-    policy: tuple[str, Weights | None] = ("policy", task.policy)
-    return [("reference", task.reference), policy] if task.reference else [policy]
 
 
 def _open_parts(task: Task, name: str, weights: Weights | None) -> tuple[Parts, list[int]]:

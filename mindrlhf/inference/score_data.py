@@ -16,10 +16,11 @@ from mindrlhf.data import mindrecord, preference, reference, sources
 from mindrlhf.data.features import TokenPair
 from mindrlhf.data.groups import find_sequences
 from mindrlhf.data.pair_types import PairTypes, read_types
-from mindrlhf.data.parts import Part, Scored, split_pairs
+from mindrlhf.data.parts import split_pairs
 from mindrlhf.data.passes import Report
 from mindrlhf.data.preference import Pair
 from mindrlhf.data.reference import Scorer
+from mindrlhf.data.scored import Part, Scored
 from mindrlhf.data.validation import read_answers
 from mindrlhf.files import hash_file
 from mindrlhf.inference import multiple_choice

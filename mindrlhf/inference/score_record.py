@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mindrlhf.cli import UserError
-from mindrlhf.files import read_head, read_json, write_json
+from mindrlhf.files import read_head
+from mindrlhf.json_files import read_json, write_json
 
 FORMAT = 1  # of score.json
 RECORD, PAIRS, PICTURE = "score.json", "pairs.jsonl", "margins.png"  # the files of a score

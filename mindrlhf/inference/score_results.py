@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mindrlhf.data.groups import group_sizes, make_groups, row_limits
-from mindrlhf.data.parts import Scored
+from mindrlhf.data.scored import Scored
 from mindrlhf.inference import estimates, multiple_choice
 from mindrlhf.inference.score_data import ChoiceData, ScoreData
 from mindrlhf.inference.score_record import Score

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mindrlhf.cli import UserError, shown
-from mindrlhf.data.formats import ROLES, Messages
+from mindrlhf.data.messages import ROLES, Messages
 from mindrlhf.inference.engine import Answer, require_room
 from mindrlhf.inference.prompts import with_system
 from mindrlhf.inference.sampling import sampling_of

@@ -21,8 +21,9 @@ from mindrlhf.checkpoints import fingerprints
 from mindrlhf.checkpoints.runs import STEP
 from mindrlhf.checkpoints.tensors import StoredTensor
 from mindrlhf.cli import UserError
-from mindrlhf.files import Output, read_json, require_no_loss, write_json
+from mindrlhf.json_files import read_json, write_json
 from mindrlhf.models.glm4 import load
+from mindrlhf.outputs import Output, require_no_loss
 
 FILE = "run.json"  # in output_dir
 COMMANDS = "commands.jsonl"  # in output_dir: the command of each start, those of resumed runs too

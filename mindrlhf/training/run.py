@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,9 @@ from mindspore import nn
 from mindspore.train.callback import Callback
 
 from mindrlhf import cli, config, locks, runtime
-from mindrlhf.arithmetic import ceil_div
 from mindrlhf.checkpoints import containers, fingerprints
 from mindrlhf.data import mindrecord
-from mindrlhf.data.dataset import open_dataset
-from mindrlhf.models.glm4 import build, load, sidecar, template
+from mindrlhf.models.glm4 import build, load, sidecar
 from mindrlhf.models.glm4.operations import model_operations
 from mindrlhf.models.glm4.weight_names import is_adapter, is_base_weight
 from mindrlhf.parallel import Plan
@@ -24,33 +22,9 @@ from mindrlhf.training import identity, state, train_step  # noqa: F401  train_s
 from mindrlhf.training.callbacks import BEST, DPOMonitor, EvalMonitor, Progress
 from mindrlhf.training.evaluate import Evaluator
 from mindrlhf.training.identity import Identity
+from mindrlhf.training.inputs import Data, feed_of, open_data, open_rows, require_filled_batches
 from mindrlhf.training.journal import Journal, read_records
 from mindrlhf.training.saving import DPOCheckpointMonitor, check_optimizer_state
-
-MOST_PADDING = 64  # rows of a step for each row of the data
-
-
-@dataclass(frozen=True)
-class Data:
-    """Paths and sidecars of the training data and, with --eval_dataset, of the held-out data."""
-    train_path: str
-    train: dict[str, Any]
-    eval_path: str | None
-    eval: dict[str, Any] | None
-
-
-@dataclass(frozen=True)
-class Feed:
-    """How a worker reads the data.
-
-    Attributes:
-        batch_size: rows that this worker reads for a step.
-        shards: number of parts into which the rows are split over the workers.
-        shard: this worker's part.
-    """
-    batch_size: int
-    shards: int
-    shard: int
 
 
 def finetune(settings: dict[str, Any], *, overwrite: bool = False,
@@ -104,31 +78,6 @@ def _finetune(settings: dict[str, Any], *, overwrite: bool, allow_changes: bool)
     if not resumed:
         sidecar.copy_to_run(settings["load_checkpoint"], settings["output_dir"])
     train(model, run_config, settings, data, run, resumed)
-
-
-def open_data(settings: dict[str, Any]) -> Data:
-    """Find the data of a run and check that they fit its YAML and tokenizer.
-
-    Raises:
-        UserError: a file is missing, or the data were made with other settings.
-    """
-    from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
-    path = config.get_setting(settings, "train_dataset.data_loader.dataset_dir")
-    if not path:
-        raise cli.UserError("no training data given; --train_dataset names the .mindrecord that "
-                            "preprocessing wrote")
-    model = settings["model"]["model_config"]
-    tokenizer = Glm4Tokenizer(settings["processor"]["tokenizer"]["vocab_file"])
-    tokenizer.check_vocabulary(model["padded_vocab_size"])
-    eval_path = config.get_setting(settings, "eval_dataset.data_loader.dataset_dir") or None
-    sidecars = {}
-    for each in filter(None, (path, eval_path)):
-        sidecars[each] = mindrecord.read_data_sidecar(each)
-        mindrecord.require_unchanged(each, sidecars[each])
-        mindrecord.require_made_for(each, sidecars[each], seq_len=model["seq_length"],
-                                    template=template.VERSION, tokenizer=tokenizer.fingerprint,
-                                    checkpoint=None)
-    return Data(path, sidecars[path], eval_path, sidecars[eval_path] if eval_path else None)
 
 
 def open_state(settings: dict[str, Any]) -> Path | None:
@@ -207,39 +156,6 @@ def load_policy(model: nn.Cell, settings: dict[str, Any], data: Data, resumed: P
             mindrecord.require_made_for(file, made, seq_len=made["seq_len"],
                                         template=made["template"], tokenizer=None,
                                         checkpoint=weights)
-
-
-def feed_of(settings: dict[str, Any]) -> Feed:
-    """How this worker is fed: its rows of a step, all parts of gradient accumulation included."""
-    runner = settings["runner_config"]
-    rows = runner["batch_size"] * runner.get("gradient_accumulation_steps", 1)
-    plan = Plan.of(settings)
-    if plan.is_sharded:  # every card reads the full batch; the graph takes the card's part of it
-        return Feed(batch_size=rows * plan.data, shards=1, shard=0)
-    return Feed(batch_size=rows, shards=cli.workers(), shard=cli.rank())
-
-
-def require_filled_batches(settings: dict[str, Any], data: Data) -> None:
-    """Raise UserError if a step takes far more rows than there are, so that most are padding."""
-    feed, runner = feed_of(settings), settings["runner_config"]
-    rows, found = feed.batch_size * feed.shards, data.train["rows"]
-    if runner["batch_size"] > 1 and rows > MOST_PADDING * found:
-        raise cli.UserError(
-            f"runner_config.batch_size: {runner['batch_size']} makes {rows} rows a step, and "
-            f"{data.train_path} has {found}; give at most {ceil_div(found, feed.shards)}")
-
-
-def open_rows(path: str, made: dict[str, Any], feed: Feed, *, shuffle: bool) -> Any:
-    """This worker's batches of a .mindrecord, a MindSpore dataset.
-
-    Args:
-        path: the .mindrecord.
-        made: its sidecar.
-        feed: how this worker reads it.
-        shuffle: whether the order of the rows changes from epoch to epoch.
-    """
-    return open_dataset(path, made, batch_size=feed.batch_size, shuffle=shuffle, shards=feed.shards,
-                        shard=feed.shard)
 
 
 def train(model: nn.Cell, run_config: Any, settings: dict[str, Any], data: Data, run: Identity,

@@ -19,7 +19,8 @@ from mindspore.train.callback import Callback
 from mindrlhf import cli, runtime
 from mindrlhf.checkpoints import containers
 from mindrlhf.checkpoints.runs import STEP
-from mindrlhf.files import existing_parent, staging_folder, write_json
+from mindrlhf.files import existing_parent, staging_folder
+from mindrlhf.json_files import write_json
 from mindrlhf.models.glm4.lora import adapter_metadata
 from mindrlhf.models.glm4.weight_names import is_base_weight
 from mindrlhf.training import state

@@ -18,7 +18,7 @@ from mindrlhf import config, locks
 from mindrlhf.cli import UserError
 from mindrlhf.data import show
 from mindrlhf.models.glm4 import sidecar
-from mindrlhf.training import run, state
+from mindrlhf.training import inputs, run, state
 
 STATE = "out/checkpoint/rank_0/glm4_dpo-step_00000012.ckpt"
 
@@ -87,7 +87,7 @@ def show_data(place):
 
 def begin_training(place):
     settings = place.settings()
-    data = run.open_data(settings)
+    data = inputs.open_data(settings)
     sidecar.require_same_model(settings["load_checkpoint"], settings)
     identity = run.identity.describe_training(settings, data.train, data.eval)
     return identity, data.train["rows"], data.train["pairs_per_row"]
@@ -96,7 +96,7 @@ def begin_training(place):
 def resume(place):
     """Up to the weights and the place in the data."""
     settings = place.settings(resume_training=str(place.folder / STATE))
-    data = run.open_data(settings)
+    data = inputs.open_data(settings)
     path = run.open_state(settings)
     identity = run.begin_run(settings, data, path, overwrite=False, allow_changes=False)
     own = state.own_state(path)

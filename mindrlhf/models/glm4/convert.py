@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mindrlhf import cli, files, locks
+from mindrlhf import cli, files, json_files, locks, outputs
 from mindrlhf.checkpoints import containers, tensors
 from mindrlhf.checkpoints.strict import describe_difference
 from mindrlhf.checkpoints.tensors import StoredTensor, TensorItem
@@ -125,7 +125,7 @@ def to_mindspore(source: str, target: str, *, dtype: str, allow_nonfinite: bool 
     containers.require_suffix(target)
     read = [*Path(source).glob("*.safetensors"),
             *(Path(source, name) for name in (hf.INDEX, "config.json"))]
-    files.require_no_loss(sidecar.checkpoint_outputs(target), read)
+    outputs.require_no_loss(sidecar.checkpoint_outputs(target), read)
     conversion = Conversion(DTYPES[dtype], allow_nonfinite)
     with locks.hold(target), _progress(target) as progress:
         found = hf.read_hf_folder(source)
@@ -134,7 +134,7 @@ def to_mindspore(source: str, target: str, *, dtype: str, allow_nonfinite: bool 
             ranges = [Range(found.tensors[part.name], 0, found.tensors[part.name].elements)
                       for part in parts]
             items.append(conversion.item(name, shapes[name], ranges))
-        files.require_overwrite(target, overwrite,
+        outputs.require_overwrite(target, overwrite,
                                 partial(sidecar.holds_already, target, items, found.config))
         _prepare(items, target, progress)
         sidecar.remove_sidecar(target)  # after an interruption it would describe other weights
@@ -211,7 +211,7 @@ def find_config(source: str, given: str | None) -> ModelConfig:
             raise UserError(f"{source}: has no {sidecar.path_beside(source).name} next to it; copy "
                             "it there, or give --config with the config.json of its model")
         return found.config
-    content = files.read_json(cli.existing_file(given, "a config.json or a sidecar"))
+    content = json_files.read_json(cli.existing_file(given, "a config.json or a sidecar"))
     config = (sidecar.read_sidecar(given).config if "numbers" in content
               else model_config.parse_hf_config(content, given))
     if found:

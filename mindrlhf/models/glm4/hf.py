@@ -16,7 +16,8 @@ from mindrlhf.checkpoints.containers import open_tensors, write_tensors
 from mindrlhf.checkpoints.strict import describe_difference
 from mindrlhf.checkpoints.tensors import StoredTensor, TensorItem, round_to
 from mindrlhf.cli import UserError, existing_file
-from mindrlhf.files import atomic_folder, read_json, write_json
+from mindrlhf.files import atomic_folder
+from mindrlhf.json_files import read_json, write_json
 from mindrlhf.models.glm4 import model_config, weight_names
 from mindrlhf.models.glm4.model_config import ModelConfig
 

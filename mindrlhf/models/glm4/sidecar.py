@@ -24,9 +24,10 @@ from mindrlhf.checkpoints.fingerprints import Fingerprint, digest
 from mindrlhf.checkpoints.fingerprints import fingerprint as fingerprint_of
 from mindrlhf.checkpoints.tensors import DTYPES, StoredTensor, TensorItem, pieces
 from mindrlhf.cli import UserError
-from mindrlhf.files import Output, read_json, write_json
+from mindrlhf.json_files import read_json, write_json
 from mindrlhf.models.glm4 import model_config, weight_names
 from mindrlhf.models.glm4.model_config import ModelConfig
+from mindrlhf.outputs import Output
 
 MODEL = "model.json"  # in the output folder of a training run
 IN_YAML = ("num_layers", "padded_vocab_size", "hidden_size", "ffn_hidden_size",

@@ -15,10 +15,11 @@ from mindrlhf.checkpoints import fingerprints, layouts, reshard, shards
 from mindrlhf.checkpoints.containers import SUFFIXES, open_tensors, write_tensors
 from mindrlhf.checkpoints.tensors import StoredTensor, TensorItem, TensorSpec, Values, round_to
 from mindrlhf.cli import UserError
-from mindrlhf.files import require_no_loss, require_overwrite, require_space, staging_folder
+from mindrlhf.files import require_space, staging_folder
 from mindrlhf.models.glm4 import load, lora, sidecar
 from mindrlhf.models.glm4.load import OpenedCheckpoint
 from mindrlhf.models.glm4.weight_names import is_adapter, is_weight
+from mindrlhf.outputs import require_no_loss, require_overwrite
 
 
 @dataclass(frozen=True)
