@@ -34,7 +34,7 @@ class Record(NamedTuple):
     span: tuple[int, int]
 
 
-def read_records(content: mmap.mmap) -> Iterator[Record]:
+def parse_records(content: mmap.mmap) -> Iterator[Record]:
     """The records of a .ckpt that contain tensors.
 
     Raises:

@@ -20,7 +20,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from mindrlhf.checkpoints import fingerprints
-from mindrlhf.checkpoints.ckpt_records import CLOSING, MOST_DIMS, RECORD, RecordWriter, read_records
+from mindrlhf.checkpoints.ckpt_records import (
+    CLOSING,
+    MOST_DIMS,
+    RECORD,
+    RecordWriter,
+    parse_records,
+)
 from mindrlhf.checkpoints.tensors import (
     DTYPES,
     WORKERS,
@@ -90,7 +96,7 @@ def _read_ckpt(path: Path, file: BinaryIO) -> dict[str, StoredTensor]:
     found: dict[str, tuple[TensorSpec, list[tuple[int, int]]]] = {}
     try:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            for record in read_records(content):
+            for record in parse_records(content):
                 spec, spans = found.setdefault(record.spec.name, (record.spec, []))
                 if spec != record.spec:
                     raise ValueError(f"{spec.name} appears twice")
