@@ -181,13 +181,9 @@ def describe_rehearsal(rehearsal: Rehearsal, many: dict[str, Any]) -> str:
     settings = rehearsal.settings
     plan, model = Plan.of(settings), settings["model"]["model_config"]
     where = "CPU processes" if rehearsal.device == "CPU" else rehearsal.device
-    keys = (*SIZES, HEAD, "model.model_config.padded_vocab_size", *TYPES, *RUN,
-            "dpo.logps_chunk_size", "recompute_config.recompute")
-    values = [(key.split(".")[-1], config.get_setting(settings, key, "unset"),
-               config.get_setting(many, key, "unset")) for key in keys]
-    values += [(name, entry[name], changed[name])
-               for entry, changed in zip(settings["callbacks"], many["callbacks"])
-               for name in entry if name != "type"]
+    before, after = dict(config.leaves(settings)), dict(config.leaves(many))
+    values = [(key.split(".")[-1], before.get(key, "unset"), after.get(key, "unset"))
+              for key in dict.fromkeys((*before, *after))]
     changes = ", ".join(f"{name} {old} -> {new}" for name, old, new in values if old != new)
     return (f"{rehearsal.path} on {rehearsal.cards} {where}: data_parallel {plan.data} x "
             f"model_parallel {plan.model}, optimizer sharding {plan.shards_optimizer}, "

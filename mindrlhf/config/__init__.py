@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -150,6 +150,19 @@ def callback_options(settings: Settings) -> dict[str, dict[str, Any]]:
     """The options of the YAML's callbacks: type -> option -> value."""
     return {entry["type"]: {key: value for key, value in entry.items() if key != "type"}
             for entry in settings.get("callbacks", [])}
+
+
+def leaves(settings: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values; an option of a callback is callbacks.TYPE.OPTION."""
+    for key, value in settings.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        elif key == "callbacks" and isinstance(value, list):
+            for entry in value:
+                options = {name: each for name, each in entry.items() if name != "type"}
+                yield from leaves({entry["type"]: options}, "callbacks.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def require_workers(settings: Settings, workers: int) -> None:

@@ -3,10 +3,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from mindrlhf import cli, config
-from mindrlhf.parallel import Settings
 from mindrlhf.schema import RUN_MODES
 
 EXAMPLE = "  python -m mindrlhf.config show finetune_glm4_9b.yaml"
@@ -21,19 +19,6 @@ def parser() -> cli.Parser:
     parse.add_argument("command", choices=("show",), metavar="show", help="what to do")
     parse.add_argument("config", metavar="CONFIG", help="YAML of any run_mode")
     return parse
-
-
-def leaves(settings: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values; an option of a callback is callbacks.TYPE.OPTION."""
-    for key, value in settings.items():
-        if isinstance(value, dict) and value:
-            yield from leaves(value, f"{prefix}{key}.")
-        elif key == "callbacks" and isinstance(value, list):
-            for entry in value:
-                options = {name: each for name, each in entry.items() if name != "type"}
-                yield from leaves({entry["type"]: options}, "callbacks.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def use_of(key: str) -> str:
@@ -61,7 +46,7 @@ def describe(resolved: config.Resolved) -> list[str]:
     changed = {each.key for each in resolved.replaced}
     rows = [(key, cli.shown(value), origin_of(key, short),
              "replaced, see below" if key in changed else use_of(key))
-            for key, value in leaves(resolved.settings)]
+            for key, value in config.leaves(resolved.settings)]
     lines = [f"files: {', '.join(files)}; passed on: to MindFormers", *_aligned(rows)]
     if resolved.replaced:
         replaced = [(each.key, cli.shown(each.value), origin_of(each.key, short),
