@@ -5,7 +5,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from mindrlhf.files import atomic_file
+from mindrlhf.files import atomic_file, read_head
+from mindrlhf.outputs import Output
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -20,6 +21,11 @@ def new_figure(width: float, height: float) -> Any:
     except ImportError:
         return None
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def picture_output(path: str | Path) -> Output:
+    """A picture that a command is going to write."""
+    return Output(Path(path), "a PNG picture", lambda file: read_head(file).startswith(b"\x89PNG"))
 
 
 def save_figure(figure: Any, path: str | Path) -> None:

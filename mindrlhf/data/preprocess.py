@@ -21,8 +21,9 @@ from mindrlhf.data.scored import Part
 from mindrlhf.models.glm4 import load, sidecar, template
 from mindrlhf.models.glm4.operations import model_operations
 from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
-from mindrlhf.outputs import Output, require_no_loss, require_overwrite
+from mindrlhf.outputs import require_no_loss, require_overwrite
 from mindrlhf.parallel import Plan
+from mindrlhf.pictures import picture_output
 
 
 @dataclass(frozen=True)
@@ -149,9 +150,7 @@ def load_preprocess_settings(options: Options, config_path: str, overrides: dict
     config.require_weights(settings)
     config.require_workers(settings, cli.workers())
     config.require_full_batch(settings, "preprocess", config_path)
-    outputs = [*mindrecord.data_outputs(options.dst), Output(
-        Path(f"{options.dst}.png"), "a PNG picture",
-        lambda path: files.read_head(path).startswith(b"\x89PNG"))]
+    outputs = [*mindrecord.data_outputs(options.dst), picture_output(f"{options.dst}.png")]
     if options.eval_ratio:
         outputs += mindrecord.data_outputs(merge.eval_path(options.dst))
     require_no_loss(outputs, [  # shards in a folder are no MindRecords

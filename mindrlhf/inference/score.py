@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from mindrlhf import cli, config, locks
+from mindrlhf import cli, config, locks, pictures
 from mindrlhf.cli import UserError
 from mindrlhf.data import preprocess
 from mindrlhf.data.parts import Parts
 from mindrlhf.data.passes import Bar, Report, make_parts, missing_parts
 from mindrlhf.data.scored import Part, Scored
-from mindrlhf.files import atomic_file, read_head
+from mindrlhf.files import atomic_file
 from mindrlhf.inference import score_record, score_report, score_results
 from mindrlhf.inference.answer_file import json_line
 from mindrlhf.inference.loading import fill_network
@@ -105,8 +105,7 @@ def _require_folder(task: Task, overwrite: bool) -> None:
     outputs = [Output(task.folder / RECORD, "a score", score_record.is_score),
                Output(task.folder / PAIRS, "a score's list of pairs",
                       score_record.is_list_of_pairs),
-               Output(task.folder / PICTURE, "a PNG picture",
-                      lambda path: read_head(path).startswith(b"\x89PNG"))]
+               pictures.picture_output(task.folder / PICTURE)]
     weights = [weights.about["file"] for weights in (task.policy, task.reference) if weights]
     model = task.policy.model
     require_no_loss(outputs, [*task.data.files, *weights, model.adapters, model.tokenizer.path])
