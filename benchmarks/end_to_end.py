@@ -276,7 +276,11 @@ def main() -> None:
         "--pairs", type=int, nargs="+", choices=(3, 1), default=[3, 1], help="pairs of a prompt"
     )
     parse.add_argument(
-        "--rows", type=int, nargs="+", default=[512, 1024], help="S (default: 512 1024)"
+        "--rows",
+        type=int,
+        nargs="+",
+        default=[512, 1024],
+        help="positions of a row, S (default: 512 1024)",
     )
     parse.add_argument("--before", help="a checkout of commit 167c88f (default: not measured)")
     parse.add_argument("--trl_python", default=os.environ.get("TRL_PYTHON"))

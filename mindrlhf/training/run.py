@@ -18,7 +18,7 @@ from mindrlhf.models.glm4 import build, load, sidecar
 from mindrlhf.models.glm4.operations import model_operations
 from mindrlhf.models.glm4.weight_names import is_adapter, is_base_weight
 from mindrlhf.parallel import Plan
-from mindrlhf.training import identity, state, train_step  # noqa: F401  train_step registers the training step
+from mindrlhf.training import identity, state, train_step  # noqa: F401  registers the step
 from mindrlhf.training.callbacks import BEST, DPOMonitor, EvalMonitor, Progress
 from mindrlhf.training.evaluate import Evaluator
 from mindrlhf.training.identity import Identity
