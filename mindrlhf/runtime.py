@@ -186,14 +186,16 @@ def peak_memory() -> int:
 
 
 def end_worker(status: int = 0) -> None:
-    """Exit a data-parallel CPU worker once all workers arrive here; return on every other run.
+    """Exit a worker of a CPU cluster once all workers arrive here; return on every other run.
 
     An orderly shutdown of MindSpore's CPU cluster sometimes crashes after all work is done, and is
     noisy.
     """
-    if (cli.workers() == 1 or not is_cpu()
-            or ms.get_auto_parallel_context("parallel_mode") != "data_parallel"):
+    mode = ms.get_auto_parallel_context("parallel_mode")
+    if cli.workers() == 1 or not is_cpu() or mode == "stand_alone":
         return
+    ms.reset_auto_parallel_context()  # a plan has no sum over workers
+    ms.set_auto_parallel_context(parallel_mode="data_parallel")
     SumOverWorkers()(ms.Tensor([1.0], ms.float32)).asnumpy()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -73,6 +73,8 @@ def preprocess(options: Options, config_path: str, overrides: dict[str, Any]) ->
     settings = load_preprocess_settings(options, config_path, overrides)
     with locks.hold(options.dst):
         make_data(options, settings)
+    from mindrlhf import runtime
+    runtime.end_worker()
 
 
 def make_data(options: Options, settings: Settings) -> None:
