@@ -15,6 +15,7 @@ from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "glm4_dpo"
+RUN_DPO = EXAMPLE / "run_dpo.py"
 GOLDEN = ROOT / "tests" / "golden" / "case_1"
 SEQ_LEN = 384
 sys.path[:0] = [str(ROOT), str(EXAMPLE)]
@@ -37,12 +38,59 @@ model:
 {more}
 """
 
+TRAINING = """
+dpo: {{sft_weight: {sft_weight}, check_reference: {check}}}
+runner_config: {{epochs: {epochs}, batch_size: {batch_size}}}
+lr_schedule: {{learning_rate: 1e-3, warmup_ratio: 0.0}}
+train_dataset: {{data_loader: {{shuffle: {shuffle}}}}}
+callbacks:
+  - {{type: DPOMonitor, per_print_times: 1}}
+  - {{type: EvalMonitor, eval_step_interval: 0}}
+  - {{type: DPOCheckpointMonitor, prefix: glm4_dpo, save_checkpoint_steps: 1,
+      keep_checkpoint_max: 9}}
+"""
+
 
 def write_overlay(path, command, more="", seq_len=SEQ_LEN):
     """Write a YAML for the golden model over a *_glm4_tiny.yaml."""
     base = os.path.relpath(EXAMPLE / f"{command}_glm4_tiny.yaml", path.parent)
     path.write_text(OVERLAY.format(base=base, seq_len=seq_len, more=more))
     return path
+
+
+def training_yaml(
+    folder, name, *, sft_weight=0.0, check=True, epochs=2, batch_size=1, shuffle=True
+):
+    """Write a YAML that trains the golden model and saves a state after each step."""
+    more = TRAINING.format(
+        sft_weight=sft_weight, check=check, epochs=epochs, batch_size=batch_size, shuffle=shuffle
+    )
+    return write_overlay(folder / f"{name}.yaml", "finetune", more)
+
+
+def arguments(golden, config, output, *, data=None, weights=None, more=()):
+    """Options of run_dpo.py that train on the golden data."""
+    return [
+        "--config",
+        config,
+        "--train_dataset",
+        data or golden.data,
+        "--vocab_file",
+        golden.tokenizer,
+        "--load_checkpoint",
+        weights or golden.checkpoint,
+        "--auto_trans_ckpt",
+        "False",
+        "--output_dir",
+        output,
+        *more,
+    ]
+
+
+def records(output, split="train"):
+    """The lines of a run's metrics.jsonl."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["split"] == split]
 
 
 def run_script(script, *arguments, cwd=None):
@@ -118,6 +166,20 @@ def golden(tmp_path_factory):
         ]
     )
     return files
+
+
+@pytest.fixture(scope="session")
+def unbroken(golden):
+    """A run of 12 steps, a row each, in 4 epochs, with a state after each step: its folder and its
+    YAML. Tests only read it.
+    """
+    run = SimpleNamespace(
+        output=golden.folder / "unbroken",
+        config=training_yaml(golden.folder, "unbroken", sft_weight=0.5, epochs=4),
+    )
+    result = run_script(RUN_DPO, *arguments(golden, run.config, run.output))
+    assert result.returncode == 0, result.stderr
+    return run
 
 
 @pytest.fixture(scope="session")

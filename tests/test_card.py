@@ -12,8 +12,16 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from conftest import EXAMPLE, ROOT, assert_one_error, run_script
-from test_training import RUN_DPO, arguments, records, training_yaml
+from conftest import (
+    EXAMPLE,
+    ROOT,
+    RUN_DPO,
+    arguments,
+    assert_one_error,
+    records,
+    run_script,
+    training_yaml,
+)
 from test_transform_checkpoint import run as merge
 from test_transform_checkpoint import whole, write, write_shards
 

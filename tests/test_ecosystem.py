@@ -7,8 +7,7 @@ from collections import defaultdict
 
 import pytest
 import yaml
-from conftest import EXAMPLE, ROOT, run_script
-from test_training import arguments, records
+from conftest import EXAMPLE, ROOT, arguments, records, run_script
 
 from mindrlhf import config, schema
 from mindrlhf.cli import UserError

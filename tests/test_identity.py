@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, assert_one_error, run_script
-from test_training import RUN_DPO, arguments, copy_data, other_weights, records, training_yaml
+from conftest import ROOT, RUN_DPO, arguments, records, run_script
+from test_training import copy_data, other_weights
 
 from mindrlhf import json_files
 from mindrlhf.checkpoints import containers
@@ -19,16 +19,13 @@ from mindrlhf.training import identity, state
 from mindrlhf.training.identity import Identity
 
 LAUNCHER = ROOT / "scripts/msrun_launcher.sh"
-STATE = "checkpoint/rank_0/glm4_dpo-step_00000006.ckpt"
+STATE = "checkpoint/rank_0/glm4_dpo-step_00000012.ckpt"
 
 
 @pytest.fixture(scope="module")
-def trained(golden):
-    """A run of 6 steps: its folder and its YAML."""
-    output, config = golden.folder / "identified", training_yaml(golden.folder, "identified")
-    result = run_script(RUN_DPO, *arguments(golden, config, output))
-    assert result.returncode == 0, result.stderr
-    return output, config
+def trained(unbroken):
+    """A run of 12 steps: its folder and its YAML."""
+    return unbroken.output, unbroken.config
 
 
 def begin(*words):
@@ -58,7 +55,7 @@ def test_the_run_and_its_states_hold_the_same_identity(trained):
     assert saved.values["workers"] == 1
     assert "rows" in saved.values["training data"]
     step = json_files.read_json(output / "checkpoint_network/rank_0/step.json")
-    assert step == {"step": 6, "run": saved.id}
+    assert step == {"step": 12, "run": saved.id}
 
 
 @pytest.mark.parametrize("left", ["all", "metrics.jsonl", "checkpoint", "checkpoint_network"])
@@ -179,7 +176,7 @@ REFUSED = {
     "runner_wrapper: {max_grad_norm: 2.0}": "runner_wrapper.max_grad_norm was 1.0, now 2.0",
     "runner_config: {batch_size: 2}": "runner_config.batch_size was 1, now 2",
     "runner_config: {gradient_accumulation_steps: 3}": "accumulation_steps was 1, now 3",
-    "runner_config: {epochs: 1}": "runner_config.epochs was 2, now 1",
+    "runner_config: {epochs: 1}": "runner_config.epochs was 4, now 1",
     "runner_config: {max_steps: 4}": "runner_config.max_steps was 0, now 4",
     "seed: 7": "seed was ",
     "train_dataset: {data_loader: {shuffle: False}}": "shuffle was True, now False",
@@ -314,18 +311,18 @@ def test_a_longer_run_continues_and_says_so(golden, trained, tmp_path):
     output, config = trained
     folder = tmp_path / "run"
     shutil.copytree(output, folder)
-    text = "runner_config: {epochs: 3}"
+    text = "runner_config: {epochs: 5}"
     words = arguments(golden, changed(golden, config, text), folder, more=["--resume", "auto"])
     result = run_script(RUN_DPO, *words)
     assert result.returncode == 0, result.stderr
-    assert "resuming with changes: runner_config.epochs was 2, now 3" in result.stdout
-    assert [record["step"] for record in records(folder)] == list(range(1, 10))
+    assert "resuming with changes: runner_config.epochs was 4, now 5" in result.stdout
+    assert [record["step"] for record in records(folder)] == list(range(1, 16))
     states = state.saved_states(folder, 0)
     ids = {identity.identity_in(containers.open_tensors(path), path).id for path in states.values()}
     assert len(states) == 9
     assert len(ids) == 1  # pruning regards them as one run
-    again = run_script(RUN_DPO, *arguments(golden, config, folder))
-    assert_one_error(again, "holds a run already", "--resume auto", "--overwrite")
+    with pytest.raises(UserError, match="holds a run already .* --resume auto, .* --overwrite"):
+        begin(*arguments(golden, config, folder))
 
 
 def test_two_workers_are_refused_and_overwrite_as_one(golden, trained, tmp_path):

@@ -6,9 +6,8 @@ import shutil
 import mindspore as ms
 import numpy as np
 import pytest
-from conftest import SEQ_LEN, load_model, run_script, write_overlay
+from conftest import RUN_DPO, SEQ_LEN, arguments, load_model, records, run_script, write_overlay
 from test_glm4_dpo import Logits
-from test_training import RUN_DPO, arguments, records
 
 from mindrlhf import config
 from mindrlhf.checkpoints import containers

@@ -11,7 +11,7 @@ from itertools import accumulate
 from types import SimpleNamespace
 
 import pytest
-from test_training import MORE, RUN_DPO, arguments, records, write_overlay
+from conftest import RUN_DPO, arguments, records
 
 from mindrlhf.cli import UserError
 from mindrlhf.training import state
@@ -35,20 +35,11 @@ EXACT = (
 
 
 @pytest.fixture(scope="module")
-def config(golden):
-    """3 rows, one a step, 4 epochs: 12 steps, a state after each."""
-    more = MORE.format(sft_weight=0.5, check=True, batch_size=1, shuffle=True).replace(
-        "epochs: 2", "epochs: 4"
-    )
-    return write_overlay(golden.folder / "long.yaml", "finetune", more)
-
-
-@pytest.fixture(scope="module")
-def sinking(golden, config):
-    """The same in sink mode."""
+def sinking(golden, unbroken):
+    """The settings of the unbroken run, in sink mode."""
     path = golden.folder / "sinking.yaml"
     path.write_text(
-        f"base_config: {config.name}\nrunner_config: {{sink_mode: True, sink_size: 1}}\n"
+        f"base_config: {unbroken.config.name}\nrunner_config: {{sink_mode: True, sink_size: 1}}\n"
     )
     return path
 
@@ -73,22 +64,13 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.002)
 
 
-@pytest.fixture(scope="module")
-def unbroken(golden, config):
-    output = golden.folder / "unbroken"
-    process = start(golden, config, output)
-    _, error = process.communicate(timeout=200)
-    assert process.returncode == 0, error
-    return records(output)
-
-
 def test_killed_damaged_and_terminated_it_ends_as_the_unbroken_run(
-    golden, config, sinking, unbroken, tmp_path
+    golden, sinking, unbroken, tmp_path
 ):
     """kill -9 after step 3; the newest state is truncated, so the run resumes from the one before,
     in sink mode; SIGTERM after step 7 saves a state and ends with 143; the last run finishes.
     """
-    process = start(golden, config, tmp_path)
+    process = start(golden, unbroken.config, tmp_path)
     wait_for(lambda: steps_written(tmp_path) >= 3, process)
     process.kill()
     process.communicate()
@@ -106,29 +88,29 @@ def test_killed_damaged_and_terminated_it_ends_as_the_unbroken_run(
     assert f"step_{reached - 1:08d}.ckpt, step {reached - 1}" in out
     assert "stopped by SIGTERM after step" in out
 
-    process = start(golden, config, tmp_path, "--resume", "auto")
+    process = start(golden, unbroken.config, tmp_path, "--resume", "auto")
     _, error = process.communicate(timeout=200)
     assert process.returncode == 0, error
     found = records(tmp_path)
     assert [record["step"] for record in found] == list(range(1, 13))
-    for left, right in zip(found, unbroken):
+    for left, right in zip(found, records(unbroken.output)):
         assert {key: left[key] for key in EXACT} == {key: right[key] for key in EXACT}, left["step"]
     network = "checkpoint_network/rank_0/glm4_dpo-network.ckpt"
-    assert (tmp_path / network).read_bytes() == (golden.folder / "unbroken" / network).read_bytes()
+    assert (tmp_path / network).read_bytes() == (unbroken.output / network).read_bytes()
     states = state.saved_states(tmp_path, 0)
     assert list(states) == list(range(4, 13))  # keep_checkpoint_max 9
     assert all(state.steps_done(path) == step for step, path in states.items())
 
 
-def test_auto_without_a_state_starts_anew(golden, config, tmp_path, capsys):
+def test_auto_without_a_state_starts_anew(tmp_path, capsys):
     from mindrlhf.training import run
 
     assert run.open_state({"resume_training": "auto", "output_dir": str(tmp_path)}) is None
     assert "starting from the beginning" in capsys.readouterr().out
 
 
-def test_a_state_behind_others_is_not_resumed_over_them(golden, unbroken):
-    output = golden.folder / "unbroken"
+def test_a_state_behind_others_is_not_resumed_over_them(unbroken):
+    output = unbroken.output
     with pytest.raises(UserError, match=r"has states of later steps \(12\)"):
         state.choose_state(output, state.saved_states(output, 0)[11])
     assert (
@@ -137,8 +119,8 @@ def test_a_state_behind_others_is_not_resumed_over_them(golden, unbroken):
     )
 
 
-def test_a_flipped_bit_is_found(golden, unbroken, tmp_path):
-    source = state.saved_states(golden.folder / "unbroken", 0)[12]
+def test_a_flipped_bit_is_found(unbroken, tmp_path):
+    source = state.saved_states(unbroken.output, 0)[12]
     path = tmp_path / source.name
     content = bytearray(source.read_bytes())
     content[len(content) // 2] ^= 1
@@ -148,11 +130,11 @@ def test_a_flipped_bit_is_found(golden, unbroken, tmp_path):
     state.require_intact_state(source)
 
 
-def test_curves_events_and_console_are_there(golden, unbroken):
-    output = golden.folder / "unbroken"
+def test_curves_events_and_console_are_there(unbroken):
+    output = unbroken.output
     assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert list((output / "tensorboard").glob("events.out.tfevents.*"))
-    first = unbroken[0]
+    first = records(output)[0]
     for key in (
         "loss",
         "dpo_loss",
@@ -183,9 +165,10 @@ def test_curves_events_and_console_are_there(golden, unbroken):
 
 
 def test_epochs_and_tokens_are_counted_over_the_whole_run(unbroken):
-    assert [step["epoch"] for step in unbroken] == [(number + 1) / 3 for number in range(12)]
-    tokens = [step["tokens"] for step in unbroken]
-    assert [step["num_tokens"] for step in unbroken] == list(accumulate(tokens))
+    steps = records(unbroken.output)
+    assert [step["epoch"] for step in steps] == [(number + 1) / 3 for number in range(12)]
+    tokens = [step["tokens"] for step in steps]
+    assert [step["num_tokens"] for step in steps] == list(accumulate(tokens))
 
 
 def test_curves_have_units_a_learning_rate_and_whole_steps(tmp_path):

@@ -4,8 +4,7 @@ import importlib
 
 import mindspore as ms
 import pytest
-from conftest import EXAMPLE, load_model, run_script
-from test_training import arguments, records, write_overlay
+from conftest import EXAMPLE, arguments, load_model, records, run_script, write_overlay
 
 from mindrlhf import config, runtime
 from mindrlhf.checkpoints import containers

@@ -10,14 +10,16 @@ import sys
 import numpy as np
 import pytest
 from conftest import (
-    EXAMPLE,
     GOLDEN,
     ROOT,
+    RUN_DPO,
     SEQ_LEN,
+    arguments,
     assert_one_error,
     load_model,
+    records,
     run_script,
-    write_overlay,
+    training_yaml,
 )
 from mindspore import nn, ops
 
@@ -26,50 +28,6 @@ from mindrlhf.checkpoints.tensors import TensorItem
 from mindrlhf.cli import UserError
 from mindrlhf.data import mindrecord
 from mindrlhf.records import COLUMNS
-
-RUN_DPO = EXAMPLE / "run_dpo.py"
-MORE = """
-dpo: {{sft_weight: {sft_weight}, check_reference: {check}}}
-runner_config: {{epochs: 2, batch_size: {batch_size}}}
-lr_schedule: {{learning_rate: 1e-3, warmup_ratio: 0.0}}
-train_dataset: {{data_loader: {{shuffle: {shuffle}}}}}
-callbacks:
-  - {{type: DPOMonitor, per_print_times: 1}}
-  - {{type: EvalMonitor, eval_step_interval: 0}}
-  - {{type: DPOCheckpointMonitor, prefix: glm4_dpo, save_checkpoint_steps: 1,
-      keep_checkpoint_max: 9}}
-"""
-
-
-def training_yaml(folder, name, *, sft_weight=0.0, check=True, batch_size=1, shuffle=True):
-    return write_overlay(
-        folder / f"{name}.yaml",
-        "finetune",
-        MORE.format(sft_weight=sft_weight, check=check, batch_size=batch_size, shuffle=shuffle),
-    )
-
-
-def arguments(golden, config, output, *, data=None, weights=None, more=()):
-    return [
-        "--config",
-        config,
-        "--train_dataset",
-        data or golden.data,
-        "--vocab_file",
-        golden.tokenizer,
-        "--load_checkpoint",
-        weights or golden.checkpoint,
-        "--auto_trans_ckpt",
-        "False",
-        "--output_dir",
-        output,
-        *more,
-    ]
-
-
-def records(output, split="train"):
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["split"] == split]
 
 
 @pytest.fixture(scope="module")

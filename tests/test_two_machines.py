@@ -12,9 +12,8 @@ import time
 
 import numpy as np
 import pytest
-from conftest import EXAMPLE, GOLDEN, ROOT
+from conftest import EXAMPLE, GOLDEN, ROOT, arguments, records, training_yaml
 from test_launcher import SCRIPT
-from test_training import arguments, records, training_yaml
 
 from mindrlhf.checkpoints import containers
 from mindrlhf.data import mindrecord
