@@ -56,6 +56,7 @@ WITHOUT_CACHE = {"model.model_config.use_past": False, "model.model_config.is_dy
 KEPT = ("num_attention_heads", "multi_query_group_num", "layernorm_epsilon", "rope_ratio")
 # how a Python process reports an error; MindSpore puts a box of dashes around some
 ERRORS = (r"^error: (.*)", r"^\w*Error: (.+)", r"^\w*Error:\s+(?:-+\n- .*\n-+\n)?(.*)")
+WORKER_ENDED = r"^(worker \d+ ended with .*?);"  # the launcher's words
 
 
 @dataclass(frozen=True)
@@ -304,4 +305,6 @@ def explain_failure(output: str | Path, log: str | Path) -> str:
             if match := re.search(pattern, text, re.MULTILINE):
                 return (f"{output.stem} failed: {match[1].strip()}\n"
                         f"  full output: {output}, {log}/")
-    return f"{output.stem} failed, and its output names no error; see {output} and {log}/"
+    ended = re.search(WORKER_ENDED, texts[0], re.MULTILINE)
+    return (f"{output.stem} failed: {ended[1] if ended else 'its output names no error'}; "
+            f"see {output} and {log}/")

@@ -155,6 +155,15 @@ heed_link() { # end if the link has ended: another machine has ended, or cannot 
   exit "$status"
 }
 
+ended_with() { # STATUS: with the signal that ended the process, if any
+  local name
+  [[ $1 -gt 128 ]] && name=$(kill -l "$1" 2> /dev/null) || name=
+  case $name in
+    '') echo "status $1" ;;
+    KILL) echo "status $1 (SIGKILL, which the kernel sends when memory runs out)" ;;
+    *) echo "status $1 (SIG$name)" ;;
+  esac
+}
 shown=0
 show() { # print the new part of the first worker's log
   local size
@@ -184,11 +193,11 @@ while [[ ${#left[@]} -gt 0 ]]; do
       sleep 1
       heed_link
       end=$(tail -n 1 "$log" | cut -c 1-300)
-      tell "end $status worker $((first + i)) on machine $node ended with status $status; its log ends: $end"
+      tell "end $status worker $((first + i)) on machine $node ended with $(ended_with "$status"); its log ends: $end"
     fi
     stop_all
     show
-    echo "worker $((first + i)) ended with status $status; the others were stopped. Its log: $log" >&2
+    echo "worker $((first + i)) ended with $(ended_with "$status"); the others were stopped. Its log: $log" >&2
     if [[ $i -gt 0 ]]; then # the first worker's log is on the screen already
       echo "its last lines:" >&2
       tail -n 20 "$log" >&2

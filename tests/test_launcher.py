@@ -12,6 +12,8 @@ import time
 import pytest
 from conftest import ROOT
 
+from mindrlhf import rehearsal
+
 LAUNCHER = ROOT / "scripts" / "msrun_launcher.sh"
 sys.path.insert(0, str(ROOT / "scripts"))
 SCRIPT = """
@@ -24,6 +26,8 @@ print("rank", rank, "of", os.environ["MS_WORKER_NUM"], "device", os.environ["DEV
 if "--fail" in sys.argv and rank == sys.argv[sys.argv.index("--fail") + 1]:
     print("reason of rank", rank, file=sys.stderr)
     sys.exit(7)
+if "--kill" in sys.argv and rank == "1":
+    os.kill(os.getpid(), int(sys.argv[-1]))
 if "--wait" in sys.argv or "--fail" in sys.argv:
     time.sleep(1000)
 """
@@ -153,6 +157,24 @@ def test_a_failing_worker_ends_all_and_its_log_is_shown(folder, rank):
     assert status == 7
     assert f"reason of rank {rank}" in out + err
     assert f"worker {rank} ended with status 7" in err
+    assert not left_over(folder)
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (signal.SIGKILL, "status 137 (SIGKILL, which the kernel sends when memory runs out)"),
+        (signal.SIGSEGV, "status 139 (SIGSEGV)"),
+    ],
+)
+def test_the_signal_that_ended_a_worker_is_named(folder, number, words):
+    status, _, err = launch(folder, f"script.py --wait --kill {number.value}", "2")
+    assert status == 128 + number
+    assert f"worker 1 ended with {words}; the others were stopped. Its log: " in err
+    (folder / "many.txt").write_text(err)
+    assert rehearsal.explain_failure(folder / "many.txt", folder).startswith(
+        f"many failed: worker 1 ended with {words}; see "
+    )
     assert not left_over(folder)
 
 
