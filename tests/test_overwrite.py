@@ -77,6 +77,16 @@ def test_new_names_and_broken_links_are_free(tmp_path):
         require_no_loss([Output(tmp_path / name, "a file", None)], [tmp_path])
 
 
+def test_a_file_that_goes_while_it_is_looked_at_is_no_obstacle(tmp_path):
+    """Another run replaces it: before, the kind of a file that was gone was no sidecar."""
+    path = tmp_path / "x.ckpt.json"
+    path.touch()
+    require_no_loss([Output(path, "a sidecar", lambda path: path.unlink())], [])
+    path.touch()
+    with pytest.raises(UserError, match="exists and is not a sidecar"):
+        require_no_loss([Output(path, "a sidecar", lambda _: False)], [])
+
+
 # convert_weight.py
 
 
