@@ -253,25 +253,28 @@ def test_a_score_on_a_plan_is_the_evaluation_of_training(accumulated, launch):
         assert found.metrics[name] == pytest.approx(evaluation[name], abs=1e-4), name
 
 
+PLAIN = {
+    "model": {"model_config": {"use_flash_attention": False}}
+}  # 2 key-value heads cannot be split over more cards
+
+
 def logits(folder, vocabulary):
-    """Shapes, as strings, of the tensors in a card's compiled graphs that have several dimensions
+    """Shapes, as strings, of the tensors in rank 0's compiled graphs that have several dimensions
     and whose last one is `vocabulary`.
     """
-    graphs = "".join(path.read_text() for path in folder.glob("*validate*.ir"))
+    graphs = "".join(path.read_text() for path in folder.rglob("*validate*.ir"))
     return set(re.findall(rf"Tensor\[\w+\], \((\d+(?:, \d+)*, {vocabulary})\)", graphs))
 
 
 def test_no_card_ever_holds_logits_of_the_whole_vocabulary(rehearsal, launch):
-    """2 x 1 without optimizer sharding and flash attention, chunks of 256 positions. No other size
-    of the model is 528 or 264.
-    """
-    folder, cards, whole = rehearsal[0], 2, rehearse.VOCABULARY
+    """2 x 2, no optimizer sharding. No other size of the model is 528; chunks of 256 positions."""
+    folder, cards, whole = rehearsal[0], 4, rehearse.VOCABULARY
     changes = {
-        "parallel_config": {"data_parallel": 2, "model_parallel": 1},
+        "parallel_config": {"data_parallel": 2, "model_parallel": 2},
         "runner_config": {"batch_size": 2},
         "parallel": {"enable_parallel_optimizer": False},
         "dpo": {"logps_chunk_size": 256},
-        "model": {"model_config": {"use_flash_attention": False}},
+        **PLAIN,
     }
     launch(
         "spread",
@@ -279,16 +282,32 @@ def test_no_card_ever_holds_logits_of_the_whole_vocabulary(rehearsal, launch):
         "many.yaml",
         changes,
         training(folder, "spread"),
-        workers=cards,
-        environment={
-            "MS_DEV_SAVE_GRAPHS": "1",
-            "MS_DEV_SAVE_GRAPHS_PATH": f"{folder}/graphs_spread",
-        },
+        workers=4,
+        environment=save_graphs(folder, "spread"),
     )
     assert_as_one_process(folder, "spread")
-    card = folder / "graphs_spread/rank_0"
-    assert f"256, {whole // cards}" in logits(card, whole // cards)
-    assert not logits(card, whole)
+    graph = folder / "graphs_spread" / "rank_0"
+    assert f"256, {whole // cards}" in logits(graph, whole // cards)
+    assert not logits(graph, whole)
+
+
+def test_the_same_search_finds_them_in_one_process(rehearsal):
+    folder, whole = rehearsal[0], rehearse.VOCABULARY
+    config = folder / "plain.yaml"
+    config.write_text(yaml.safe_dump({"base_config": "one.yaml", "dpo": {"logps_chunk_size": 0}}))
+    run(
+        sys.executable,
+        EXAMPLE / "run_dpo.py",
+        "--config",
+        config,
+        *training(folder, "plain").split(),
+        environment=save_graphs(folder, "plain"),
+    )
+    assert f"512, {whole}" in logits(folder / "graphs_plain", whole)  # 4 rows of 128
+
+
+def save_graphs(folder, name):
+    return {"MS_DEV_SAVE_GRAPHS": "1", "MS_DEV_SAVE_GRAPHS_PATH": f"{folder}/graphs_{name}"}
 
 
 def test_preprocessing_on_a_plan_gives_the_same_log_probs(rehearsal, launch):
