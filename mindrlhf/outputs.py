@@ -43,7 +43,7 @@ def require_no_loss(outputs: Iterable[Output], inputs: Iterable[str | Path | Non
         if found:
             raise UserError(f"{path}: is the same file as {found}, which this command reads; give "
                             "the output another name")
-        # a broken link may be replaced; and another run may remove the file while it is looked at
+        # A broken link may be replaced, and another run may have removed the file meanwhile.
         if os.path.exists(path) and not is_kind(path) and os.path.exists(path):
             raise UserError(f"{path}: exists and is not {what}, so it is not replaced; move it "
                             "away, or give the output another name")

@@ -194,7 +194,7 @@ def end_worker(status: int = 0) -> None:
     mode = ms.get_auto_parallel_context("parallel_mode")
     if cli.workers() == 1 or not is_cpu() or mode == "stand_alone":
         return
-    ms.reset_auto_parallel_context()  # a plan has no sum over workers
+    ms.reset_auto_parallel_context()  # SumOverWorkers adds up in data-parallel mode alone
     ms.set_auto_parallel_context(parallel_mode="data_parallel")
     SumOverWorkers()(ms.Tensor([1.0], ms.float32)).asnumpy()
     sys.stdout.flush()

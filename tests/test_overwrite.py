@@ -78,7 +78,7 @@ def test_new_names_and_broken_links_are_free(tmp_path):
 
 
 def test_a_file_that_goes_while_it_is_looked_at_is_no_obstacle(tmp_path):
-    """Another run replaces it: before, the kind of a file that was gone was no sidecar."""
+    """Another run may be replacing it. Before, a file that had just gone was of another kind."""
     path = tmp_path / "x.ckpt.json"
     path.touch()
     require_no_loss([Output(path, "a sidecar", lambda path: path.unlink())], [])

@@ -51,8 +51,8 @@ def score(settings: Settings, arguments: argparse.Namespace) -> None:
     folder = Path(arguments.output or Path(settings["output_dir"]) / "score")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; --output is the folder of a score")
-    from mindrlhf import runtime
     with locks.hold(folder / RECORD):
+        from mindrlhf import runtime
         if not Plan.of(settings).is_sharded:
             runtime.leave_cluster()  # each worker computes alone
         run_task(open_task(settings, folder, arguments), overwrite=arguments.overwrite)

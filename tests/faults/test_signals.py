@@ -145,7 +145,8 @@ def test_a_worker_that_is_killed_ends_all_and_says_so(case, tmp_path, kills, cou
     os.kill(victim, signal.SIGKILL)
     ended = harness.finish(process, seconds=30)
     assert ended.returncode == 137
-    assert f"worker {rank} ended with status 137 (SIGKILL" in ended.stderr
+    assert f"worker {rank} ended with status 137 (SIGKILL, " in ended.stderr
+    assert "memory runs out); the others were stopped" in ended.stderr
     assert_no_process(output)
     harness.complete_files(output)
     count("kill -9 of one of 2 workers", "all ended, and said why")
