@@ -24,6 +24,7 @@ from mindrlhf.cli import UserError
 
 LAUNCH = "MINDRLHF_LAUNCH"  # set by msrun_launcher.sh, alike for all workers of a launch
 PATIENCE = 600  # seconds that a worker waits for the lock of rank 0
+NAMED = 2  # seconds that a run waits for the name of the one that has just taken the lock
 NO_FLOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}  # nothing can be written there, either
 
@@ -164,8 +165,9 @@ def _require_own_launch(output: str | Path, path: Path) -> None:
 
 
 def _refuse(output: str | Path, owner: Owner | None, more: str = "") -> NoReturn:
-    raise UserError(f"{output}: another run is writing it ({owner or 'it has just begun'}); wait "
-                    f"until it has ended, or give this run another path{more}")
+    who = owner or "its lock names no process"
+    raise UserError(f"{output}: another run is writing it ({who}); wait until it has ended, or "
+                    f"give this run another path{more}")
 
 
 def _acquire(output: str | Path, path: Path) -> int:
@@ -174,37 +176,43 @@ def _acquire(output: str | Path, path: Path) -> int:
     Raises:
         UserError: another run holds it, or the file is no lock.
     """
+    deadline = time.monotonic() + NAMED
     while True:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
-            _lock_file(output, path, lock)
+            locked = _lock_file(output, path, lock)
             with contextlib.suppress(FileNotFoundError):  # its last owner has just removed it
-                if os.path.samestat(os.fstat(lock), os.stat(path)):
+                if locked and os.path.samestat(os.fstat(lock), os.stat(path)):
                     with contextlib.suppress(OSError):  # a full disk: locked, without a name in it
                         os.ftruncate(lock, 0)
                         os.pwrite(lock, json.dumps(asdict(Owner.current())).encode(), 0)
                     return lock
+            if not locked and time.monotonic() > deadline:
+                _refuse(output, None)
         except BaseException:
             os.close(lock)
             raise
         os.close(lock)
+        time.sleep(0.01)
 
 
-def _lock_file(output: str | Path, path: Path, lock: int) -> None:
-    """Lock an open file, or raise UserError."""
+def _lock_file(output: str | Path, path: Path, lock: int) -> bool:
+    """Lock an open file, or raise UserError; False if another run holds it, unnamed as yet."""
+    held, owner = False, None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        owner = None
     except BlockingIOError:
-        _refuse(output, _read_owner(path))
+        held, owner = True, _read_owner(path)
     except OSError as error:
         if error.errno not in NO_FLOCK:
             raise
         owner = _read_owner(path)
     if owner and owner.is_alive() is not False:
-        _refuse(output, owner, "" if owner.is_alive() else f"; if it has ended, remove {path}")
-    if os.fstat(lock).st_size and _read_owner(path) is None:
+        more = "" if held or owner.is_alive() else f"; if it has ended, remove {path}"
+        _refuse(output, owner, more)
+    if not held and os.fstat(lock).st_size and _read_owner(path) is None:
         raise UserError(f"{path}: exists and is not the lock of a run; move it away")
+    return not held
 
 
 def _read_owner(path: Path) -> Owner | None:

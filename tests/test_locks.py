@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, replace
 
@@ -181,6 +182,30 @@ def test_one_of_many_that_start_together_wins(tmp_path):
     for process in processes:
         process.stdout.close()
         process.stderr.close()
+
+
+@pytest.mark.parametrize("before", ["", "stale"])
+def test_a_refused_run_waits_for_the_name_of_the_one_that_has_just_begun(tmp_path, before):
+    path, owner = locks.lock_path(tmp_path / "out"), locks.Owner.current()
+    path.write_text(before and json.dumps(asdict(replace(owner, pid=1 << 22))))
+    with open(path, "r+") as file:
+        locks.fcntl.flock(file, locks.fcntl.LOCK_EX)
+        timer = threading.Timer(0.3, lambda: path.write_text(json.dumps(asdict(owner))))
+        timer.start()
+        refused(tmp_path / "out", f"another run is writing it (process {os.getpid()} on ")
+        timer.join()
+
+
+def test_a_run_without_a_name_ends_the_wait(tmp_path, monkeypatch):
+    """Its disk was full; nobody writes beside it all the same, until it has ended."""
+    monkeypatch.setattr(locks, "NAMED", 0.2)
+    path = locks.lock_path(tmp_path / "out")
+    with open(path, "w") as file:
+        locks.fcntl.flock(file, locks.fcntl.LOCK_EX)
+        refused(tmp_path / "out", "another run is writing it (its lock names no process); wait")
+    with locks.hold(tmp_path / "out"):
+        pass
+    assert os.listdir(tmp_path) == []
 
 
 # launches
