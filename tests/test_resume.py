@@ -186,8 +186,25 @@ def test_curves_have_units_a_learning_rate_and_whole_steps(tmp_path):
     assert (loss.get_ylabel(), accuracy.get_ylabel()) == ("nats per pair", "share of pairs")
     assert accuracy.get_ylim() == (0, 1)
     assert list(rate.lines[0].get_ydata()) == [1e-6, 1e-6]
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     assert all(float(tick).is_integer() for tick in loss.get_xticks())
+    journal.close()
+
+
+def test_training_goes_on_without_a_picture(tmp_path, monkeypatch, capsys):
+    """It is drawn before the last state is saved; neither matplotlib nor the disk ends the run."""
+    from mindrlhf.training.journal import Journal
+
+    journal = Journal(tmp_path, 0)
+    journal.add("train", 1, {"loss": 0.6})
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib.figure", None)
+        journal.draw()
+    assert not (tmp_path / "curves.png").exists()
+    assert capsys.readouterr().out == ""
+    (tmp_path / "curves.png").mkdir()
+    journal.draw()
+    assert capsys.readouterr().out.startswith(f"warning: {tmp_path / 'curves.png'}: ")
     journal.close()
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from mindrlhf.cli import UserError
 from mindrlhf.files import atomic_file
-from mindrlhf.pictures import save_figure
+from mindrlhf.pictures import new_figure, save_figure
 
 
 class Curve(NamedTuple):
@@ -109,19 +109,22 @@ class Journal:
         return next(values, default)
 
     def draw(self) -> None:
-        """Draw curves.png from all records."""
-        from matplotlib import pyplot
+        """Draw curves.png from all records. Training goes on without it, if it must."""
         figure = self.plot_curves()
-        save_figure(figure, self.folder / "curves.png")
-        pyplot.close(figure)
+        if figure is None:
+            return
+        try:
+            save_figure(figure, self.folder / "curves.png")
+        except UserError as error:
+            print(f"warning: {error}", flush=True)
 
     def plot_curves(self) -> Any:
-        """A matplotlib figure with a panel for each of CURVES."""
-        import matplotlib
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+        """A matplotlib figure with a panel for each of CURVES; None without matplotlib."""
+        figure = new_figure(17, 7)
+        if figure is None:
+            return None
         from matplotlib.ticker import MaxNLocator
-        figure, axes = pyplot.subplots(2, 4, figsize=(17, 7), constrained_layout=True)
+        axes = figure.subplots(2, 4)
         for axis, curve in zip(axes.flat, CURVES):
             for number, name in enumerate(curve.metrics):
                 self._plot(axis, name, color=f"C{number}")

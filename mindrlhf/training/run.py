@@ -203,8 +203,9 @@ def train(model: nn.Cell, run_config: Any, settings: dict[str, Any], data: Data,
     if journal:
         journal.close()
     output = Path(settings["output_dir"])
-    cli.say(f"weights: {output / 'checkpoint_network'}; states, metrics.jsonl, curves.png and "
-            f"tensorboard: {output}")
+    curves = ", curves.png" if (output / "curves.png").exists() else ""
+    cli.say(f"weights: {output / 'checkpoint_network'}; states, metrics.jsonl, "
+            f"tensorboard{curves}: {output}")
 
 
 def resume_trainer(settings: dict[str, Any], resumed: Path, steps: int) -> None:
