@@ -125,8 +125,10 @@ class _VocabularyBlocks(nn.Cell):
         shares = self.log_softmax(normalizers)
         normalizer = normalizers[:, :1] - shares[:, :1]
         label_rows = ops.gather(weight, labels, 0).astype(ms.float32)
-        picked = (hidden.astype(ms.float32) * label_rows).sum(1)
-        return picked - normalizer.reshape((-1,)), shares
+        # rounded as MatMul rounds the logits of the normalizer: a certain token has log-prob 0
+        picked = (hidden.astype(ms.float32) * label_rows).sum(1).astype(hidden.dtype)
+        logps = picked.astype(ms.float32) - normalizer.reshape((-1,))
+        return (logps - ops.abs(logps)) / 2, shares  # rounding gives no probability above 1
 
     def bprop(self, hidden: Tensor, weight: Tensor, labels: Tensor, size: int, out: tuple,
               dout: tuple) -> tuple:

@@ -137,6 +137,41 @@ def log_softmax(logits):
     return logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
 
 
+def test_chunks_round_the_label_s_logit_as_the_others():
+    """Of a certain token, the normalizer is its own logit, rounded by a MatMul in half precision:
+    an unrounded logit would leave the rounding error as its log-prob. Float16 stands for bfloat16.
+    """
+    random = np.random.default_rng(0)
+    weight = random.normal(size=(11, 64)).astype("f2")
+    labels = random.integers(0, 11, 500).astype("i4")
+    hidden = (weight[labels] * random.uniform(0.5, 1.5, (500, 1))).astype("f2")
+    output_layer = nn.Dense(64, 11, has_bias=False, dtype=ms.float16)
+    output_layer.weight.set_data(ms.Tensor(weight))
+    logps = mindrlhf.logps.FullVocabularyLogps(output_layer, 11, chunk_size=100, trained=False)
+    found = logps(ms.Tensor(hidden), ms.Tensor(labels)).asnumpy()
+    exact = log_softmax(hidden.astype("f8") @ weight.astype("f8").T)[range(500), labels]
+    certain = exact > -1e-6
+    assert certain.sum() > 400
+    unrounded = np.einsum("nh,nh->n", hidden.astype("f8"), weight[labels].astype("f8"))
+    assert np.abs(unrounded - unrounded.astype("f2"))[certain].max() > 5e-3
+    assert np.abs(found[certain]).max() < 1e-3
+    assert found.max() <= 0
+
+
+def test_chunks_give_no_probability_above_1():
+    """In float32, the label's logit and the same logit of the MatMul differ in their last bits."""
+    random = np.random.default_rng(0)
+    weight = random.normal(size=(11, 256)).astype("f4")
+    labels = random.integers(0, 11, 500).astype("i4")
+    output_layer = nn.Dense(256, 11, has_bias=False)
+    output_layer.weight.set_data(ms.Tensor(weight))
+    logps = mindrlhf.logps.FullVocabularyLogps(output_layer, 11, chunk_size=100, trained=False)
+    certain = weight[labels]
+    assert (logps(ms.Tensor(certain), ms.Tensor(labels)).asnumpy() <= 0).all()
+    broken = np.full_like(certain, np.nan)
+    assert np.isnan(logps(ms.Tensor(broken), ms.Tensor(labels)).asnumpy()).all()
+
+
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("shards", [1, 3])  # 3: the form for a vocabulary spread over cards, on one
 @pytest.mark.parametrize(
