@@ -232,7 +232,7 @@ SCHEMA: Schema = {
         "power": _number(0, above=True), "base_lr": _number(0, above=True), "t_max": _integer(1),
         "t_0": _integer(1), "t_mult": _integer(1), "eta_min": _number(0)},
     "parallel": {
-        "parallel_mode": _one_of(0, 1), "gradients_mean": _boolean, "full_batch": _boolean,
+        "parallel_mode": _one_of(0, 1), "full_batch": _boolean,
         "enable_parallel_optimizer": _boolean, "loss_repeated_mean": _boolean,
         "search_mode": _one_of("sharding_propagation"), "enable_alltoall": _boolean,
         "parallel_optimizer_config": {

@@ -250,6 +250,19 @@ def test_the_9b_yamls_state_how_their_graphs_are_compiled(name, jit_config):
     assert context["max_call_depth"] == 10000
 
 
+@pytest.mark.parametrize("given", ["True", "False", "null"])
+@pytest.mark.parametrize(("name", "mean"), [("tiny", True), ("9b", False)])
+def test_gradients_are_averaged_as_the_parallel_mode_needs(tmp_path, name, mean, given):
+    """The training step multiplies the loss by a factor that holds for one value only."""
+    path = tmp_path / "x.yaml"
+    base = EXAMPLE / f"finetune_glm4_{name}.yaml"
+    path.write_text(f"base_config: {base}\nparallel: {{gradients_mean: {given}}}\n")
+    resolved = config.resolve(path, run_mode="finetune")
+    assert config.to_mindformers(resolved.settings).parallel.gradients_mean is mean
+    if given != "null":
+        assert "parallel.gradients_mean" in [each.key for each in resolved.replaced]
+
+
 def test_a_plan_is_the_same_before_and_after_mindformers_read_it():
     """MindFormers replaces parallel_mode 1 by the context's name for it."""
     from mindrlhf.parallel import Plan

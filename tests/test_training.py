@@ -92,6 +92,8 @@ def two_workers(golden):
     """
     outputs = {}
     config = training_yaml(golden.folder, "two", shuffle=False, sft_weight=1.0)
+    with config.open("a") as file:  # as inherited from a YAML with parallel_mode 1
+        file.write("parallel: {gradients_mean: False}\n")
     outputs["two"] = golden.folder / "run_two"
     command = " ".join(map(str, [RUN_DPO, *arguments(golden, config, outputs["two"])]))
     result = subprocess.run(

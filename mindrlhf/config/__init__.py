@@ -264,6 +264,8 @@ def to_mindformers(settings: Settings) -> Any:
     for key in {"recompute", "select_recompute", "select_comm_recompute"} & set(again):
         again[key] = recompute_for_mindformers(again[key])
     _fit_optimizer(merged)
+    # runtime.SumOverWorkers.factor counts on it; otherwise gradients would have another scale
+    merged["parallel"]["gradients_mean"] = not Plan.of(settings).is_sharded
     merged["runner_config"].setdefault("sink_size", 1)  # MindFormers' own default is none
     if "runner_wrapper" in merged:
         # MindFormers accumulates gradients only in semi-auto parallel mode; the project's training

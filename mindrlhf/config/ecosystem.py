@@ -144,6 +144,7 @@ TABLE: dict[str, Rule] = {
     "optimizer.learning_rate": Rule("lr_schedule.learning_rate"),
     # the plan
     "parallel.strategy_ckpt_config.save_file": Rule("output_dir/strategy"),
+    "parallel.gradients_mean": Rule("what parallel_mode needs: True with 0, False with 1"),
     "parallel_config.pipeline_stage": _only(1, "pipeline parallelism is not offered; set it to 1, "
                                             "and shard over data_parallel and model_parallel"),
     "parallel_config.micro_batch_num": Rule("one pipeline stage: no micro-batches"),
