@@ -310,6 +310,27 @@ def test_hours_by_hand(tmp_path):
     assert least == most == pytest.approx(667 / 3600, rel=0.005)
 
 
+def test_max_steps_and_accumulation_in_the_hours(capsys, tmp_path):
+    """33 rows: with one row for each of 4 groups of cards and 8 parts, 32 rows a step, so 2 steps
+    of 8 parts. max_steps 1 leaves one.
+    """
+    path, printed, spans = tmp_path / "x.yaml", {}, {}
+    for steps in (0, 1):
+        path.write_text(
+            f"base_config: {EXAMPLE / 'finetune_glm4_9b.yaml'}\nrunner_config: {{epochs: 1, "
+            "batch_size: 1, gradient_accumulation_steps: 8" + (", max_steps: 1}" if steps else "}")
+        )
+        settings = config.load_settings(path, run_mode="finetune")
+        part = hours.seconds_per_part(settings, 8)
+        spans[steps] = hours.run_hours(settings, 8, 33)
+        tool.main([str(path), "--rows", "33"])
+        printed[steps] = capsys.readouterr().out
+    assert spans[1].most == pytest.approx(8 * sum(part) / 3600)
+    assert spans[0].most == pytest.approx(2 * spans[1].most)
+    assert "33 rows: 2 steps an epoch" in printed[0]
+    assert f"a step: {8 * part.computing:.1f} s computing" in printed[0]
+
+
 def test_the_yamls_fit_and_say_what_the_tool_prints(capsys):
     for name, words in (
         ("finetune_glm4_9b", "at most 52.0 GB"),

@@ -2,12 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 import yaml
 from conftest import EXAMPLE, write_overlay
 from test_plan import MOVED, settings_of
 
 from mindrlhf import cli, config, recompute, rehearsal
+from mindrlhf.data import groups, row_length
 from mindrlhf.models.glm4 import build, operations
 from mindrlhf.parallel import Plan
 from mindrlhf.plan import __main__ as tool
@@ -168,6 +170,7 @@ def test_disk_and_pairs_in_the_report(capsys):
     printed = capsys.readouterr().out
     assert "disk: 376.1 GB over all cards: 3 states of 112.8 GB" in printed
     assert "final weights of 37.6 GB" in printed
+    assert "with --eval_dataset 75.2 GB more" in printed
     assert "36 rows: " in printed
     assert "1592 tokens/s/card" in printed
     tool.main([str(YAML), "--pairs", "1000", "--pair_tokens", "4096"])
@@ -190,6 +193,8 @@ def test_adapters_are_named_where_full_training_does_not_fit():
     assert "35.5 GB" in sentence
     adapters = config.load_settings(EXAMPLE / "finetune_glm4_9b_lora.yaml", run_mode="finetune")
     assert advice.adapter_advice(adapters, 8, 1e9) == "use more cards"
+    whole = config.load_settings(EXAMPLE / "process_glm4_9b.yaml", run_mode="preprocess")
+    assert "model_parallel 2" in advice.adapter_advice(whole, 64, 16e9)  # each card holds it all
     assert adapters["lora"] == advice.ADAPTERS
 
 
@@ -219,6 +224,18 @@ def test_the_search_keeps_legal_plans_that_fit_and_sorts_them(found):
     assert max(map(len, lines)) <= 100
 
 
+def test_known_pairs_are_trained_as_fast_as_possible_not_their_padding():
+    """400 pairs of 270 positions: a row of 512 holds one, and one of 4096 holds 15."""
+    prompts = np.full(400, 71, np.int32)
+    answers = np.stack([np.repeat(np.arange(400), 2), np.full(800, 100)], 1).astype(np.int32)
+    sizes = groups.Sizes(prompts, answers, np.arange(800, dtype=np.int32).reshape(-1, 2))
+    found = search.find_plans(load(), 8, LIMIT, workload.Workload(27, 4096, 400, sizes))
+    assert [each.pairs for each in found] == sorted((e.pairs for e in found), reverse=True)
+    assert found[0].changes["model.model_config.seq_length"] > 512
+    best = row_length.fastest_length(sizes, lambda length: 1 + length / 65536)
+    assert best.seq_len == 4096  # 512 takes 400 rows, 1024 134, 2048 58, 4096 27
+
+
 def test_rows_stay_long_enough_for_the_pairs():
     """Pairs of 2048 tokens: rows below 4 of them are not tried, except for the YAML's own."""
     found = search.find_plans(load(), 8, LIMIT, workload.Workload(3000, 8192, 12_000))
@@ -227,7 +244,7 @@ def test_rows_stay_long_enough_for_the_pairs():
 
 def test_the_speed_counts_computing_and_communication():
     settings = load()
-    step = hours.seconds_per_step(settings, 8)
+    step = hours.seconds_per_part(settings, 8)
     assert search.measure_plan(settings, 8).tokens == pytest.approx(8192 / 2 / sum(step))
 
 

@@ -143,11 +143,13 @@ def adapter_advice(settings: dict[str, Any], devices: int, limit: float) -> str:
         devices: number of cards.
         limit: bytes of a card that may be used.
     """
+    more = ("use more cards" if Plan.of(settings, devices).is_sharded
+            else "shard the model: parallel.parallel_mode 1, parallel_config.model_parallel 2")
     if settings["run_mode"] != "finetune" or "lora" in settings:
-        return "use more cards"
+        return more
     adapters = total_with(settings, devices, {"lora": ADAPTERS, "recompute_config.recompute": True})
     if adapters <= limit:
         return ("train adapters (LoRA), as in finetune_glm4_9b_lora.yaml: "
                 f"{adapters / 1e9:.1f} GB with all layers recomputed")
-    return (f"use more cards; adapters (LoRA) alone do not help, they take {adapters / 1e9:.1f} GB "
+    return (f"{more}; adapters (LoRA) alone do not help, they take {adapters / 1e9:.1f} GB "
             "with all layers recomputed")

@@ -41,8 +41,8 @@ def tokens_per_second(operations: float, *, peak: float = PEAK,
     return peak * efficiency / operations
 
 
-def seconds_per_step(settings: dict[str, Any], devices: int, peak: float = PEAK) -> StepTime:
-    """Time of a step. The parts of an accumulated batch count as steps of their own.
+def seconds_per_part(settings: dict[str, Any], devices: int, peak: float = PEAK) -> StepTime:
+    """Time of a step, or of each part of it where gradients are accumulated.
 
     Args:
         settings: as config.load_settings returns them.
@@ -72,14 +72,20 @@ def card_rate(settings: dict[str, Any], devices: int, seconds: float) -> float:
 
 
 def steps_per_epoch(settings: dict[str, Any], devices: int, rows: int) -> int:
-    """Steps of an epoch; the parts of an accumulated batch count as steps of their own.
+    """Steps of an epoch; the last one may be partly padding.
 
     Args:
         settings: as config.load_settings returns them.
         devices: number of cards.
         rows: of the data.
     """
-    return ceil_div(rows, settings["runner_config"]["batch_size"] * Plan.of(settings, devices).data)
+    batch = settings["runner_config"]["batch_size"] * Plan.of(settings, devices).data
+    return ceil_div(rows, batch * accumulated(settings))
+
+
+def accumulated(settings: dict[str, Any]) -> int:
+    """Parts of a step: batches whose gradients are accumulated."""
+    return settings["runner_config"].get("gradient_accumulation_steps", 1)
 
 
 def run_hours(settings: dict[str, Any], devices: int, rows: int, peak: float = PEAK) -> Span:
@@ -91,7 +97,10 @@ def run_hours(settings: dict[str, Any], devices: int, rows: int, peak: float = P
         rows: of the data.
         peak: operations a second of a card at its peak.
     """
-    step = seconds_per_step(settings, devices, peak)
-    epochs = settings["runner_config"].get("epochs", 1)
-    count = steps_per_epoch(settings, devices, rows) * epochs / 3600
+    step = seconds_per_part(settings, devices, peak)
+    runner = settings["runner_config"]
+    steps = steps_per_epoch(settings, devices, rows) * runner.get("epochs", 1)
+    if runner.get("max_steps"):
+        steps = min(steps, runner["max_steps"])
+    count = steps * accumulated(settings) / 3600
     return Span(count * max(step), count * sum(step))

@@ -71,7 +71,8 @@ def disk_lines(settings: dict[str, Any], devices: int) -> list[str]:
     state, count = weights + moments, saver["keep_checkpoint_max"] + 1
     return [f"disk: {(count * state + weights) / 1e9:.1f} GB over all cards: {count} states of "
             f"{state / 1e9:.1f} GB (keep_checkpoint_max, and the next one) and final weights of "
-            f"{weights / 1e9:.1f} GB"]
+            f"{weights / 1e9:.1f} GB; with --eval_dataset {2 * weights / 1e9:.1f} GB more, for the "
+            "best weights and the next best"]
 
 
 def time_lines(settings: dict[str, Any], devices: int, rows: int | None,
@@ -84,16 +85,17 @@ def time_lines(settings: dict[str, Any], devices: int, rows: int | None,
         rows: of the data; None leaves the hours out.
         peak_rate: operations a second of a card at its peak.
     """
-    step = hours.seconds_per_step(settings, devices, peak_rate)
+    part, parts = (hours.seconds_per_part(settings, devices, peak_rate),
+                   hours.accumulated(settings))
     rate = f"{hours.BANDWIDTH / 1e9:.0f} GB/s"
-    communication = (f", {step.communicating:.1f} s communication at {rate}"
-                     if step.communicating > 0 else "")
-    lines = [f"a step: {step.computing:.1f} s computing at {hours.EFFICIENCY:.0%} of "
+    communication = (f", {parts * part.communicating:.1f} s communication at {rate}"
+                     if part.communicating > 0 else "")
+    lines = [f"a step: {parts * part.computing:.1f} s computing at {hours.EFFICIENCY:.0%} of "
              f"{peak_rate / 1e12:.0f} TFLOPS{communication} (assumed rates): "
-             f"{hours.card_rate(settings, devices, step.computing):.0f} tokens/s/card"]
+             f"{hours.card_rate(settings, devices, part.computing):.0f} tokens/s/card"]
     if rows:
         least, most = hours.run_hours(settings, devices, rows, peak_rate)
         span = f"{least:.1f}" if most - least < 0.05 else f"{least:.1f} to {most:.1f}"
         count = hours.steps_per_epoch(settings, devices, rows)
-        lines.append(f"{rows} rows: {count} batches a card an epoch, {span} hours in total")
+        lines.append(f"{rows} rows: {count} steps an epoch, {span} hours in total")
     return lines

@@ -90,7 +90,7 @@ def measure_plan(settings: dict[str, Any], devices: int, workload: Workload | No
     """
     length = settings["model"]["model_config"]["seq_length"]
     tokens = hours.card_rate(settings, devices,
-                             sum(hours.seconds_per_step(settings, devices, peak)))
+                             sum(hours.seconds_per_part(settings, devices, peak)))
     in_row = workload.pairs_per_row(length) if workload else None
     pairs = None if in_row is None else tokens * devices / length * in_row
     return FittingPlan(current_values(settings), memory.peak_memory_of(settings, devices).bytes,
@@ -130,8 +130,8 @@ def find_plans(settings: dict[str, Any], devices: int, limit: float,
 
 
 def _merit(candidate: FittingPlan) -> tuple[float, float]:
-    """Order of candidates: speed, then less memory."""
-    return candidate.tokens, -candidate.bytes
+    """Order of candidates: speed, in pairs where they are known, then less memory."""
+    return (candidate.tokens if candidate.pairs is None else candidate.pairs), -candidate.bytes
 
 
 def search_lines(found: Sequence[FittingPlan], now: FittingPlan) -> list[str]:
