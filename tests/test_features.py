@@ -117,8 +117,8 @@ MESSAGES = (("system", "abcd"), ("user", "efgh"), ("assistant", "ij"), ("user", 
         ),
         (
             "keep_end",
-            13,
-            "[gMASK]<sop><|system|>\n<|user|>\n<|assistant|>\n<|user|>\n<|assistant|>",
+            12,
+            "[gMASK]<sop><|system|>\n<|user|>\n<|assistant|>\n<|user|>\nm<|assistant|>",
         ),
         (
             "keep_start",
@@ -137,9 +137,10 @@ def test_the_prompt_loses_text_only(tokenizer, truncation, cut, left):
     assert (short.chosen, short.rejected) == (tokens.chosen, tokens.rejected)
 
 
-def test_a_pair_goes_where_its_answer_and_tags_do_not_fit(tokenizer):
+def test_a_pair_goes_where_nothing_of_its_prompt_fits_beside_the_answers(tokenizer):
     tokens = tokenize_pair(tokenizer, Pair(MESSAGES, "yes", "no, thanks"))
-    assert truncate_prompt(tokens, tokens.size - 14, tokenizer=tokenizer) == (None, 0)
+    for excess in (13, 14):  # the prompt has 13 tokens of text
+        assert truncate_prompt(tokens, tokens.size - excess, tokenizer=tokenizer) == (None, 0)
     assert truncate_prompt(tokens, tokens.size, tokenizer=tokenizer, truncation="drop") == (
         tokens,
         0,
@@ -169,7 +170,7 @@ def test_properties_of_truncation(tokenizer):
             seq_len + len(tokens.prompt) - tokens.size - len(tags) - len(messages)
         )  # a newline a tag
         if short is None:
-            assert room < 0 or (truncation == "drop" and tokens.size > seq_len)
+            assert room <= 0 or (truncation == "drop" and tokens.size > seq_len)
             return
         assert short.size == min(tokens.size, seq_len)
         assert lost == tokens.size - short.size

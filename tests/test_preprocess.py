@@ -335,6 +335,46 @@ def test_the_evaluation_set_shares_no_prompt(golden, tmp_path, capsys):
     assert "40 read = 30 + 10 written + 0 dropped" in capsys.readouterr().out
 
 
+def test_prompts_that_truncation_makes_equal_stay_together(golden, tmp_path):
+    """Prompts that differ in their last characters only, which keep_start cuts."""
+    source = write(
+        tmp_path / "pairs.jsonl",
+        [{**ROWS[number % 8], "prompt": f"{'a' * 400}{number}"} for number in range(8)]
+        + [{**ROWS[number % 8], "prompt": f"{number // 2}?"} for number in range(8)],
+    )
+    more = ("--eval_ratio", "0.4", "--truncation", "keep_start", "--on_bad_row", "skip")
+    path = run(golden, source, tmp_path / "x.mindrecord", *more)
+    files = path, tmp_path / "x_eval.mindrecord"
+    train, held_out = (
+        {
+            tuple(answer.prompt)
+            for row in mindrecord.read_rows(file)
+            for answer in validation.read_answers(row)
+        }
+        for file in files
+    )
+    assert any(len(prompt) > 100 for prompt in train | held_out)
+    assert not train & held_out
+    assert sorted([*by_pair(files[0]), *by_pair(files[1])]) == list(range(16))
+
+
+def test_the_evaluation_set_goes_with_the_training_set_that_it_was_made_with(
+    golden, tmp_path, capsys
+):
+    """All its pairs are in the new training file."""
+    source = write(tmp_path / "pairs.jsonl", ROWS)
+    path = run(golden, source, tmp_path / "x.mindrecord", "--eval_ratio", "0.4")
+    other = tmp_path / "x_eval.mindrecord"
+    strange = run(golden, source, tmp_path / "y_eval.mindrecord")
+    run(golden, source, path, "--overwrite")
+    assert f"{other}: removed with the training file" in capsys.readouterr().out
+    assert not list(tmp_path.glob("x_eval*"))
+    run(golden, source, tmp_path / "y.mindrecord", "--pack", "False")
+    run(golden, source, tmp_path / "y.mindrecord", "--overwrite")
+    assert strange.exists()  # another run's
+    assert len(by_pair(path)) == 8
+
+
 # workers, kills
 
 

@@ -173,6 +173,27 @@ def test_a_part_holds_every_pair_or_says_that_it_dropped_it():
     assert len(part.tokens) == 10 + 33 + 2 * (5 + 3)
 
 
+def test_the_pair_whose_log_probs_are_not_finite_is_named(scorer, pairs, monkeypatch):
+    from mindrlhf.data.preference import Pair
+
+    def spoil(rows):
+        values = np.full((scorer.batch_size, scorer.limits.answers), -1, np.float32)
+        for line, row in zip(values, rows):
+            answers = [answer for group in row for answer in group.answers]
+            line[: len(answers)][[len(answer) == 5 for answer in answers]] = np.inf
+        return values
+
+    monkeypatch.setattr(scorer, "_run", spoil)
+    texts = [
+        Pair((("user", "q" * length),), "a" * answer, "b", place=f"x.jsonl:{length}")
+        for length, answer in ((999, 1), (5, 3), (5, 2), (4, 2))  # the first one is dropped
+    ]
+    with pytest.raises(
+        UserError, match=r"^x\.jsonl:5: the model gives .* not finite; .* remove it"
+    ):
+        make_part(Words(), texts, range(4), seq_len=scorer.seq_len, score=scorer, truncation="drop")
+
+
 def part_of(numbers):
     """A part of pairs with recognizable tokens."""
     return Part.of(

@@ -90,13 +90,13 @@ def truncate_prompt(tokens: TokenPair, seq_len: int, *, tokenizer: Glm4Tokenizer
         truncation: one of TRUNCATIONS.
 
     Returns:
-        The pair and the number of tokens cut, or (None, 0) if the pair does not fit.
+        The pair and the number of tokens cut; (None, 0) if no text of the prompt fits.
     """
     excess = tokens.size - seq_len
     if excess <= 0:
         return tokens, 0
     text = template.text_positions(tokenizer, tokens.prompt)
-    if truncation == "drop" or excess > len(text):
+    if truncation == "drop" or excess >= len(text):  # nothing of it would be left
         return None, 0
     cut = set(text[:excess] if truncation == "keep_end" else text[-excess:])
     prompt = [token for position, token in enumerate(tokens.prompt) if position not in cut]

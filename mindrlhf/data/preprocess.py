@@ -109,12 +109,13 @@ def make_data(options: Options, settings: Settings) -> None:
         finish_picture(options, parts)
         return
     for path in paths:
-        require_overwrite(path, options.overwrite,
-                                partial(is_of_run, path, run.origin["run"]))
+        require_overwrite(path, options.overwrite, partial(is_of_run, path, run.origin["run"]))
     score_parts(parts, {number: members[number] for number in todo}, source,
                 with_filled_batches(settings, max(map(len, members))),  # a row has at least a pair
                 tokenizer, options)
     if cli.rank() == 0:
+        if not any(held_out):
+            remove_former_eval(options.dst)
         report = merge.merge_parts(
             parts, source, held_out, destination=options.dst, packed=options.pack,
             share=options.share, seq_len=run.origin["seq_len"], pad_id=tokenizer.pad_id,
@@ -125,6 +126,22 @@ def make_data(options: Options, settings: Settings) -> None:
         cli.say(*summary.summary_lines(report),
                 summary.length_line(report, partial(operations_at, settings)),
                 f"  picture    {picture}")
+
+
+def remove_former_eval(destination: str) -> None:
+    """Remove the evaluation file of the run whose training file is about to be replaced, if any.
+
+    The new training file has its pairs.
+    """
+    path = merge.eval_path(destination)
+    try:
+        former = mindrecord.read_data_sidecar(destination)["run"]
+    except (UserError, KeyError):
+        return
+    if is_of_run(path, former):
+        for output in mindrecord.data_outputs(path):
+            output.path.unlink(missing_ok=True)
+        cli.say(f"{path}: removed with the training file that it was made with")
 
 
 def finish_picture(options: Options, parts: Parts) -> None:

@@ -19,6 +19,19 @@ if TYPE_CHECKING:
     from mindrlhf.models.glm4.network import Glm4DPO
 
 
+class NotFiniteError(UserError):
+    """The model gives log-probs that are not finite.
+
+    Attributes:
+        pair: index of the first pair with one.
+    """
+
+    def __init__(self, pair: int = 0) -> None:
+        super().__init__("the model gives log-probs that are not finite; check the checkpoint and "
+                         "the YAML's compute_dtype")
+        self.pair = pair
+
+
 def make_part(tokenizer: Glm4Tokenizer, pairs: Sequence[Pair], numbers: Sequence[int], *,
               seq_len: int, score: Callable[[Sequences], np.ndarray],
               truncation: str = "keep_end", share: bool = True) -> Part:
@@ -32,6 +45,9 @@ def make_part(tokenizer: Glm4Tokenizer, pairs: Sequence[Pair], numbers: Sequence
         score: function from the distinct sequences to float32 (M,), log-prob of each answer.
         truncation: one of features.TRUNCATIONS.
         share: whether pairs with the same prompt share it.
+
+    Raises:
+        UserError: a log-prob is not finite; the message names the pair.
     """
     kept: list[TokenPair] = []
     kept_numbers: list[int] = []
@@ -47,7 +63,11 @@ def make_part(tokenizer: Glm4Tokenizer, pairs: Sequence[Pair], numbers: Sequence
             kept_numbers.append(number)
             cut.append(tokens_cut)
     found = find_sequences(kept, share)
-    logps = score(found) if kept else np.zeros(0, np.float32)
+    try:
+        logps = score(found) if kept else np.zeros(0, np.float32)
+    except NotFiniteError as error:
+        place = dict(zip(numbers, pairs))[kept_numbers[error.pair]].place
+        raise UserError(f"{place}: {error}; if it is this pair alone, remove it") from None
     return Part.of(found, logps, numbers=kept_numbers, cut=cut, dropped=dropped)
 
 
@@ -82,7 +102,7 @@ class Scorer:
             float32 (M,): log-prob of each answer, in nats, summed over the response tokens.
 
         Raises:
-            UserError: a log-prob is not finite.
+            NotFiniteError: a log-prob is not finite.
         """
         groups = make_groups(sequences.sizes, range(len(sequences.pairs)), self.limits)
         needs = group_sizes(sequences.sizes, groups)
@@ -100,7 +120,9 @@ class Scorer:
             pairs, positions = pairs + int(done[:, 2].sum()), positions + int(done[:, 0].sum())
             if report:
                 report(pairs, positions)
-        return _finite(logps)
+        if not (finite := np.isfinite(logps)).all():
+            raise NotFiniteError(int(finite[np.array(sequences.pairs)].all(1).argmin()))
+        return logps
 
     def score_rows(self, rows: Sequence[Mapping[str, np.ndarray]],
                    report: Callable[[int, int], None] | None = None) -> np.ndarray:
@@ -114,7 +136,7 @@ class Scorer:
             float32 (rows, A): log-prob of each answer, nats; 0 where a row has none.
 
         Raises:
-            UserError: a log-prob is not finite.
+            NotFiniteError: a log-prob is not finite.
         """
         found, pairs, positions = [], 0, 0
         for begin in range(0, len(rows), self.batch_size):
@@ -124,7 +146,10 @@ class Scorer:
             positions += sum(int((row["group_ids"] > 0).sum()) for row in batch)
             if report:
                 report(pairs, positions)
-        return _finite(np.concatenate(found))
+        logps = np.concatenate(found)
+        if not np.isfinite(logps).all():
+            raise NotFiniteError
+        return logps
 
     def score_pairs(self, pairs: Sequence[TokenPair]) -> np.ndarray:
         """Log-probs of each pair's chosen and rejected answer: float32 (N, 2), nats."""
@@ -142,11 +167,3 @@ class Scorer:
         rows = [*rows, *[empty] * (self.batch_size - len(rows))]
         columns = [Tensor(np.stack([row[name] for row in rows])) for name in INPUTS]
         return self.network(*columns).asnumpy()
-
-
-def _finite(logps: np.ndarray) -> np.ndarray:
-    """The log-probs, or UserError if one is not finite."""
-    if not np.isfinite(logps).all():
-        raise UserError("the model gives log-probs that are not finite; check the checkpoint and "
-                        "the YAML's compute_dtype")
-    return logps

@@ -9,6 +9,7 @@ from mindrlhf.data.groups import Sizes, group_sizes, make_groups, row_limits
 from mindrlhf.data.packing import pack_groups
 
 SHORTEST, LONGEST = 512, 32768  # positions of the rows that are tried, powers of two
+FULL = 0.97  # share of tokens beyond which longer rows have no gaps to fill, and more attention
 
 
 class RowLength(NamedTuple):
@@ -58,12 +59,10 @@ def fastest_length(sizes: Sizes, operations: Callable[[int], float]) -> RowLengt
         sizes: of prompts, answers and pairs.
         operations: positions of a row -> operations of a position.
     """
-    longest, length = longest_pair(sizes), SHORTEST
-    tried = []
-    while length <= LONGEST:
+    longest, length, best = longest_pair(sizes), SHORTEST, None
+    while length <= LONGEST and (best is None or best.fill < FULL):
         if length >= longest:
-            tried.append(count_rows(sizes, length, operations))
-            if len(tried) > 1 and tried[-1].operations > tried[-2].operations:
-                break  # attention grows, and there are no gaps left to fill
+            found = count_rows(sizes, length, operations)
+            best = min(filter(None, (best, found)), key=lambda each: each.operations)
         length *= 2
-    return min(tried, key=lambda each: each.operations, default=None)
+    return best

@@ -68,6 +68,7 @@ class Scored:
         dropped: int32, numbers of the pairs that do not fit into a row.
         files: open part files.
         prompt_places, answer_places: int64 (Q, 2) and (M, 2), file and first token of each.
+        first_equal: int64 (Q,), the first prompt with the same tokens.
     """
     numbers: np.ndarray
     sizes: Sizes
@@ -77,6 +78,7 @@ class Scored:
     files: list[Any]
     prompt_places: np.ndarray
     answer_places: np.ndarray
+    first_equal: np.ndarray
 
     @classmethod
     def of(cls, parts: Sequence[Mapping[str, np.ndarray]], files: list[Any],
@@ -89,15 +91,17 @@ class Scored:
             share: whether prompts that are equal in different parts become one.
         """
         joined = _join(parts)
-        places = [_places(number, part) for number, part in enumerate(parts)]
+        prompt_places, answer_places = (np.concatenate(kind) for kind in zip(
+            *(_places(number, part) for number, part in enumerate(parts))))
+        first_equal = _first_equal(joined["prompt_hashes"])
         if share:
-            _merge_equal(joined)
+            _merge_equal(joined, first_equal)
         order = np.argsort(joined["numbers"], kind="stable")  # parts hold bundles, not runs
         return cls(
             joined["numbers"][order],
             Sizes(joined["prompts"], joined["answers"], joined["pairs"][order]), joined["logps"],
             joined["cut"][order], np.sort(joined["dropped"]), files,
-            *(np.concatenate(kind) for kind in zip(*places)))
+            prompt_places, answer_places, first_equal)
 
     @property
     def sides(self) -> np.ndarray:
@@ -140,10 +144,10 @@ def _places(number: int, part: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np
     return places[:len(part["prompts"])], places[len(part["prompts"]):]
 
 
-def _merge_equal(joined: dict[str, np.ndarray]) -> None:
+def _merge_equal(joined: dict[str, np.ndarray], first_equal: np.ndarray) -> None:
     """Let answers and pairs refer to the first of equal prompts and of equal answers, in place."""
     answers = joined["answers"]
-    answers[:, 0] = _first_equal(joined["prompt_hashes"])[answers[:, 0]]
+    answers[:, 0] = first_equal[answers[:, 0]]
     keys = np.concatenate([answers[:, :1].astype(np.uint64), joined["answer_hashes"]], 1)
     joined["pairs"] = _first_equal(keys)[joined["pairs"]]
 

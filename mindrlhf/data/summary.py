@@ -72,6 +72,9 @@ def length_line(report: MergeReport, operations: Callable[[int], float]) -> str:
         operations: positions of a row -> operations of a position in training.
     """
     sizes, seq_len = report.scored.sizes, report.seq_len
+    if cut := int((report.scored.cut > 0).sum()) + len(report.scored.dropped):
+        return (f"  row length {cut:,} pairs were shortened or dropped, so no other length can be "
+                f"compared with {seq_len}; a longer --seq_len keeps more of them")
     best, now = (row_length.fastest_length(sizes, operations),
                  row_length.count_rows(sizes, seq_len, operations))
     if best is None or best.operations >= now.operations or best.seq_len == seq_len:
