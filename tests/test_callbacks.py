@@ -1,12 +1,16 @@
 """What the callbacks and the journal of a run say about odd numbers and odd files."""
 
 import json
+import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from mindrlhf import cli
 from mindrlhf.cli import UserError
+from mindrlhf.data import summary
+from mindrlhf.data.groups import Sizes
 from mindrlhf.training import callbacks, inputs, run
 from mindrlhf.training.journal import read_records
 
@@ -102,3 +106,67 @@ def test_a_batch_far_above_the_rows_is_refused_before_it_fills_the_memory(
         return
     with pytest.raises(UserError, match="batch_size: 193 makes 193 rows a step, .* give at most 3"):
         inputs.require_filled_batches(settings, data)
+
+
+def test_an_evaluation_without_a_number_is_never_the_best(capsys):
+    kept = []
+    losses = iter([9.0, math.nan, 0.5, math.nan, 0.6, 0.4])
+    values = {"dpo_loss": 0.0, "sft_loss": 0.0, "rewards/accuracies": 0.0, "rewards/margins": 0.0}
+    progress = callbacks.Progress(first=0, total=5)
+    monitor = callbacks.EvalMonitor(
+        progress,
+        None,
+        lambda: {**values, "loss": next(losses)},
+        eval_step_interval=1,
+        keep_best=lambda: kept.append(progress.step),
+    )
+    monitor.on_train_begin(None)
+    for progress.step in range(1, 6):
+        monitor.on_train_step_end(None)
+    assert kept == [2, 5]
+    assert len(capsys.readouterr().out.splitlines()) == 6
+
+
+@pytest.mark.parametrize(
+    ("runs", "sources", "warned"),
+    [("aa", "ss", False), ("ab", "st", False), ("ab", "ss", True), ("a", "s", False)],
+)
+def test_data_sets_of_the_same_pairs_by_two_runs_are_told(capsys, runs, sources, warned):
+    made = [{"run": run, "source": [{"sha256": sha}]} for run, sha in zip(runs, sources)]
+    train, held_out = (*made, None)[:2]
+    data = inputs.Data("train.mindrecord", train, held_out and "eval.mindrecord", held_out)
+    inputs.warn_of_overlap(data)
+    said = capsys.readouterr().out
+    assert bool(said) is warned
+    if warned:
+        assert said.startswith("warning: train.mindrecord and eval.mindrecord were made of the ")
+
+
+def test_a_plan_whose_cards_get_parts_of_the_batch_is_refused(golden, tmp_path):
+    from mindrlhf import config
+
+    settings = config.load_settings(golden.finetune, run_mode="finetune")
+    settings["parallel"] = {"parallel_mode": 1, "full_batch": False}
+    with pytest.raises(UserError, match="full_batch must be True to train"):
+        run.finetune({**settings, "output_dir": str(tmp_path / "out")})
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_row_length_is_advised_where_pairs_were_cut():
+    """Their lengths, and which of their prompts are equal, are those of the shorter rows."""
+    scored = SimpleNamespace(
+        sizes=Sizes(
+            np.array([10, 20], np.int32),
+            np.array([[0, 5], [0, 5], [1, 5], [1, 5]], np.int32),
+            np.array([[0, 1], [2, 3]], np.int32),
+        ),
+        cut=np.zeros(2, np.int32),
+        dropped=np.zeros(0, np.int32),
+    )
+    report = SimpleNamespace(scored=scored, seq_len=1024)
+    assert "--seq_len 512 would train" in summary.length_line(report, lambda length: length)
+    scored.cut[1] = 3
+    scored.dropped = np.array([7], np.int32)
+    line = summary.length_line(report, lambda length: length)
+    assert "2 pairs were shortened or dropped" in line
+    assert "faster" not in line

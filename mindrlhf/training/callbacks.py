@@ -155,10 +155,9 @@ class DPOMonitor(Callback):
             return
         raise cli.UserError(
             f"policy and reference differ by {values['logratio_size']:.4g} nats per answer at the "
-            f"first step (allowed: {self.tolerance}), loss {values['dpo_loss']:.4f} instead of "
-            "0.6931: the data were made with other weights, another tokenizer or other settings. "
-            "Preprocess again with this checkpoint and YAML, or set dpo.check_reference False in "
-            "the YAML to train anyway")
+            f"first step (allowed: {self.tolerance}): the data were made with other weights, "
+            "another tokenizer or other settings. Preprocess again with this checkpoint and YAML, "
+            "or set dpo.check_reference False in the YAML to train anyway")
 
     def fault(self, values: dict[str, Any], pair_ids: np.ndarray, faulty: np.ndarray) -> str:
         """The error message for steps that are not finite. It names the pairs that caused them.
@@ -225,10 +224,11 @@ class EvalMonitor(Callback):
         cli.say(f"held-out, after step {self.progress.step}: {line(values)}")
         if self.journal:
             self.journal.add("eval", self.progress.step, values | self.progress.measure())
-        if self.progress.step == 0 or not self.keep_best:
+        value = values[self.metric]
+        if self.progress.step == 0 or not self.keep_best or not math.isfinite(value):
             return
-        if self.best is None or BEST[self.metric] * (values[self.metric] - self.best) > 0:
-            self.best = values[self.metric]
+        if self.best is None or BEST[self.metric] * (value - self.best) > 0:
+            self.best = value
             self.keep_best()
 
 

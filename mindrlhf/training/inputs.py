@@ -59,7 +59,25 @@ def open_data(settings: dict[str, Any]) -> Data:
         mindrecord.require_made_for(each, sidecars[each], seq_len=model["seq_length"],
                                     template=template.VERSION, tokenizer=tokenizer.fingerprint,
                                     checkpoint=None)
-    return Data(path, sidecars[path], eval_path, sidecars[eval_path] if eval_path else None)
+    data = Data(path, sidecars[path], eval_path, sidecars[eval_path] if eval_path else None)
+    warn_of_overlap(data)
+    return data
+
+
+def warn_of_overlap(data: Data) -> None:
+    """Say so if both files were made of the same pairs, but not by one run, which keeps them apart.
+
+    Args:
+        data: of the run.
+    """
+    if not data.eval or data.eval.get("run") == data.train.get("run"):
+        return
+    train, held_out = ({each["sha256"] for each in made.get("source", [])}
+                       for made in (data.train, data.eval))
+    if train & held_out:
+        cli.say(f"warning: {data.train_path} and {data.eval_path} were made of the same pairs by "
+                "two runs, so pairs may be in both, and the evaluation too good. One run with "
+                "--eval_ratio keeps them apart")
 
 
 def feed_of(settings: dict[str, Any]) -> Feed:

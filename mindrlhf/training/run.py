@@ -52,6 +52,7 @@ def finetune(settings: dict[str, Any], *, overwrite: bool = False,
             holds another run, another run is writing there, or a step fails.
     """
     config.require_workers(settings, cli.workers())
+    config.require_full_batch(settings, "train")
     with locks.hold(settings["output_dir"], is_folder=True):
         _finetune(settings, overwrite=overwrite, allow_changes=allow_changes)
         if finish and cli.rank() == 0:
