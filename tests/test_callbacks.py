@@ -165,8 +165,7 @@ def test_no_row_length_is_advised_where_pairs_were_cut():
     )
     report = SimpleNamespace(scored=scored, seq_len=1024)
     assert "--seq_len 512 would train" in summary.length_line(report, lambda length: length)
-    scored.cut[1] = 3
-    scored.dropped = np.array([7], np.int32)
-    line = summary.length_line(report, lambda length: length)
-    assert "2 pairs were shortened or dropped" in line
-    assert "faster" not in line
+    scored.cut = np.array([0] * 998 + [1, 2], np.int32)  # few: they change little
+    assert "2 pairs that 1024 shortens or drops aside)" in summary.length_line(report, float)
+    scored.dropped = np.arange(10)
+    assert "12 pairs were shortened or dropped, so no" in summary.length_line(report, float)

@@ -14,9 +14,11 @@ from mindrlhf.data.groups import (
     bundle_pairs,
     estimate_tokens,
     find_sequences,
+    group_sizes,
     make_groups,
     row_limits,
 )
+from mindrlhf.data.packing import pack_groups
 from mindrlhf.data.preference import Pair
 
 # one prompt with three answers, of which b is chosen in one pair and rejected in another
@@ -164,3 +166,21 @@ def test_pairs_of_a_group_keep_their_answers():
     (group,) = make_groups(found.sizes, [2, 1], row_limits(48))
     assert group.answers == [0, 2, 1]
     assert found.read(group).pairs == [ComparedPair(0, 1, 2), ComparedPair(2, 1, 1)]
+
+
+def test_ten_ranked_answers_are_one_group():
+    """45 pairs in 45 + 160 positions: a row of 256 takes 16 answers and 64 pairs, one of 512 takes
+    two such groups.
+    """
+    answers = [[number] * 16 for number in range(10)]
+    ranked = [
+        TokenPair([prompt] * 46, better, worse)
+        for prompt in (90, 91)
+        for place, better in enumerate(answers)
+        for worse in answers[place + 1 :]
+    ]
+    found = find_sequences(ranked, share=True)
+    assert row_limits(256) == (256, 16, 64)
+    needs = group_sizes(found.sizes, make_groups(found.sizes, range(90), row_limits(256)))
+    assert needs.tolist() == [[205, 10, 45]] * 2
+    assert len(pack_groups(needs, row_limits(512))) == 1

@@ -10,7 +10,9 @@ import numpy as np
 from mindrlhf.data.features import ComparedPair, TokenGroup, TokenPair, group_size
 from mindrlhf.data.preference import Pair
 
-MIN_TOKENS = 16  # a row of S positions takes at most S / 16 answers, and as many pairs
+# positions of a row for each answer and each pair that it takes at most: the sizes of tensors. Ten
+# ranked answers, which take 160 positions, make 45 pairs
+FOR_AN_ANSWER, FOR_A_PAIR = 16, 4
 
 
 class Limits(NamedTuple):
@@ -105,8 +107,7 @@ class Sequences:
 
 def row_limits(seq_len: int) -> Limits:
     """What a row of seq_len positions may hold."""
-    most = max(2, seq_len // MIN_TOKENS)
-    return Limits(seq_len, most, most)
+    return Limits(seq_len, *(max(2, seq_len // each) for each in (FOR_AN_ANSWER, FOR_A_PAIR)))
 
 
 def bundle_pairs(pairs: Sequence[Pair], share: bool) -> list[list[int]]:

@@ -18,6 +18,7 @@ from mindrlhf.records import SIDES
 
 EXAMPLES = 3  # places listed for each reason
 BAD_ROWS = 20  # bad rows listed in full
+FEW = 0.01  # share of cut or dropped pairs up to which row lengths are compared
 POINTS = 20_000  # of the scatter plot
 SHOWN_TEXT = 200  # characters that are shown of each text of a pair
 LAST_CHARACTER = 0x10FFFF
@@ -72,16 +73,19 @@ def length_line(report: MergeReport, operations: Callable[[int], float]) -> str:
         operations: positions of a row -> operations of a position in training.
     """
     sizes, seq_len = report.scored.sizes, report.seq_len
-    if cut := int((report.scored.cut > 0).sum()) + len(report.scored.dropped):
+    pairs = len(report.scored.cut) + len(report.scored.dropped)
+    cut = int((report.scored.cut > 0).sum()) + len(report.scored.dropped)
+    if cut > FEW * pairs:
         return (f"  row length {cut:,} pairs were shortened or dropped, so no other length can be "
                 f"compared with {seq_len}; a longer --seq_len keeps more of them")
+    aside = f"{cut:,} pairs that {seq_len} shortens or drops aside" if cut else "no pair cut"
     best, now = (row_length.fastest_length(sizes, operations),
                  row_length.count_rows(sizes, seq_len, operations))
     if best is None or best.operations >= now.operations or best.seq_len == seq_len:
         return f"  row length {seq_len} suits these data: no power of two trains faster"
     speed = now.operations / best.operations
     return (f"  row length --seq_len {best.seq_len} would train {speed:.2f} x as fast as "
-            f"{seq_len}, by its operations ({best.fill:.1%} full, no pair cut)")
+            f"{seq_len}, by its operations ({best.fill:.1%} full, {aside})")
 
 
 def summary_lines(report: MergeReport) -> list[str]:

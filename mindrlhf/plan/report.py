@@ -97,5 +97,6 @@ def time_lines(settings: dict[str, Any], devices: int, rows: int | None,
         least, most = hours.run_hours(settings, devices, rows, peak_rate)
         span = f"{least:.1f}" if most - least < 0.05 else f"{least:.1f} to {most:.1f}"
         count = hours.steps_per_epoch(settings, devices, rows)
-        lines.append(f"{rows} rows: {count} steps an epoch, {span} hours in total")
+        what = "steps" if settings["run_mode"] == "finetune" else "batches a card"
+        lines.append(f"{rows} rows: {count} {what} an epoch, {span} hours in total")
     return lines
