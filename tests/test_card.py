@@ -481,6 +481,33 @@ def test_results_of_other_weights_are_refused(place, golden, tmp_path):
         add.main([str(place.card)])
 
 
+@pytest.mark.parametrize(
+    ("model", "plan", "merged", "words"),
+    [
+        ({"fingerprint": "m"}, {}, "m", None),
+        ({"fingerprint": "m"}, {}, None, None),  # nothing tells
+        ({"fingerprint": "b"}, {}, None, "is the score of the weights before training, b"),
+        ({"fingerprint": "o"}, {}, "m", "is the score of other weights, o, than .* result, m"),
+        ({"fingerprint": "b", "adapters": {}}, {}, None, "before training"),
+        ({"fingerprint": "b", "adapters": {"fingerprint": "a"}}, {"lora": {}}, "m", None),
+        ({"fingerprint": "m", "adapters": {"fingerprint": "a"}}, {}, "m", "is the score of adap"),
+    ],
+)
+def test_a_score_is_that_of_the_result_whenever_it_was_added(model, plan, merged, words):
+    """As after add --score before add --checkpoint."""
+    result = {"shards": {"rank_0": "s"}}
+    if merged:
+        result["merged"] = {"file": "merged.ckpt", "fingerprint": merged}
+    card = {"base": {"fingerprint": "b"}, "plan": plan, "result": result}
+    add.require_scored_result(card)
+    card["score"] = {"file": "score.json", "model": model}
+    if words is None:
+        add.require_scored_result(card)
+        return
+    with pytest.raises(UserError, match=f"^score.json: .*{words}"):
+        add.require_scored_result(card)
+
+
 def test_the_merge_of_shards_is_compared_with_them(tmp_path):
     """Shards of a parallel plan have other fingerprints than their merge."""
     shards = write_shards(tmp_path / "out/checkpoint_network", "2x2", whole())

@@ -37,6 +37,14 @@ def test_all_right_is_no_single_point():
     assert found.low == pytest.approx(estimates.wilson_interval(1.0, 10)[0])
 
 
+@pytest.mark.parametrize("pairs", [2, 3, 7])
+def test_prompts_with_the_same_share_count_once(pairs):
+    """No variance between them; of 3 pairs with one right, the sums are 1e-17 instead of 0."""
+    advantages = np.tile([1.0] + [-1.0] * (pairs - 1), 100)
+    found = estimates.accuracy_of(advantages, np.repeat(np.arange(100), pairs))
+    assert (found.low, found.high) == pytest.approx(estimates.wilson_interval(1 / pairs, 100))
+
+
 @given(st.lists(st.sampled_from([-1.0, 0.0, 2.0]), min_size=2, max_size=30), st.integers(2, 4))
 def test_copies_of_a_prompt_s_pairs_change_no_error(values, times):
     values = np.array(values)

@@ -12,6 +12,7 @@ from mindrlhf.cli import UserError
 from mindrlhf.inference import sampling as sampling_module
 from mindrlhf.inference.blocks import BlockPool
 from mindrlhf.inference.engine import Answer, Engine, room_of
+from mindrlhf.inference.options import require_sampling
 from mindrlhf.inference.sampling import Sampling, choose_token, sampling_of
 from mindrlhf.inference.text_stream import TextStream
 from mindrlhf.models.glm4 import template
@@ -243,6 +244,17 @@ def test_the_yaml_gives_what_the_command_line_does_not():
     assert sampling_of(settings, {}).is_argmax
     assert sampling_of(settings, {"top_p": 0.5}) == Sampling(9, 0.5, 0.5, 7, seed=5)
     assert sampling_of(settings, {"max_new_tokens": 3}) == Sampling(3, 0.0, top_k=7, seed=5)
+
+
+def test_a_temperature_samples_from_more_than_one_token():
+    """MindFormers' predict_glm4_9b_chat.yaml has top_k 1, which would be greedy all the same."""
+    model = {"top_k": 1, "top_p": 1, "do_sample": False}
+    settings = {"model": {"model_config": model}, "seed": 5}
+    assert sampling_of(settings, {}).is_greedy
+    assert not sampling_of(settings, {"temperature": 1.0}).is_greedy
+    assert sampling_of(settings, {"temperature": 1.0, "top_k": 1}).is_greedy
+    with pytest.raises(UserError, match="add --top_k 0"):
+        require_sampling(sampling_of(settings, {"temperature": 1.0, "top_k": 1}), 2)
 
 
 # text and blocks

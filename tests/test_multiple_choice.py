@@ -1,6 +1,7 @@
 """Multiple choice: reading, both orders, and numbers by hand and of the model."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from test_score import one_network, run, values  # noqa: F401  one_network is a 
 
 from mindrlhf.cli import UserError
 from mindrlhf.inference import multiple_choice as choice
+from mindrlhf.inference import score_results
 
 FIRST, SECOND = choice.CHOSEN
 
@@ -137,3 +139,12 @@ def test_rows_without_answers_have_one_order(tmp_path):
 def test_bad_rows_are_named(tmp_path, wrong, part):
     with pytest.raises(UserError, match=r"mc.jsonl:2: .*" + part):
         read(tmp_path, [row("a?", "b", "c"), wrong])
+
+
+def test_plain_questions_alone_are_no_multiple_choice():
+    """The prompts with both answers were too long for a row."""
+    trial = SimpleNamespace(form=choice.PLAIN)
+    scored = SimpleNamespace(numbers=np.array([0]))
+    source = SimpleNamespace(quiz=SimpleNamespace(trials=[trial]))
+    with pytest.raises(UserError, match="no multiple-choice prompt fits into 64 tokens"):
+        score_results.choice_score(None, scored, source, seq_len=64)

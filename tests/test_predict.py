@@ -13,7 +13,7 @@ import pytest
 import run_dpo
 from conftest import EXAMPLE, assert_one_error, load_model, run_script
 
-from mindrlhf import cli, config
+from mindrlhf import cli, config, locks
 from mindrlhf.cli import UserError
 from mindrlhf.data import formats
 from mindrlhf.inference import answer_file, chat, compare, generate
@@ -255,11 +255,16 @@ def test_no_other_file_is_written_over(loaded, options, prompts, tmp_path):
     assert other.read_text() == "mine\n"
 
 
-def test_one_process_writes_a_file(tmp_path):
-    with answer_file.AnswerFile(tmp_path / "a", {}, 1, [], overwrite=False) as done:
-        assert done == 0
-        with pytest.raises(UserError, match="another process writes to it"):
-            answer_file.AnswerFile(tmp_path / "a", {}, 1, [], overwrite=False).__enter__()
+@pytest.mark.parametrize("more", [[], ["--compare_with", "OTHER"]])
+def test_one_process_writes_a_file(loaded, options, other, prompts, tmp_path, more):
+    """Another one, which would replace it, does not even touch what the first has written."""
+    output, part = tmp_path / "a.jsonl", tmp_path / "a.jsonl.part"
+    part.write_text("{}\n")
+    task = [*options, "--predict_file", str(prompts), "--overwrite", "--output", str(output)]
+    held = output.with_suffix("") if more else output
+    with locks.hold(held), pytest.raises(UserError, match=r"another run is writing it \(process"):
+        run_dpo.main([*task, *(str(other) if each == "OTHER" else each for each in more)])
+    assert part.read_text() == "{}\n"
 
 
 def test_a_lone_surrogate_is_written_as_json():
@@ -327,6 +332,8 @@ def test_a_conversation_has_history_and_commands(talk, texts, tmp_path):
     assert [message["role"] for message in saved] == ["user", "assistant"] * 2
     with pytest.raises(UserError, match="exists; give the name of a new file"):
         talk.command(f"/save {tmp_path / 'c.json'}")
+    with pytest.raises(UserError, match="give another name"):  # the conversation goes on
+        talk.command(f"/save {tmp_path / ('x' * 300)}")
     talk.command("/reset")
     assert "".join(talk.answer(texts[1][0])) == texts[1][1]
     talk.command("/reset")

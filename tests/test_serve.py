@@ -16,9 +16,11 @@ from types import SimpleNamespace
 import httpx2 as httpx
 import openai
 import pytest
+import uvicorn
 from conftest import EXAMPLE, GOLDEN, ROOT, assert_one_error
 
 from mindrlhf import config
+from mindrlhf.cli import UserError
 from mindrlhf.inference.engine import Answer
 from mindrlhf.inference.sampling import Sampling
 from mindrlhf.models.glm4.tokenizer import Glm4Tokenizer
@@ -282,8 +284,14 @@ def test_beyond_the_queue_requests_get_429(client, server):
     client.chat.completions.create(  # 12 answers are the most
         model="golden", messages=[{"role": "user", "content": "a"}], n=12, max_tokens=2
     )
-    with pytest.raises(openai.RateLimitError, match="12 answers"):
+    with pytest.raises(openai.BadRequestError, match="at most 12 answers"):
         ask(client, "a", n=13)
+    stream = ask(client, "a", n=12, stream=True)
+    next(iter(stream))
+    with pytest.raises(openai.RateLimitError, match="12 answers"):
+        ask(client, "a")
+    for _ in stream:
+        pass
 
 
 def test_a_client_that_leaves_ends_its_generation(golden, yaml, tmp_path):
@@ -438,3 +446,71 @@ def test_random_requests_are_answered_or_refused():
             status = error.status
             json.dumps(error.body)
         assert status in (200, 400, 404)
+
+
+def test_connections_without_a_request_are_closed(monkeypatch):
+    """Silent ones, half a header, half a second header; but none whose answer takes long."""
+    monkeypatch.setattr(routes, "HEADER_SECONDS", 0.3)
+
+    async def app(scope, receive, send):
+        assert scope["type"] == "http"
+        await asyncio.sleep(1.2 if scope["path"] == "/slow" else 0)
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(app, http=routes.TimedProtocol, lifespan="off", log_level="error")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    request = b"GET %s HTTP/1.1\r\nHost: x\r\n\r\n"
+    sent = [b"", b"GET / HTTP/1.1\r\nHost", request % b"/" + b"GET / HT", request % b"/slow"]
+    sockets = [socket.create_connection(listener.getsockname()) for _ in sent]
+    received = []
+    for each, text in zip(sockets, sent):
+        each.sendall(text)
+    for each in sockets:
+        each.settimeout(20)
+        with each, each.makefile("rb") as file:
+            received.append(file.read())  # until the server closes
+    server.should_exit = True
+    thread.join(20)
+    assert [text.count(b"204 No Content") for text in received] == [0, 0, 1, 1]
+
+
+def test_more_answers_than_the_server_takes_are_a_wrong_request():
+    service = SimpleNamespace(worker=SimpleNamespace(most=4))
+    with pytest.raises(protocol.ApiError, match="'n' is 5; this server takes at most 4") as error:
+        routes.start(SimpleNamespace(answers=[None] * 5), service)
+    assert (error.value.status, error.value.param) == (400, "n")
+
+
+def test_fields_that_clients_send_without_meaning():
+    settings = config.load_settings(EXAMPLE / "predict_glm4_tiny.yaml", run_mode="predict")
+    body = {
+        "messages": [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": None},
+            {"role": "user", "content": "b"},
+        ],
+        **{"tools": [], "tool_choice": "auto", "stop": "", "repetition_penalty": 1e-6},
+    }
+    parse = functools.partial(
+        protocol.parse_request,
+        model="golden",
+        tokenizer=Glm4Tokenizer(GOLDEN / "tokenizer.model"),
+        settings=settings,
+        system=None,
+    )
+    assert parse(body).answers[0].stop == []
+    for wrong in ({"repetition_penalty": 1e-320}, {"stop": [""]}):
+        with pytest.raises(protocol.ApiError):
+            parse({**body, **wrong})
+
+
+def test_a_host_that_is_no_name_is_one_line():
+    from mindrlhf.serve.__main__ import listen
+
+    for name in ("a..b", "a" * 70):
+        with pytest.raises(UserError, match="cannot listen there"):
+            listen(name, 0)

@@ -55,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.checkpoint:
             add_checkpoint(card, folder, arguments.checkpoint)
         if arguments.score:
-            card["score"] = read_score(card, arguments.score)
+            card["score"] = read_score(arguments.score)
+        require_scored_result(card)
         if arguments.answers:
             card["answers"] = describe_answers_of_both(arguments.answers)
         record.write_card(folder, card)
@@ -118,19 +119,29 @@ def _find_place(card: dict[str, Any], output: Path, file: str, identity: str, *,
                     "describes; merge those with transform_checkpoint.py and give the result")
 
 
-def read_score(card: dict[str, Any], place: str) -> dict[str, Any]:
-    """A score as the card has it.
+def read_score(place: str) -> dict[str, Any]:
+    """A score as the card has it."""
+    return record.describe_score(score_record.find_record(place), score_record.load(place))
 
-    Raises:
-        UserError: it is the score of other weights than those in the card.
+
+def require_scored_result(card: dict[str, Any]) -> None:
+    """Raise UserError if the card's score is that of other weights than its result, as far as the
+    card tells: it knows the merged weights, the base, and whether adapters were trained.
     """
-    score = score_record.load(place)
-    path = score_record.find_record(place)
-    merged, scored = card["result"].get("merged"), score.model.get("fingerprint")
-    if merged and not score.model.get("adapters") and scored != merged["fingerprint"]:
-        raise UserError(f"{path}: is the score of other weights, {str(scored)[:12]}, than the "
-                        f"card's result, {merged['fingerprint'][:12]}; score {merged['file']}")
-    return record.describe_score(path, score)
+    score, merged = card.get("score") or {}, card["result"].get("merged")
+    model = score.get("model") or {}
+    scored, adapters = model.get("fingerprint"), model.get("adapters")
+    if not score or (adapters and "lora" in card["plan"]):
+        return
+    if adapters:
+        raise UserError(f"{score['file']}: is the score of adapters, and this run trained all "
+                        "weights; score its result")
+    if scored == card["base"].get("fingerprint"):
+        raise UserError(f"{score['file']}: is the score of the weights before training, "
+                        f"{str(scored)[:12]}; score the card's result")
+    if merged and scored != merged["fingerprint"]:
+        raise UserError(f"{score['file']}: is the score of other weights, {str(scored)[:12]}, than "
+                        f"the card's result, {merged['fingerprint'][:12]}; score {merged['file']}")
 
 
 def describe_answers_of_both(place: str) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -15,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mindrlhf import cli, config
+from mindrlhf import cli, config, locks
 from mindrlhf.checkpoints import fingerprints
 from mindrlhf.cli import UserError
 from mindrlhf.inference.engine import Answer, Engine, room_of
@@ -41,12 +40,13 @@ def answer_all(model: Model, prompts: Sequence[Prompt], sampling: Sampling, coun
         arguments: the options predict_file, output, overwrite, system and batch_size.
 
     Raises:
-        UserError: the output cannot be written, or holds something else.
+        UserError: the output cannot be written, holds something else, or another run writes it.
     """
     total = len(prompts) * count
     batch_size = arguments.batch_size or model.settings["model"]["model_config"].get("batch_size")
     with contextlib.ExitStack() as stack:
         if arguments.output:
+            stack.enter_context(locks.hold(arguments.output))
             inputs = [arguments.predict_file, model.settings.get("load_checkpoint"),
                       model.adapters, model.tokenizer.path]
             output = AnswerFile(arguments.output, describe_answers(model, prompts, sampling, count),
@@ -128,7 +128,8 @@ def _print_line(content: Mapping[str, Any]) -> None:
 
 
 class AnswerFile:
-    """The file of --output. As a context manager, it returns the number of answers that it has.
+    """The file of --output, whose lock is held. As a context manager, it returns the number of
+    answers that it has.
 
     Args:
         path: of the file.
@@ -174,12 +175,6 @@ class AnswerFile:
             raise UserError(f"{self.path}: cannot be written ({error.strerror}); give another "
                             "--output") from None
         self.file = file
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.close()
-            raise UserError(f"{self.part}: another process writes to it; wait for it, or give "
-                            "another --output") from None
         write_json(self.sidecar, {KEY: self.made_of})
         file.seek(0)
         content = file.read()

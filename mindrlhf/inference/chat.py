@@ -87,9 +87,12 @@ class Conversation:
         """Write the conversation to a new file."""
         if not path:
             raise UserError("/save needs the name of a file")
-        if Path(path).exists():
-            raise UserError(f"{path}: exists; give the name of a new file")
-        write_json(path, {"messages": as_json(tuple(self.all_messages))})
+        try:
+            if Path(path).exists():
+                raise UserError(f"{path}: exists; give the name of a new file")
+            write_json(path, {"messages": as_json(tuple(self.all_messages))})
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}; give another name") from None
         return f"{path}: {len(self.messages)} messages"
 
     def quit(self, _: str) -> str:

@@ -9,7 +9,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mindrlhf import cli
+from mindrlhf import cli, locks
 from mindrlhf.cli import UserError
 from mindrlhf.files import atomic_file, read_head
 from mindrlhf.inference.answer_file import in_order, json_line
@@ -53,10 +53,22 @@ def compare(model: Model, prompts: Sequence[Prompt], sampling: Sampling, count: 
         arguments: the options compare_with, output, overwrite, system and batch_size.
 
     Raises:
-        UserError: the other weights do not fit, or the output holds something else.
+        UserError: the other weights do not fit, the output holds something else, or another run
+            writes it.
     """
     other = _other_weights(model, arguments.compare_with)
-    outputs = _outputs(arguments, model) if arguments.output else []
+    if not arguments.output:
+        _compare(model, other, prompts, sampling, count, arguments, [])
+        return
+    stem = _stem(arguments.output)
+    with locks.hold(stem):
+        _compare(model, other, prompts, sampling, count, arguments,
+                 _outputs(stem, arguments, model))
+
+
+def _compare(model: Model, other: str, prompts: Sequence[Prompt], sampling: Sampling, count: int,
+             arguments: argparse.Namespace, outputs: Sequence[Path]) -> None:
+    """As compare(), with the weights of the second model and the files to write."""
     size = model.settings["model"]["model_config"].get("batch_size", 1)
     engine = load_engine(model, min(arguments.batch_size or size, len(prompts) * count))
     own = _answers(engine, prompts, sampling, count)
@@ -89,10 +101,14 @@ def _other_weights(model: Model, given: str) -> str:
     return given
 
 
-def _outputs(arguments: argparse.Namespace, model: Model) -> list[Path]:
-    """The Markdown and the JSONL file of --output, whose suffix is left out."""
-    stem = Path(arguments.output)
-    stem = stem.with_suffix("") if stem.suffix in (".md", ".jsonl") else stem
+def _stem(output: str) -> Path:
+    """--output without the suffix of either file."""
+    path = Path(output)
+    return path.with_suffix("") if path.suffix in (".md", ".jsonl") else path
+
+
+def _outputs(stem: Path, arguments: argparse.Namespace, model: Model) -> list[Path]:
+    """The Markdown and the JSONL file of --output, which may be written."""
     paths = [Path(f"{stem}.md"), Path(f"{stem}.jsonl")]
 
     def is_ours(_: Path) -> bool:

@@ -15,6 +15,7 @@ import numpy as np
 from mindrlhf.inference.score_record import Accuracy, Mean, Slice
 
 QUANTILE = 1.959963984540054  # of the normal distribution, for 95 %
+ROUNDING = 1e-12  # variance of a share below which its sums differ by rounding only
 PARTS = 4  # of the pairs by length
 
 
@@ -41,8 +42,9 @@ def accuracy_of(advantages: np.ndarray, prompts: np.ndarray) -> Accuracy:
     share, pairs = float(points.mean()), len(points)
     clusters = len(np.unique(prompts))
     variance = _variance_of_mean(points, prompts)
-    # with all pairs alike, there is no variance to tell how alike the pairs of a prompt are
-    effective = min(pairs, share * (1 - share) / variance) if variance else clusters
+    # with all prompts alike, there is no variance to tell how alike their pairs are
+    effective = (clusters if variance is None or variance < ROUNDING
+                 else min(pairs, share * (1 - share) / variance))
     low, high = wilson_interval(share, effective)
     return Accuracy(share, low, high, pairs, clusters, int((advantages == 0).sum()))
 

@@ -73,7 +73,8 @@ def _prompts(model: Model, arguments: argparse.Namespace) -> list[Prompt]:
 def _print_answers(model: Model, prompt: Prompt, sampling: Sampling, count: int,
                    batch_size: int | None) -> None:
     """Print the answer to one message; several are numbered."""
-    engine = load_engine(model, min(batch_size or count, count))
+    size = batch_size or model.settings["model"]["model_config"].get("batch_size") or 1
+    engine = load_engine(model, min(size, count))
     answers = [Answer(prompt.ids, sampling, number) for number in range(count)]
     for _ in engine.run(answers):
         pass

@@ -134,5 +134,6 @@ def sampling_from(settings: Settings, arguments: argparse.Namespace) -> Sampling
 def require_sampling(sampling: Sampling, num_answers: int) -> None:
     """Raise UserError if several answers would all be the same."""
     if num_answers > 1 and sampling.is_greedy:
+        cure = "--temperature 1" if sampling.temperature == 0 else "--top_k 0"
         raise cli.UserError(f"--num_answers {num_answers} needs sampling, because greedy answers "
-                            "are all the same; add --temperature 1")
+                            f"are all the same; add {cure}")

@@ -58,6 +58,8 @@ def sampling_of(settings: Settings, given: Mapping[str, Any]) -> Sampling:
     samples = any(given.get(name) is not None for name in names[:3])
     if not (model.get("do_sample") or samples):
         values["temperature"] = 0.0
+    if samples and values.get("top_k") == 1:
+        del values["top_k"]  # it spells greedy decoding in MindFormers' YAMLs
     limits = [model.get(name) for name in ("max_decode_length", "max_new_tokens")]
     values.update(max_new_tokens=min((limit for limit in limits if limit), default=LONGEST),
                   seed=settings["seed"])

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from mindrlhf.cli import UserError
 from mindrlhf.data.groups import group_sizes, make_groups, row_limits
 from mindrlhf.data.scored import Scored
 from mindrlhf.inference import estimates, multiple_choice
@@ -136,6 +137,9 @@ def choice_score(values: PairValues, scored: Scored, source: ChoiceData, *, seq_
                  **about: Any) -> Score:
     """The score of multiple choice; arguments as in preference_score()."""
     trials = [source.quiz.trials[number] for number in scored.numbers.tolist()]
+    if all(trial.form == multiple_choice.PLAIN for trial in trials):
+        raise UserError(f"no multiple-choice prompt fits into {seq_len} tokens, only the plain "
+                        "questions do; raise seq_length")
     metrics, slices = multiple_choice.describe_choices(trials, values.logps, values.tokens)
     asked = np.array([trial.form != multiple_choice.PLAIN for trial in trials])
     questions = np.array([trial.question for trial in trials])[asked]

@@ -95,9 +95,10 @@ def listen(host: str, number: int) -> socket.socket:
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except OSError as error:
-        raise UserError(f"--host {host} --port {number}: cannot listen there ({error.strerror}); "
-                        "give another --port, or an address of this machine") from None
+    except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"--host {host} --port {number}: cannot listen there ({why}); give another "
+                        "--port, or an address of this machine") from None
     return listener
 
 
@@ -105,7 +106,7 @@ def serve(engine: Any, arguments: argparse.Namespace, listener: socket.socket) -
     """Serve until SIGINT or SIGTERM. HTTP has a thread of its own, the model this one."""
     import uvicorn
 
-    from mindrlhf.serve.routes import Service, make_app
+    from mindrlhf.serve.routes import Service, TimedProtocol, make_app
     from mindrlhf.serve.worker import Worker
     worker = Worker(engine, arguments.max_queue)
     warm_up(engine)
@@ -123,7 +124,8 @@ def serve(engine: Any, arguments: argparse.Namespace, listener: socket.socket) -
     service = Service(worker, engine.settings, name, arguments.system, key, arguments.timeout,
                       int(time.time()))
     server = uvicorn.Server(uvicorn.Config(
-        make_app(service), log_level="warning", timeout_graceful_shutdown=SHUTDOWN))
+        make_app(service), http=TimedProtocol, log_level="warning",
+        timeout_graceful_shutdown=SHUTDOWN))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     while not server.started and thread.is_alive():

@@ -31,7 +31,8 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0, 0.0, None), "presence_penalty": (0, 0.0, None),
     "logit_bias": ({}, None),
     "logprobs": (False, None), "top_logprobs": (0, None), "tools": ([], None),
-    "tool_choice": ("none", None), "functions": ([], None), "function_call": ("none", None),
+    "tool_choice": ("none", "auto", None), "functions": ([], None),
+    "function_call": ("none", "auto", None),
     "response_format": ({"type": "text"}, None), "modalities": (["text"], None),
     "audio": (None,), "prediction": (None,)}
 # about the account or the transport; they change no answer
@@ -78,7 +79,7 @@ def _boolean(value: Any) -> bool:
 
 
 def _stops(value: Any) -> bool:
-    texts = [value] if isinstance(value, str) else value
+    texts = [value] if isinstance(value, str) and value else value or []
     return isinstance(texts, list) and len(texts) <= MOST_STOPS and all(
         isinstance(text, str) and 0 < len(text) <= 256 for text in texts)
 
@@ -90,7 +91,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "temperature": (_number(0, 2), "a number from 0 to 2"),
     "top_p": (_number(0, 1, above=True), "a number above 0, up to 1"),
     "top_k": (_integer(0, 2 ** 31), "an integer of at least 0"),
-    "repetition_penalty": (_number(0, 100, above=True), "a number above 0, up to 100"),
+    "repetition_penalty": (_number(1e-6, 100), "a number from 0.000001 to 100"),
     "max_tokens": (_integer(1, 2 ** 31), "an integer of at least 1"),
     "max_completion_tokens": (_integer(1, 2 ** 31), "an integer of at least 1"),
     "n": (_integer(1, MOST_ANSWERS), f"an integer from 1 to {MOST_ANSWERS}"),
@@ -187,7 +188,7 @@ def parse_request(body: Any, *, model: str, tokenizer: Glm4Tokenizer, settings: 
                                               "repetition_penalty")},
         "max_new_tokens": given.get("max_completion_tokens", given.get("max_tokens")),
         "seed": given.get("seed", secrets.randbits(63)) % LARGEST_SEED})
-    stop = given.get("stop", [])
+    stop = given.get("stop") or []  # clients send "" for none
     answers = [Answer(prompt, sampling, number, [stop] if isinstance(stop, str) else stop)
                for number in range(given.get("n", 1))]
     options = given.get("stream_options", {})
@@ -233,7 +234,10 @@ def _messages(values: Sequence[Any]) -> Messages:
         if value.get("tool_calls"):
             raise ApiError(400, f"'{name}.tool_calls' is not supported; write the call as text",
                            f"{name}.tool_calls")
-        messages.append((ROLES[role], _text(value.get("content"), f"{name}.content")))
+        content = value.get("content")
+        if content is None and role == "assistant":  # OpenAI's own form of an empty answer
+            content = ""
+        messages.append((ROLES[role], _text(content, f"{name}.content")))
     if messages[-1][0] == "assistant":
         raise ApiError(400, "the last message is the assistant's; it must be one to answer",
                        "messages")

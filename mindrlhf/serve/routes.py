@@ -13,13 +13,14 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mindrlhf.parallel import Settings
 from mindrlhf.serve.protocol import ApiError, Completion, parse_request, require_model
 from mindrlhf.serve.worker import TooManyRequests, Update, Worker
 
 LARGEST_BODY = 1 << 20  # bytes; 8192 tokens have about 40 kB
-BODY_SECONDS = 30  # to receive a body
+HEADER_SECONDS = BODY_SECONDS = 30  # to receive a header, and a body
 LOOK = 0.5  # seconds between looks whether the client is still there
 
 
@@ -102,6 +103,33 @@ def make_app(service: Service) -> FastAPI:
     return app
 
 
+class TimedProtocol(H11Protocol):
+    """uvicorn's HTTP, which closes connections that have no complete header for HEADER_SECONDS.
+
+    Silent connections would take the descriptors of others. uvicorn itself ends them only between
+    two requests.
+    """
+
+    def connection_made(self, transport: Any) -> None:
+        """Start to look at the connection."""
+        super().connection_made(transport)
+        self.loop.call_later(HEADER_SECONDS, self._look, None)
+
+    def _look(self, before: Any) -> None:
+        """Close the connection if nothing was asked since the last look.
+
+        Args:
+            before: the last request then, if it had been answered, or None.
+        """
+        if self.transport.is_closing():
+            return
+        idle = self.cycle is None or self.cycle.response_complete
+        if idle and self.cycle is before:
+            self.transport.close()
+            return
+        self.loop.call_later(HEADER_SECONDS, self._look, self.cycle)
+
+
 def require_key(request: Request, key: str | None) -> None:
     """Raise ApiError if a request lacks the API key."""
     given = request.headers.get("authorization", "")
@@ -128,6 +156,9 @@ async def read_body(request: Request) -> Any:
 
 def start(completion: Completion, service: Service) -> asyncio.Queue[Update]:
     """Submit the answers of a request; return the queue of what is new in them."""
+    if len(completion.answers) > service.worker.most:
+        raise ApiError(400, f"'n' is {len(completion.answers)}; this server takes at most "
+                       f"{service.worker.most} answers", "n")
     loop = asyncio.get_running_loop()
     events: asyncio.Queue[Update] = asyncio.Queue()
 
