@@ -221,8 +221,9 @@ SCHEMA: Schema = {
     "runner_wrapper": {
         "type": _one_of("DPOTrainOneStepCell"), "max_grad_norm": _number(0, above=True)},
     "optimizer": {
-        "type": _one_of("AdamW", "FP32StateAdamWeightDecay"), "betas": _list_of(_number(0, 1), 2),
-        "beta1": _number(0, 1), "beta2": _number(0, 1), "eps": _number(0, above=True),
+        "type": _one_of("AdamW", "FP32StateAdamWeightDecay"),
+        "betas": _list_of(_number(0, 1, above=True), 2), "beta1": _number(0, 1, above=True),
+        "beta2": _number(0, 1, above=True), "eps": _number(0, above=True),
         "weight_decay": _number(0)},
     "lr_schedule": {
         "type": _one_of(*LR_SCHEDULES), "learning_rate": _number(0, above=True),
@@ -236,8 +237,7 @@ SCHEMA: Schema = {
         "enable_parallel_optimizer": _boolean, "loss_repeated_mean": _boolean,
         "search_mode": _one_of("sharding_propagation"), "enable_alltoall": _boolean,
         "parallel_optimizer_config": {
-            "gradient_accumulation_shard": _boolean, "parallel_optimizer_threshold": _integer(0),
-            "optimizer_weight_shard_size": _integer(1)},
+            "gradient_accumulation_shard": _boolean, "parallel_optimizer_threshold": _integer(0)},
         "strategy_ckpt_config": {"load_file": _text, "only_trainable_params": _boolean}},
     "parallel_config": {
         "data_parallel": _integer(1), "model_parallel": _integer(1), "vocab_emb_dp": _boolean,

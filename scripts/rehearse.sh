@@ -9,7 +9,7 @@
 # scripts/rig/README.md lists every key. It preprocesses, trains some steps on N processes, stops them by SIGTERM,
 # resumes, merges, predicts, and compares with one process that has no plan and the CPU's own cells.
 # Exit status: 0 if the results agree, 1 if the plan is wrong, 2 if the rehearsal cannot run.
-# Needs g++ and MindSpore 2.7. FOLDER (default: output/rehearsal) is overwritten. Takes some minutes for 8 processes on
+# Needs g++ and MindSpore 2.7. Earlier results in FOLDER (default: output/rehearsal) are deleted. Takes some minutes for 8 processes on
 # 2 cores.
 set -euo pipefail
 usage="usage: bash scripts/rehearse.sh CONFIG N [FOLDER [PROCESS_YAML PREDICT_YAML]]; CONFIG: YAML with run_mode finetune, \
@@ -20,7 +20,8 @@ if [[ ${1:-} == -h || ${1:-} == --help ]]; then
 usage: bash scripts/rehearse.sh CONFIG N [FOLDER [PROCESS_YAML PREDICT_YAML]]
   CONFIG        YAML with run_mode finetune
   N             number of cards of its parallel plan, above 1
-  FOLDER        for all results; it is overwritten (default: output/rehearsal)
+  FOLDER        for all results: new, empty or of an earlier rehearsal, which is deleted (default:
+                output/rehearsal)
   PROCESS_YAML, PREDICT_YAML
                 of the other commands (default: those of the 9B model)
 With DEVICE=Ascend in front, it runs on N NPUs (default: CPU). Exit status: 0 if the results agree with one process,
@@ -40,7 +41,13 @@ device=${DEVICE:-CPU}
 [[ $device == Ascend ]] || command -v g++ >/dev/null || fail "g++ is missing (apt-get install g++): the rehearsal builds a small library with it"
 config=$(realpath "$config") process=$(realpath "$process") predict=$(realpath "$predict") out=$(realpath -m "$out")
 export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$root GLOG_v=${GLOG_v:-3}
+for file in "$config" "$process" "$predict"; do
+  [[ $file != "$out"/* ]] || fail "$file: lies in FOLDER, $out, whose files are deleted; give another FOLDER"
+done
+[[ -f $out/.rehearsal || ! -e $out || -z $(ls -A "$out") ]] || \
+  fail "$out: holds files that are no rehearsal's, and a rehearsal deletes files there; give a new FOLDER"
 mkdir -p "$out"
+touch "$out/.rehearsal"
 rm -rf "$out"/{hf,one,many,output,log,log_*,answer_*,*.yaml,*.ckpt*,*.mindrecord*,*.jsonl,*.txt}
 cd "$out"
 
@@ -56,13 +63,14 @@ quietly() { # NAME COMMAND...: run it with its output in NAME.txt; print the rea
 }
 on_cards() { # NAME COMMAND: run it on N processes that form the plan
   [[ $device == CPU ]] || exec bash "$root/scripts/msrun_launcher.sh" "$2" "$cards" 0 "log_$1" True 600
-  LD_PRELOAD=$build/librig_hook.so exec bash "$root/scripts/msrun_launcher.sh" "$rig/on_cpu.py '$build' $2" \
+  LD_PRELOAD=$build/librig_hook.so exec bash "$root/scripts/msrun_launcher.sh" "'$rig/on_cpu.py' '$build' $2" \
     "$cards" 0 "log_$1" True 600
 }
-train() { # CONFIG OUTPUT_DIR: print the training command
-  echo "$example/run_dpo.py --config $1 --train_dataset train.mindrecord --vocab_file hf/tokenizer.model" \
-    "--load_checkpoint tiny.ckpt --auto_trans_ckpt True --output_dir $2"
+options() { # CONFIG OUTPUT_DIR: print the options of training
+  echo "--config $1 --train_dataset train.mindrecord --vocab_file hf/tokenizer.model --load_checkpoint tiny.ckpt" \
+    "--auto_trans_ckpt True --output_dir $2"
 }
+train="'$example/run_dpo.py' $(options many.yaml many)"
 answer() { # NAME CONFIG CHECKPOINT [OPTIONS]: predict, with stdout in answer_NAME
   quietly "predict_$1" bash -c '"$@" >answer_'"$1" - python "$example/run_dpo.py" --config "$2" --load_checkpoint "$3" \
     "${@:4}" --vocab_file hf/tokenizer.model --predict_data "How do I start running?"
@@ -73,13 +81,13 @@ python "$root/scripts/rehearse.py" shrink "$config" "$process" "$predict" "$card
 step "a tiny model and pairs, their reference log-probs (2 workers)"
 quietly make python "$example/make_tiny_glm4.py" --output_path . --config many.yaml
 quietly convert python "$root/convert_weight.py" --model glm-n --input_path hf/ --output_path tiny.ckpt --dtype fp32
-quietly preprocess bash "$root/scripts/msrun_launcher.sh" "$example/dpo_preprocess_glm4_parallel.py --src train.jsonl \
+quietly preprocess bash "$root/scripts/msrun_launcher.sh" "'$example/dpo_preprocess_glm4_parallel.py' --src train.jsonl \
   --dst train.mindrecord --config process.yaml --tokenizer hf/tokenizer.model --load_checkpoint tiny.ckpt" \
   2 0 log_preprocess True 600
 step "training in one process"
-quietly one python $(train one.yaml one)
+quietly one python "$example/run_dpo.py" $(options one.yaml one)
 step "training on $cards workers, until SIGTERM after the first steps"
-(on_cards stopped "$(train many.yaml many)") >stopped.txt 2>&1 &
+(on_cards stopped "$train") >stopped.txt 2>&1 &
 launcher=$!
 until [[ -s many/metrics.jsonl ]] || ! kill -0 $launcher 2>/dev/null; do sleep 0.1; done
 kill -TERM $launcher 2>/dev/null || true
@@ -88,7 +96,7 @@ wait $launcher || status=$?
 [[ $status == 143 ]] || explain stopped
 grep -h "stopped by SIGTERM" stopped.txt || explain stopped
 step "resumed, to the end"
-(on_cards many "$(train many.yaml many) --resume auto") >many.txt 2>&1 || explain many
+(on_cards many "$train --resume auto") >many.txt 2>&1 || explain many
 grep -h "^resuming from" many.txt || explain many
 step "merge and predict"
 base=()

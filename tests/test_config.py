@@ -250,6 +250,28 @@ def test_the_9b_yamls_state_how_their_graphs_are_compiled(name, jit_config):
     assert context["max_call_depth"] == 10000
 
 
+def test_optimizers_get_numbers_as_they_take_them(tmp_path):
+    """MindFormers' AdamW refuses the integer 0, and MindSpore a sharded optimizer in mode 0."""
+    path = tmp_path / "x.yaml"
+    base = EXAMPLE / "finetune_glm4_tiny.yaml"
+    text = f"base_config: {base}\nparallel: {{enable_parallel_optimizer: True}}\n"
+    path.write_text(text + "optimizer: {weight_decay: 0, eps: 1, betas: [0.9, 0.5]}\n")
+    made = config.to_mindformers(config.load_settings(path, run_mode="finetune"))
+    assert made.parallel.enable_parallel_optimizer is False
+    numbers = [made.optimizer.weight_decay, made.optimizer.eps, *made.optimizer.betas]
+    assert numbers == [0, 1, 0.9, 0.5]
+    assert {type(number) for number in numbers} == {float}
+    path.write_text(text + "optimizer: {betas: [0, 0.999]}\n")
+    with pytest.raises(UserError, match=r"optimizer\.betas"):
+        config.load_settings(path, run_mode="finetune")
+    path.write_text(
+        f"base_config: {EXAMPLE / 'finetune_glm4_9b.yaml'}\n"
+        "parallel: {parallel_optimizer_config: {optimizer_weight_shard_size: 2}}\n"
+    )
+    with pytest.raises(UserError, match="optimizer_weight_shard_size: 2 is not supported"):
+        config.load_settings(path, run_mode="finetune")
+
+
 @pytest.mark.parametrize("given", ["True", "False", "null"])
 @pytest.mark.parametrize(("name", "mean"), [("tiny", True), ("9b", False)])
 def test_gradients_are_averaged_as_the_parallel_mode_needs(tmp_path, name, mean, given):

@@ -61,6 +61,20 @@ def test_only_adapters_are_saved(trained, golden):
     assert not any(weight_names.is_base_weight(name) for name in state)
 
 
+def test_a_resumed_run_needs_its_base_weights(golden, tmp_path, monkeypatch):
+    """Its states have adapters only. Before: a checkpoint in the current folder was taken."""
+    from mindrlhf import config
+    from mindrlhf.training import run as training
+
+    assert config.find_checkpoint("") == ""
+    settings = config.load_settings(golden.finetune, run_mode="finetune")
+    settings |= {"resume_training": "auto", "output_dir": str(tmp_path), "lora": {"rank": 2}}
+    monkeypatch.setattr(training, "open_data", lambda _: None)
+    monkeypatch.setattr(training, "open_state", lambda _: tmp_path / "a state")
+    with pytest.raises(UserError, match="no weights given"):
+        training.finetune(settings)
+
+
 def test_a_resumed_run_goes_on_as_the_unbroken_one(trained, golden, tmp_path):
     output, config_file = trained
     state = output / "checkpoint/rank_0/glm4_dpo-step_00000002.ckpt"

@@ -291,6 +291,35 @@ def test_pruning_leaves_the_states_of_other_runs(tmp_path):
     assert list(state.saved_states(tmp_path)) == [1, 2, 5, 6, 50]
 
 
+def test_a_rank_without_room_costs_no_other_rank_its_states(tmp_path, monkeypatch, capsys):
+    """Before: rank 0 went on and deleted the only step that both had; --resume auto began anew."""
+    from mindspore import nn
+
+    monkeypatch.setenv("MS_WORKER_NUM", "2")
+    network = nn.Dense(100, 100)
+    network.optimizer = SimpleNamespace(global_step=1)
+    parameters = SimpleNamespace(network=network, cur_epoch_num=1)
+    steps = {rank: [] for rank in range(2)}
+    for step in (2, 4, 6, 8, 10):
+        for rank in range(2):
+            monkeypatch.setenv("RANK_ID", str(rank))
+            monitor = saver(tmp_path, network, [1000 if (rank, step > 4) == (1, True) else 10**9])
+            monitor.progress.step = step
+            monitor.save_state(parameters)
+            steps[rank].append(list(state.saved_states(tmp_path)))
+    assert steps[1] == [[2], [2, 4], [2, 4], [2, 4], [2, 4]]
+    assert steps[0] == [[2], [2, 4], [4, 6], [4, 6, 8], [4, 6, 8, 10]]
+    assert state.steps_done(state.choose_state(tmp_path, "auto")) == 4
+    state.saved_states(tmp_path, 0)[4].unlink()
+    with pytest.raises(UserError, match="no step has an intact state of each of 2 workers; begin"):
+        state.choose_state(tmp_path, "auto")
+    monkeypatch.setenv("RANK_ID", "0")
+    for rank, step in ((0, 8), (0, 10), (1, 2), (1, 4)):
+        state.saved_states(tmp_path, rank)[step].unlink()
+    assert state.choose_state(tmp_path, "auto") is None  # a kill while the first one was saved
+    assert "skipped: step 6, which not all workers had saved" in capsys.readouterr().out
+
+
 def test_two_workers_stop_after_the_same_step(tmp_path, monkeypatch):
     """One stops after step 5, when the other may be a step ahead: both stop after step 7."""
     from mindspore import nn

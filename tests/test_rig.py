@@ -356,6 +356,25 @@ def test_what_cannot_be_rehearsed_is_said(arguments, status, part, tmp_path):
     assert part in result.stdout + result.stderr
 
 
+def test_a_rehearsal_deletes_no_file_of_the_user(tmp_path):
+    path, notes = tmp_path / "my.yaml", tmp_path / "notes.txt"
+    path.write_text(f"base_config: {CONFIG}\n")
+    notes.write_text("mine")
+    for config, part in ((path, f"{path}: lies in FOLDER"), (CONFIG, "holds files that are no")):
+        result = subprocess.run(
+            ["bash", ROOT / "scripts/rehearse.sh", config, "8", "."],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env=ENVIRONMENT,
+            cwd=tmp_path,
+        )
+        assert result.returncode == 2
+        assert part in result.stderr
+    assert notes.read_text() == "mine"
+    assert path.exists()
+
+
 def test_a_number_that_the_cards_cannot_share_is_named(tmp_path):
     """13696 = 2^7 x 107: neither it nor the 32 heads can be split over three cards."""
     settings = yaml_config.load_settings(

@@ -198,7 +198,7 @@ def find_checkpoint(path: str) -> str:
         UserError: it is a folder of another kind; the message names the command or the file.
     """
     folder = Path(path)
-    if not folder.is_dir() or any(folder.glob("rank_[0-9]*")):
+    if not path or not folder.is_dir() or any(folder.glob("rank_[0-9]*")):
         return path
     if (folder / "adapter_config.json").is_file():
         raise UserError(f"{path}: holds adapters of PEFT, which are not read; merge them with "
@@ -265,7 +265,9 @@ def to_mindformers(settings: Settings) -> Any:
         again[key] = recompute_for_mindformers(again[key])
     _fit_optimizer(merged)
     # runtime.SumOverWorkers.factor counts on it; otherwise gradients would have another scale
-    merged["parallel"]["gradients_mean"] = not Plan.of(settings).is_sharded
+    plan = Plan.of(settings)
+    merged["parallel"]["gradients_mean"] = not plan.is_sharded
+    merged["parallel"]["enable_parallel_optimizer"] = plan.shards_optimizer  # never in mode 0
     merged["runner_config"].setdefault("sink_size", 1)  # MindFormers' own default is none
     if "runner_wrapper" in merged:
         # MindFormers accumulates gradients only in semi-auto parallel mode; the project's training
@@ -283,6 +285,10 @@ PROFILE = {"profile_start_step": 1, "profile_stop_step": 10, "init_start_profile
 def _fit_optimizer(merged: Settings) -> None:
     """Spell Adam's constants and the warm-up as their classes take them, in place."""
     optimizer, schedule = merged.get("optimizer", {}), merged.get("lr_schedule", {})
+    for name in {"beta1", "beta2", "eps", "weight_decay"} & set(optimizer):
+        optimizer[name] = float(optimizer[name])  # they refuse 0 and 1
+    if "betas" in optimizer:
+        optimizer["betas"] = [float(value) for value in optimizer["betas"]]
     if optimizer.get("type") == "FP32StateAdamWeightDecay" and "betas" in optimizer:
         for name, value in zip(("beta1", "beta2"), optimizer.pop("betas")):
             optimizer.setdefault(name, value)

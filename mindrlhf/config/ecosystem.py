@@ -144,6 +144,8 @@ TABLE: dict[str, Rule] = {
     "optimizer.learning_rate": Rule("lr_schedule.learning_rate"),
     # the plan
     "parallel.strategy_ckpt_config.save_file": Rule("output_dir/strategy"),
+    "parallel.parallel_optimizer_config.optimizer_weight_shard_size": _only(
+        -1, "weights and optimizer state are sharded over all groups of cards; remove the key"),
     "parallel.gradients_mean": Rule("what parallel_mode needs: True with 0, False with 1"),
     "parallel_config.pipeline_stage": _only(1, "pipeline parallelism is not offered; set it to 1, "
                                             "and shard over data_parallel and model_parallel"),

@@ -64,7 +64,7 @@ def _finetune(settings: dict[str, Any], *, overwrite: bool, allow_changes: bool)
     """As finetune(), while no other run writes into output_dir."""
     data = open_data(settings)  # before the workers connect, so that errors come early
     resumed = open_state(settings)
-    if not resumed:
+    if not resumed or "lora" in settings:  # a state of LoRA has no base weights
         config.require_weights(settings)
     sidecar.require_same_model(resumed or settings.get("load_checkpoint"), settings)
     require_filled_batches(settings, data)

@@ -129,7 +129,7 @@ class DPOCheckpointMonitor(Callback):
             return None
 
     def save_state(self, parameters: Any) -> None:
-        """Write a state, then delete this run's oldest ones.
+        """Write a state, and delete this run's oldest ones.
 
         Args:
             parameters: MindSpore's record of the run, original_args() of a run context.
@@ -139,10 +139,21 @@ class DPOCheckpointMonitor(Callback):
         extra = {"step_num": self.progress.step, "epoch_num": parameters.cur_epoch_num,
                  "loss_scale": 1.0, "global_step": cell.optimizer.global_step,
                  TENSOR: ms.Tensor(np.frombuffer(self.run.to_bytes(), np.uint8)), **self.metadata}
+        self._delete_oldest()  # by now, all ranks have the earlier ones
         if self._save(cell, state.state_folder(self.output), name, extra):
-            own = filter(self._is_own, state.saved_states(self.output).values())
-            for path in list(own)[:-self.keep]:
-                path.unlink()
+            self._delete_oldest()
+
+    def _delete_oldest(self) -> None:
+        """Delete this run's oldest states. What stays has a step that all ranks have saved, so that
+        a rank without room, or a kill between two ranks, costs no other rank its states.
+        """
+        own = {step: path for step, path in state.saved_states(self.output).items()
+               if self._is_own(path)}
+        ranks = [state.saved_states(self.output, rank) for rank in range(cli.workers())]
+        complete = max((step for step in own if all(step in each for each in ranks)), default=0)
+        for step in list(own)[:-self.keep]:
+            if step < complete:
+                own[step].unlink()
 
     def _is_own(self, path: Path) -> bool:
         """Whether this run saved a state."""

@@ -88,15 +88,30 @@ def own_state(path: Path) -> Path:
 
 
 def _newest_intact(output_dir: str | Path) -> Path | None:
-    """A rank's state of the newest step that is intact on every rank, or None."""
+    """A rank's state of the newest step that is intact on every rank.
+
+    Returns:
+        its path; None if there is no state, or a kill has cut short the saving of the first one.
+
+    Raises:
+        UserError: there are states, but no step that all ranks have.
+    """
     found = [saved_states(output_dir, rank) for rank in range(cli.workers())]
-    # on several machines, a folder may hold the states of this machine only
+    # ranks without any: the run had another number of workers, which its identity tells
     ranks: list[Mapping[Any, Path]] = [states for states in found if states]
+    steps = set().union(*found)
+    if len(steps) == 1 and len(ranks) < len(found):
+        cli.say(f"skipped: step {min(steps)}, which not all workers had saved")
+        return None
     common = set.intersection(*map(set, ranks)) if ranks else set()
     for candidate in newest_first(ranks, common, require_intact_state):
         if candidate.step and candidate.step.number is not None:
             return candidate.step.files[0]
         cli.say(f"skipped: {candidate.problem}")
+    if steps:
+        raise UserError(f"{state_folder(output_dir).parent}: no step has an intact state of each "
+                        f"of {cli.workers()} workers; begin again with --overwrite instead of "
+                        "--resume, or give another --output_dir")
     return None
 
 
