@@ -9,8 +9,8 @@
 # scripts/rig/README.md lists every key. It preprocesses, trains some steps on N processes, stops them by SIGTERM,
 # resumes, merges, predicts, and compares with one process that has no plan and the CPU's own cells.
 # Exit status: 0 if the results agree, 1 if the plan is wrong, 2 if the rehearsal cannot run.
-# Needs g++ and MindSpore 2.7. Earlier results in FOLDER (default: output/rehearsal) are deleted. Takes some minutes for 8 processes on
-# 2 cores.
+# Needs g++ and MindSpore 2.7. Takes some minutes for 8 processes on 2 cores. An earlier rehearsal in FOLDER (default:
+# output/rehearsal) is deleted.
 set -euo pipefail
 usage="usage: bash scripts/rehearse.sh CONFIG N [FOLDER [PROCESS_YAML PREDICT_YAML]]; CONFIG: YAML with run_mode finetune, \
 N: number of cards, PROCESS_YAML and PREDICT_YAML: default to those of the 9B model"

@@ -166,6 +166,8 @@ def test_no_row_length_is_advised_where_pairs_were_cut():
     report = SimpleNamespace(scored=scored, seq_len=1024)
     assert "--seq_len 512 would train" in summary.length_line(report, lambda length: length)
     scored.cut = np.array([0] * 998 + [1, 2], np.int32)  # few: they change little
-    assert "2 pairs that 1024 shortens or drops aside)" in summary.length_line(report, float)
+    assert "full, not counting 2 pairs cut or dropped at 1024)" in summary.length_line(
+        report, float
+    )
     scored.dropped = np.arange(10)
     assert "12 pairs were shortened or dropped, so no" in summary.length_line(report, float)

@@ -62,8 +62,8 @@ def settings(yaml):
 def loaded(network, settings, monkeypatch):
     """Commands of this process take the network that is loaded."""
 
-    def load_engine(model, batch_size=None):
-        return Engine(network, model.tokenizer, model.settings, batch_size)
+    def load_engine(model, batch_size=None, most=None):
+        return Engine(network, model.tokenizer, model.settings, batch_size, most)
 
     for module in (answer_file, compare, generate):
         monkeypatch.setattr(module, "load_engine", load_engine)

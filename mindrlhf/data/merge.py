@@ -95,7 +95,8 @@ def merge_parts(parts: Parts, source: PairSource, held_out: Sequence[bool], *,
     if expected != len(scored.numbers):
         raise RuntimeError(f"{len(scored.numbers)} pairs scored, {expected} expected: a pair is "
                            "lost")
-    is_held_out = _keep_prompts_together(scored, np.array(held_out)[scored.numbers])
+    # prompts that truncation has made equal follow the first of them
+    is_held_out = np.array(held_out)[scored.numbers][scored.first_of_prompt]
     targets = [(Path(destination), np.flatnonzero(~is_held_out))]
     if any(held_out):
         targets.append((eval_path(destination), np.flatnonzero(is_held_out)))
@@ -116,19 +117,6 @@ def merge_parts(parts: Parts, source: PairSource, held_out: Sequence[bool], *,
                 for row in cli.progress_bar(len(rows), "write", "row", iterable=rows))
         mindrecord.write_rows(path, made, about)
     return report
-
-
-def _keep_prompts_together(scored: Scored, is_held_out: np.ndarray) -> np.ndarray:
-    """Whether each pair is held out: bool (N,), alike for prompts that truncation has made equal.
-
-    Args:
-        scored: the pairs.
-        is_held_out: bool (N,), by the prompts before truncation. Those that became equal follow
-            the first of them.
-    """
-    prompts = scored.first_equal[scored.sizes.answers[scored.sizes.pairs[:, 0], 0]]
-    _, first, inverse = np.unique(prompts, return_index=True, return_inverse=True)
-    return is_held_out[first][inverse.reshape(-1)]
 
 
 def _describe_file(path: Path, scored: Scored, rows: Sequence[Sequence[PairGroup]]) -> DataFile:

@@ -19,16 +19,19 @@ if TYPE_CHECKING:
     from mindrlhf.models.glm4.network import Glm4DPO
 
 
+NOT_FINITE = ("the model gives log-probs that are not finite; check the checkpoint and the YAML's "
+              "compute_dtype")
+
+
 class NotFiniteError(UserError):
-    """The model gives log-probs that are not finite.
+    """NOT_FINITE.
 
     Attributes:
-        pair: index of the first pair with one.
+        pair: index of the first pair with such a log-prob.
     """
 
-    def __init__(self, pair: int = 0) -> None:
-        super().__init__("the model gives log-probs that are not finite; check the checkpoint and "
-                         "the YAML's compute_dtype")
+    def __init__(self, pair: int) -> None:
+        super().__init__(NOT_FINITE)
         self.pair = pair
 
 
@@ -136,7 +139,7 @@ class Scorer:
             float32 (rows, A): log-prob of each answer, nats; 0 where a row has none.
 
         Raises:
-            NotFiniteError: a log-prob is not finite.
+            UserError: a log-prob is not finite.
         """
         found, pairs, positions = [], 0, 0
         for begin in range(0, len(rows), self.batch_size):
@@ -148,7 +151,7 @@ class Scorer:
                 report(pairs, positions)
         logps = np.concatenate(found)
         if not np.isfinite(logps).all():
-            raise NotFiniteError
+            raise UserError(NOT_FINITE)
         return logps
 
     def score_pairs(self, pairs: Sequence[TokenPair]) -> np.ndarray:

@@ -104,6 +104,12 @@ class Scored:
             prompt_places, answer_places, first_equal)
 
     @property
+    def first_of_prompt(self) -> np.ndarray:
+        """int (N,): the first pair whose prompt has the same tokens."""
+        prompts = self.sizes.answers[self.sizes.pairs[:, 0], 0]
+        return _first_equal(self.first_equal[prompts].reshape(-1, 1))
+
+    @property
     def sides(self) -> np.ndarray:
         """int32 (N, 2): tokens of prompt + chosen and of prompt + rejected answer."""
         prompts, tokens = np.moveaxis(self.sizes.answers[self.sizes.pairs], 2, 0)

@@ -78,7 +78,7 @@ def length_line(report: MergeReport, operations: Callable[[int], float]) -> str:
     if cut > FEW * pairs:
         return (f"  row length {cut:,} pairs were shortened or dropped, so no other length can be "
                 f"compared with {seq_len}; a longer --seq_len keeps more of them")
-    aside = f"{cut:,} pairs that {seq_len} shortens or drops aside" if cut else "no pair cut"
+    aside = f"not counting {cut:,} pairs cut or dropped at {seq_len}" if cut else "no pair cut"
     best, now = (row_length.fastest_length(sizes, operations),
                  row_length.count_rows(sizes, seq_len, operations))
     if best is None or best.operations >= now.operations or best.seq_len == seq_len:

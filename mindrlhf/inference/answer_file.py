@@ -43,7 +43,6 @@ def answer_all(model: Model, prompts: Sequence[Prompt], sampling: Sampling, coun
         UserError: the output cannot be written, holds something else, or another run writes it.
     """
     total = len(prompts) * count
-    batch_size = arguments.batch_size or model.settings["model"]["model_config"].get("batch_size")
     with contextlib.ExitStack() as stack:
         if arguments.output:
             stack.enter_context(locks.hold(arguments.output))
@@ -60,7 +59,7 @@ def answer_all(model: Model, prompts: Sequence[Prompt], sampling: Sampling, coun
         else:
             done, write = 0, _print_line
         left = [(prompt, number) for prompt in prompts for number in range(count)][done:]
-        engine = load_engine(model, min(batch_size or 1, len(left)))
+        engine = load_engine(model, arguments.batch_size, len(left))
         answers = [Answer(prompt.ids, sampling, number) for prompt, number in left]
         for answer, (prompt, _) in zip(in_order(engine, answers, total, done), left):
             write(describe_answer(prompt, answer, arguments.system))

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shutil
 import unicodedata
 from collections.abc import Sequence
@@ -57,32 +58,21 @@ def compare(model: Model, prompts: Sequence[Prompt], sampling: Sampling, count: 
             writes it.
     """
     other = _other_weights(model, arguments.compare_with)
-    if not arguments.output:
-        _compare(model, other, prompts, sampling, count, arguments, [])
-        return
-    stem = _stem(arguments.output)
-    with locks.hold(stem):
-        _compare(model, other, prompts, sampling, count, arguments,
-                 _outputs(stem, arguments, model))
-
-
-def _compare(model: Model, other: str, prompts: Sequence[Prompt], sampling: Sampling, count: int,
-             arguments: argparse.Namespace, outputs: Sequence[Path]) -> None:
-    """As compare(), with the weights of the second model and the files to write."""
-    size = model.settings["model"]["model_config"].get("batch_size", 1)
-    engine = load_engine(model, min(arguments.batch_size or size, len(prompts) * count))
-    own = _answers(engine, prompts, sampling, count)
-    strategy = strategies(model).of_weights if arguments.compare_with == BASE else None
-    with cli.quiet_stdout():
-        load.load_weights(engine.model, other, strategy=strategy)
-    pairs = [AnswerPair(prompt, *both) for prompt, *both in zip(
-        [prompt for prompt in prompts for _ in range(count)], own,
-        _answers(engine, prompts, sampling, count))]
-    if outputs:
-        _write(outputs, pairs, other, model, arguments.system)
-    else:
-        for pair in pairs:
-            print(side_by_side(pair, arguments.compare_with), flush=True)
+    with contextlib.ExitStack() as stack:
+        outputs = _outputs(arguments, model, stack) if arguments.output else []
+        engine = load_engine(model, arguments.batch_size, len(prompts) * count)
+        own = _answers(engine, prompts, sampling, count)
+        strategy = strategies(model).of_weights if arguments.compare_with == BASE else None
+        with cli.quiet_stdout():
+            load.load_weights(engine.model, other, strategy=strategy)
+        pairs = [AnswerPair(prompt, *both) for prompt, *both in zip(
+            [prompt for prompt in prompts for _ in range(count)], own,
+            _answers(engine, prompts, sampling, count))]
+        if outputs:
+            _write(outputs, pairs, other, model, arguments.system)
+        else:
+            for pair in pairs:
+                print(side_by_side(pair, arguments.compare_with), flush=True)
     differ = sum(pair.own.text != pair.other.text for pair in pairs)
     cli.say(f"{differ} of {len(pairs)} answers differ")
 
@@ -101,14 +91,12 @@ def _other_weights(model: Model, given: str) -> str:
     return given
 
 
-def _stem(output: str) -> Path:
-    """--output without the suffix of either file."""
-    path = Path(output)
-    return path.with_suffix("") if path.suffix in (".md", ".jsonl") else path
-
-
-def _outputs(stem: Path, arguments: argparse.Namespace, model: Model) -> list[Path]:
-    """The Markdown and the JSONL file of --output, which may be written."""
+def _outputs(arguments: argparse.Namespace, model: Model,
+             stack: contextlib.ExitStack) -> list[Path]:
+    """The Markdown and the JSONL file of --output, whose suffix is left out, and their lock."""
+    stem = Path(arguments.output)
+    stem = stem.with_suffix("") if stem.suffix in (".md", ".jsonl") else stem
+    stack.enter_context(locks.hold(stem))
     paths = [Path(f"{stem}.md"), Path(f"{stem}.jsonl")]
 
     def is_ours(_: Path) -> bool:

@@ -101,6 +101,7 @@ class Engine:
         tokenizer: of the model.
         settings: as config.load_settings returns them, of run_mode predict.
         batch_size: answers that are generated at once; None: the YAML's.
+        most: answers that there are; no more are generated at once. None: unknown.
 
     Attributes:
         running: answers that have a place in the batch.
@@ -109,11 +110,12 @@ class Engine:
     """
 
     def __init__(self, model: Any, tokenizer: Glm4Tokenizer, settings: Settings,
-                 batch_size: int | None = None) -> None:
+                 batch_size: int | None = None, most: int | None = None) -> None:
         config = settings["model"]["model_config"]
         self.model, self.tokenizer, self.settings = model.set_train(False), tokenizer, settings
         self.room, self.seq_length = room_of(settings), config["seq_length"]
-        self.batch_size = batch_size or config.get("batch_size", 1)
+        size = batch_size or config.get("batch_size", 1)
+        self.batch_size = min(size, most or size)
         self.pool = BlockPool(config.get("block_size", BLOCK_SIZE), config.get(
             "num_blocks", NUM_BLOCKS), self.seq_length) if config.get("use_past") else None
         self.is_dynamic = bool(self.pool and config.get("is_dynamic"))

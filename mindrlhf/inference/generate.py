@@ -73,8 +73,7 @@ def _prompts(model: Model, arguments: argparse.Namespace) -> list[Prompt]:
 def _print_answers(model: Model, prompt: Prompt, sampling: Sampling, count: int,
                    batch_size: int | None) -> None:
     """Print the answer to one message; several are numbered."""
-    size = batch_size or model.settings["model"]["model_config"].get("batch_size") or 1
-    engine = load_engine(model, min(size, count))
+    engine = load_engine(model, batch_size, count)
     answers = [Answer(prompt.ids, sampling, number) for number in range(count)]
     for _ in engine.run(answers):
         pass

@@ -44,12 +44,13 @@ def open_model(settings: Settings, adapters: str | None) -> Model:
     return Model(settings, tokenizer, adapters)
 
 
-def load_engine(model: Model, batch_size: int | None = None) -> Engine:
+def load_engine(model: Model, batch_size: int | None = None, most: int | None = None) -> Engine:
     """Load the weights.
 
     Args:
         model: as open_model() returns it.
         batch_size: answers that are generated at once; None: the YAML's.
+        most: answers that there are; no more are generated at once. None: unknown.
 
     Raises:
         UserError: weights, adapters and YAML do not match.
@@ -57,7 +58,7 @@ def load_engine(model: Model, batch_size: int | None = None) -> Engine:
     config.require_weights(model.settings)
     strategies(model)
     with cli.quiet_stdout():
-        return Engine(build_model(model), model.tokenizer, model.settings, batch_size)
+        return Engine(build_model(model), model.tokenizer, model.settings, batch_size, most)
 
 
 class Strategies(NamedTuple):

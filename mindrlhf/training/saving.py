@@ -149,7 +149,7 @@ class DPOCheckpointMonitor(Callback):
         """
         own = {step: path for step, path in state.saved_states(self.output).items()
                if self._is_own(path)}
-        ranks = [state.saved_states(self.output, rank) for rank in range(cli.workers())]
+        ranks = state.states_of_ranks(self.output)
         complete = max((step for step in own if all(step in each for each in ranks)), default=0)
         for step in list(own)[:-self.keep]:
             if step < complete:

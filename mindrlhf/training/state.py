@@ -40,6 +40,11 @@ def saved_states(output_dir: str | Path, rank: int | None = None) -> dict[int, P
     return dict(sorted((step, path) for path, step in steps.items() if step is not None))
 
 
+def states_of_ranks(output_dir: str | Path) -> list[dict[int, Path]]:
+    """States of each rank of this launch, as saved_states() gives them."""
+    return [saved_states(output_dir, rank) for rank in range(cli.workers())]
+
+
 def require_intact_state(path: str | Path) -> None:
     """Raise UserError unless a state is intact: structure, step and checksum."""
     step = steps_done(path)
@@ -96,7 +101,7 @@ def _newest_intact(output_dir: str | Path) -> Path | None:
     Raises:
         UserError: there are states, but no step that all ranks have.
     """
-    found = [saved_states(output_dir, rank) for rank in range(cli.workers())]
+    found = states_of_ranks(output_dir)
     # ranks without any: the run had another number of workers, which its identity tells
     ranks: list[Mapping[Any, Path]] = [states for states in found if states]
     steps = set().union(*found)
